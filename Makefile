@@ -1,0 +1,64 @@
+# make run    sets everything up and runs the main job on its embedded default
+# make test   sets everything up and passes the tests
+# make lint   ruff and mypy over the whole tree
+# make lock   resolves pyproject.toml to requirements/{cpu,gpu}.txt
+# DEVICE=gpu or DEVICE=cpu chooses the locked set; by default a GPU is taken where an NVIDIA driver answers.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+CONFIG ?= jobs/configs/quickstart.yaml
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/$(DEVICE).txt
+READY := $(VENV)/ready-$(DEVICE)
+# The first Python that runs and is 3.11 or 3.12 (a shim of a version manager may exist and not run).
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+# Where the CPU build of torch comes from: a folder or page that PIP_FIND_LINKS names, else PyTorch's own index.
+TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend cpu)
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(filter cpu,$(DEVICE)),$(TORCH_SOURCE))
+COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	--extra dev --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+
+.PHONY: run test test-slow lint format lock setup clean
+
+run: setup
+	$(BIN)/python jobs/gsil_iterative.py --config $(CONFIG) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(READY)
+
+$(BIN)/uv:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; name one with make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+
+# torch and the build tools first: DeepSpeed is built from source and looks at them.
+$(READY): $(LOCK) pyproject.toml | $(BIN)/uv
+	@echo "installing $(LOCK) into $(VENV)"
+	$(INSTALL) $$(grep -E '^(torch|setuptools|wheel|ninja|numpy|packaging|psutil|py-cpuinfo|pydantic)==' $(LOCK))
+	$(INSTALL) --no-build-isolation-package deepspeed -r $(LOCK)
+	$(INSTALL) --no-deps -e .
+	@rm -f $(VENV)/ready-*
+	@touch $@
+
+lock: | $(BIN)/uv
+	$(COMPILE) --extra cpu $(TORCH_SOURCE) -o requirements/cpu.txt
+	$(COMPILE) --extra gpu -o requirements/gpu.txt
+	@! grep -nE '(file|https?)://|^ *-' requirements/cpu.txt requirements/gpu.txt || { echo "error: a lock file names a place"; exit 1; }
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,107 @@
+"""A vLLM engine: prompts as token ids in, responses as token ids out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.settings import Engine, Sampling
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response."""
+
+    ids: list[int]
+    """with the token that ended it, if one did"""
+    finish_reason: str
+    """"stop", or "length" for a response cut at max_new_tokens"""
+
+
+def environment(engine: Engine, gpu: bool) -> dict[str, str]:
+    """Environment variables that have to be set before a process imports vLLM.
+
+    Args:
+        engine: settings of the pool.
+        gpu: whether the engine runs on a GPU.
+    """
+    # In the actor's own process: then nothing outlives the actor. Engines on several GPUs need processes of their own.
+    values = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not gpu:
+        threads = max(1, int(engine.num_cpus))
+        values |= {"VLLM_CPU_KVCACHE_SPACE": f"{engine.kv_cache_gib:g}", "OMP_NUM_THREADS": str(threads)}
+        # One engine a machine may take its cores by number; several would take the same ones.
+        values["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}" if engine.max_actors == 1 and threads > 1 else "nobind"
+    return values
+
+
+class Generator:
+    """Loads a policy into an engine.
+
+    Args:
+        weights: directory or hub id of the policy.
+        engine: settings.
+        max_model_len: longest prompt and response together, tokens.
+        stop_ids: tokens that end a response.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    def __init__(self, weights: str, engine: Engine, max_model_len: int, stop_ids: Sequence[int], trust_remote_code: bool = False):
+        from vllm import LLM
+
+        self.gpu = engine.num_gpus > 0
+        self.stop_ids = list(stop_ids)
+        options: dict[str, Any] = {"gpu_memory_utilization": engine.gpu_memory_utilization} if self.gpu else {}
+        self.llm = LLM(
+            model=weights,
+            skip_tokenizer_init=True,
+            dtype=engine.dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=engine.max_num_seqs,
+            tensor_parallel_size=engine.tensor_parallel,
+            enforce_eager=engine.enforce_eager or not self.gpu,
+            trust_remote_code=trust_remote_code,
+            disable_log_stats=True,
+            **options,
+        )
+
+    def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[Response]]:
+        """Samples responses.
+
+        Args:
+            prompts: token ids.
+            sampling: how to draw.
+            seed: the same prompts in the same call with the same seed give the same responses.
+
+        Returns:
+            `sampling.samples` responses for each prompt.
+        """
+        import torch
+
+        # Cached prefixes change rounding, and with it a sample: every call starts alike.
+        self.llm.reset_prefix_cache()
+        # The CPU engine draws from torch's generator and cannot take a seed a request; a GPU engine can.
+        torch.manual_seed(seed)
+        params = [self._params(sampling, seed + row if self.gpu else None) for row in range(len(prompts))]
+        outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False)
+        return [[self._response(list(sample.token_ids), sample.finish_reason) for sample in output.outputs] for output in outputs]
+
+    def _params(self, sampling: Sampling, seed: int | None) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            n=sampling.samples,
+            temperature=0.0 if sampling.greedy else sampling.temperature,
+            top_p=1.0 if sampling.greedy else sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=self.stop_ids,
+            detokenize=False,
+            seed=seed,
+        )
+
+    def _response(self, ids: list[int], reason: str) -> Response:
+        stopped = reason == "stop"
+        if stopped != (bool(ids) and ids[-1] in self.stop_ids):
+            raise RuntimeError(f"the engine says finish_reason={reason!r} of a response that ends in token {ids[-1:]}")
+        return Response(ids, reason)
+
+

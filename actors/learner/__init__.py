@@ -1,0 +1,1 @@
+"""Training: objectives, log-probs and batches are plain functions; `worker` runs them under DeepSpeed."""

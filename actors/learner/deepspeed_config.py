@@ -1,0 +1,76 @@
+"""The DeepSpeed JSON of a training stage: ours, with a user's own laid over it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from actors.settings import Training
+
+
+def deepspeed_config(settings: Training, world: int) -> dict[str, Any]:
+    """Builds the config that `deepspeed.initialize` gets.
+
+    Args:
+        settings: of the training stage.
+        world: number of workers.
+
+    Raises:
+        ValueError: a key of the user's JSON contradicts the settings; both values are named.
+    """
+    ours: dict[str, Any] = {
+        "train_batch_size": settings.batch_size,
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.batch_size // (world * settings.micro_batch_size),
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_optimization": {"stage": settings.zero_stage},
+        "bf16": {"enabled": settings.precision == "bfloat16"},
+        # The optimizer is torch's AdamW, which DeepSpeed has not listed as tested with ZeRO.
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if settings.precision == "bfloat16":
+        # Sums of bf16 gradients over workers lose small terms.
+        ours["communication_data_type"] = "fp32"
+    return ours if settings.deepspeed is None else _overlaid(ours, read_deepspeed(settings.deepspeed), settings.deepspeed)
+
+
+def read_deepspeed(path: str) -> dict[str, Any]:
+    """Reads a user's DeepSpeed JSON.
+
+    Raises:
+        ValueError: the file is missing or is no JSON object.
+    """
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"deepspeed={path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"deepspeed={path} must hold a JSON object, not {type(config).__name__}")
+    return config
+
+
+SETTING_OF_KEY = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "batch_size / (workers x micro_batch_size)",
+    "gradient_clipping": "max_grad_norm",
+    "zero_optimization.stage": "zero_stage",
+    "bf16.enabled": "precision",
+}
+
+
+def _overlaid(ours: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
+    result = dict(ours)
+    for key, value in theirs.items():
+        dotted = prefix + key
+        if dotted in ("optimizer", "scheduler", "fp16"):
+            raise ValueError(f"deepspeed={path}: {dotted!r} is set by learning_rate, schedule, weight_decay and precision; remove it")
+        if isinstance(value, dict) and isinstance(ours.get(key), dict):
+            result[key] = _overlaid(ours[key], value, path, f"{dotted}.")
+        elif value != "auto" and dotted in SETTING_OF_KEY and value != ours.get(key):
+            raise ValueError(
+                f"deepspeed={path} says {dotted}={value!r}, the config says {ours.get(key)!r} ({SETTING_OF_KEY[dotted]}): make them agree"
+            )
+        elif value != "auto":
+            result[key] = value
+    return result

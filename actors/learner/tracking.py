@@ -1,0 +1,74 @@
+"""Where training metrics go: metrics.jsonl always, TensorBoard, Weights & Biases and MLflow by config."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from actors.settings import Tracking
+
+
+class Tracker:
+    """Writes a step's numbers to every place that was asked for.
+
+    Args:
+        output: stage directory; gets `metrics.jsonl` and TensorBoard events.
+        name: run and stage.
+        tracking: which trackers.
+        config: the stage's settings, for trackers that keep them.
+
+    Raises:
+        ValueError: a tracker was asked for whose package is not installed.
+    """
+
+    def __init__(self, output: Path, name: str, tracking: Tracking, config: dict[str, Any]):
+        output.mkdir(parents=True, exist_ok=True)
+        # A stage that starts again starts its record again.
+        self.lines = (output / "metrics.jsonl").open("w", encoding="utf-8")
+        self.board: Any = None
+        self.wandb: Any = None
+        self.mlflow: Any = None
+        if tracking.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            for stale in output.glob("events.out.tfevents.*"):
+                stale.unlink()
+            self.board = SummaryWriter(str(output))
+        if tracking.wandb_project:
+            self.wandb = _import("wandb", "tracking.wandb_project").init(project=tracking.wandb_project, name=name, config=config)
+        if tracking.mlflow_uri:
+            self.mlflow = _import("mlflow", "tracking.mlflow_uri")
+            self.mlflow.set_tracking_uri(tracking.mlflow_uri)
+            self.mlflow.start_run(run_name=name)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Records one step; `metrics["step"]` is its number."""
+        self.lines.write(json.dumps(metrics) + "\n")
+        self.lines.flush()
+        step = int(metrics["step"])
+        numbers = {key: value for key, value in metrics.items() if key not in ("step", "steps")}
+        if self.board:
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+        if self.mlflow:
+            self.mlflow.log_metrics(numbers, step=step)
+
+    def close(self) -> None:
+        """Flushes and closes all of them."""
+        self.lines.close()
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+        if self.mlflow:
+            self.mlflow.end_run()
+
+
+def _import(package: str, key: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ValueError(f"{key} is set, but {package} is not installed on the workers: install the extra {package!r}") from None

@@ -1,0 +1,60 @@
+"""A policy that gives log-probs of responses: the reference of a training stage.
+
+The forward pass is the learner's own, so that at the first step of training every log ratio is 0.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from actors.learner import checkpoint
+from actors.learner.batches import Example, collate, shares_prompt
+from actors.learner.logprobs import ResponseLogProbs
+from actors.settings import Scoring, Training
+
+
+class Scorer:
+    """Loads a policy for forward passes only.
+
+    Args:
+        weights: directory or hub id of the policy.
+        scoring: settings of the pool.
+        training: of the stage that reads the log-probs; its precision is used here too.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    def __init__(self, weights: str, scoring: Scoring, training: Training, trust_remote_code: bool = False):
+        self.max_batch_tokens = scoring.max_batch_tokens
+        self.device = "cuda" if scoring.num_gpus else "cpu"
+        if self.device == "cpu":
+            torch.set_num_threads(max(1, int(scoring.num_cpus)))
+        model = checkpoint.load(weights, training.model_copy(update={"gradient_checkpointing": False}), trust_remote_code)
+        self.module = ResponseLogProbs(model).to(self.device).eval()
+        self.share_prompt = shares_prompt(model.config)
+
+    def __call__(self, examples: Sequence[Example]) -> list[list[float]]:
+        """Scores rows.
+
+        Returns:
+            the summed log-prob of every response of every row, in nats, in the order given.
+        """
+        results: list[list[float]] = [[] for _ in examples]
+        with torch.no_grad():
+            for rows in batches_by_length([example.tokens for example in examples], self.max_batch_tokens):
+                batch = collate([examples[row] for row in rows], pad_id=0, share_prompt=self.share_prompt)
+                values = iter(self.module(batch.to(self.device)).tolist())
+                for row in rows:
+                    results[row] = [next(values) for _ in examples[row].responses]
+        return results
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Groups row indices, longest first, so that rows x longest row stays within `max_tokens` (a longer row goes alone)."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

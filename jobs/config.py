@@ -1,0 +1,236 @@
+"""From YAML files and a command line to one frozen, typed config. Imports nothing heavy.
+
+    python jobs/JOB.py --config FILE [--section.key value ...] [--dry-run] [--help]
+
+Every key is a field of a `Settings` model; an unknown one is refused with the nearest name.
+"""
+
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError, model_validator
+
+from actors.settings import Engine, Negatives, Objective, Scoring, Settings, Tracking, Training
+from pipelines.settings import Demonstrations, Evaluation, Iterations, Model, RaySettings, RunSettings
+
+
+class GsilConfig(Settings):
+    """Everything that `jobs/gsil_iterative.py` reads."""
+
+    run: RunSettings = RunSettings()
+    ray: RaySettings = RaySettings()
+    model: Model = Model()
+    demonstrations: Demonstrations = Demonstrations()
+    sft: Training = Training(learning_rate=1e-4, epochs=2)
+    iterations: Iterations = Iterations()
+    objective: Objective = Objective()
+    training: Training = Training()
+    negatives: Negatives = Negatives()
+    evaluation: Evaluation = Evaluation()
+    engine: Engine = Engine()
+    scoring: Scoring = Scoring()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GsilConfig":
+        if self.evaluation.metric == "none" and self.iterations.stop_when_worse:
+            raise ValueError("iterations.stop_when_worse=true needs a held-out metric, but evaluation.metric=none: set one of the two")
+        if self.demonstrations.path == "arithmetic" and self.demonstrations.layout not in ("auto", "question_answer"):
+            raise ValueError(f"demonstrations.layout={self.demonstrations.layout!r} does not fit the generated problems: leave it out")
+        return self
+
+    def max_model_len(self) -> int:
+        """Longest prompt and response that an engine sees, tokens."""
+        return self.demonstrations.max_prompt_tokens + max(self.negatives.max_new_tokens, self.evaluation.max_new_tokens)
+
+    def demands(self) -> dict[str, tuple[float, float]]:
+        """Least (CPUs, GPUs) that must be free at one time, by the section that asks."""
+        pools = {"engine": self.engine, "scoring": self.scoring}
+        trainings = {"sft": self.sft, "training": self.training}
+        return {name: (p.min_actors * p.num_cpus, p.min_actors * p.num_gpus) for name, p in pools.items()} | {
+            name: (t.workers * t.cpus_per_worker, t.workers * t.gpus_per_worker) for name, t in trainings.items()
+        }
+
+
+C = TypeVar("C", bound=Settings)
+
+
+@dataclass(frozen=True)
+class CommandLine(Generic[C]):
+    """What a person asked for."""
+
+    config: C
+    dry_run: bool
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; its text is for the person who wrote it."""
+
+
+def parse(schema: type[C], argv: Sequence[str], usage: str) -> CommandLine[C]:
+    """Reads `argv`. Prints the help or the error and leaves, if there is nothing to run.
+
+    Args:
+        schema: the job's config model.
+        argv: without the program's name.
+        usage: the first lines of `--help`.
+    """
+    try:
+        if "--help" in argv or "-h" in argv:
+            print(help_text(schema, usage))
+            sys.exit(0)
+        flags = [word for word in argv if word != "--dry-run"]
+        return CommandLine(build(schema, flags), dry_run=len(flags) < len(argv))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+def build(schema: type[C], argv: Sequence[str]) -> C:
+    """Merges `--config` files in the order given, then the overrides, and validates.
+
+    Raises:
+        ConfigError: with the file or flag, the key and what to do.
+    """
+    merged: dict[str, Any] = {}
+    overrides: list[tuple[str, Any]] = []
+    for flag, value in _pairs(argv):
+        if flag == "config":
+            _check_keys(schema, layer := _read_yaml(value), where=value)
+            _merge(merged, layer)
+        else:
+            overrides.append((flag, _scalar(value)))
+    for dotted, value in overrides:
+        layer = value
+        for key in reversed(dotted.split(".")):
+            layer = {key: layer}
+        _check_keys(schema, layer, where=f"--{dotted}")
+        _merge(merged, layer)
+    try:
+        return schema.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_readable(item) for item in error.errors())) from None
+
+
+def _pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r} is not a flag: write --section.key value (see --help)")
+        flag, equals, value = word[2:].partition("=")
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise ConfigError(f"{word} needs a value")
+            value = following
+        yield flag, value
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} must hold sections (run:, model:, ...), not {type(content).__name__}")
+    return content
+
+
+def _scalar(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-4 as text, people mean the number.
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return value
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _check_keys(schema: type[BaseModel], layer: dict[str, Any], where: str, prefix: str = "") -> None:
+    known = {prefix + name: field for name, field in schema.model_fields.items()}
+    for key, value in layer.items():
+        dotted = f"{prefix}{key}"
+        if dotted not in known:
+            raise ConfigError(f"{where}: there is no {dotted!r}; did you mean {_nearest(dotted, _all_keys(schema, prefix))!r}?")
+        section = _section(known[dotted].annotation)
+        if section and not isinstance(value, dict):
+            raise ConfigError(f"{where}: {dotted!r} is a section: give {dotted}.KEY, one of {', '.join(section.model_fields)}")
+        if section:
+            _check_keys(section, value, where, prefix=f"{dotted}.")
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    return difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+
+
+def _all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in schema.model_fields.items():
+        section = _section(field.annotation)
+        keys += [f"{prefix}{name}", *(_all_keys(section, f"{prefix}{name}.") if section else [])]
+    return keys
+
+
+def _readable(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}={item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def help_text(schema: type[BaseModel], usage: str) -> str:
+    """Every key with its type, default and meaning."""
+    lines = [usage.strip(), "", "Keys (in the YAML as sections, on the command line as --section.key value):"]
+    for name, field in schema.model_fields.items():
+        section = _section(field.annotation)
+        assert section, "a config is made of sections"
+        lines += ["", f"{name}: {(section.__doc__ or '').strip()}"]
+        for key, option in section.model_fields.items():
+            default = getattr(field.default, key)
+            lines.append(f"  --{name}.{key}  {_type_name(option.annotation)}, default {_shown(default)}")
+            lines.append(f"      {(option.description or '').strip()}")
+    return "\n".join(lines)
+
+
+def _type_name(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        return " | ".join(str(choice) for choice in typing.get_args(annotation))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join("null" if part is type(None) else _type_name(part) for part in typing.get_args(annotation))
+    return str(annotation) if origin else annotation.__name__
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else "true" if value is True else "false" if value is False else str(value)
+
+
+def to_yaml(config: Settings) -> str:
+    """The resolved config, as it can be given to `--config` again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+

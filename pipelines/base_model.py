@@ -1,0 +1,147 @@
+"""The base policy: finds the model, gives it one tokenizer with one chat template for the whole run.
+
+    base/tokenizer/   tokenizer, chat template and generation config of every policy of the run
+    base/policy/      weights, only where the source is a GGUF file; else the source is read in place
+    base/source.json  {"weights": where they are}
+"""
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pipelines.artifacts import Run, Stage, StageError, write_json
+from pipelines.chat import PLAIN_TEMPLATE, Chat
+from pipelines.settings import Model
+
+log = logging.getLogger(__name__)
+
+
+def plan(model: Model) -> Stage:
+    """The stage that readies the base model."""
+    settings = model.identity()
+    if model.chat_template:
+        settings["chat_template"] = _template(model.chat_template)
+    return Stage("base/model", settings)
+
+
+def weights(run: Run, stage: Stage) -> str:
+    """Directory or hub id of a policy's weights, for any stage that holds a policy."""
+    source = run.directory(stage) / "source.json"
+    return json.loads(source.read_text())["weights"] if source.exists() else str(run.directory(stage) / "policy")
+
+
+def tokenizer(run: Run, base: Stage) -> str:
+    """Directory of the run's tokenizer."""
+    return str(run.directory(base) / "tokenizer")
+
+
+def prepare(model: Model) -> Any:
+    """Returns the work of the stage: resolve the source, write the tokenizer, convert a GGUF."""
+
+    def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        import ray
+
+        # In a worker: the driver never loads a model, nor the libraries for one.
+        resolved = model.model_copy(update={"chat_template": stages[0].settings["chat_template"]})
+        numbers = ray.get(ray.remote(_prepare).remote(resolved, _absolute(model.path), run.directory(stages[0])))
+        return {stages[0].name: numbers}
+
+    return work
+
+
+def _prepare(model: Model, path: str, directory: Path) -> dict[str, Any]:
+    gguf = gguf_file(path)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent) if gguf else path}
+    extra = {"gguf_file": gguf.name} if gguf else {"trust_remote_code": model.trust_remote_code}
+    numbers = write_tokenizer(model, source | extra, directory)
+    if gguf:
+        _convert(gguf, directory / "policy")
+    write_json(directory / "source.json", {"weights": str(directory / "policy") if gguf else path})
+    return numbers
+
+
+def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Writes the run's tokenizer to `directory / "tokenizer"`.
+
+    Args:
+        model: settings; a chat template is text here.
+        source: arguments of `from_pretrained`.
+        directory: of the stage.
+
+    Returns:
+        whether the plain template was taken, and the tokens that end a response.
+
+    Raises:
+        StageError: the model cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        config = AutoConfig.from_pretrained(**source)
+    except (OSError, ValueError) as error:
+        raise StageError(f"model.path={model.path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if model.chat_template:
+        tokenizer.chat_template = model.chat_template
+    plain = tokenizer.chat_template is None
+    if plain:
+        log.warning("%s has no chat template: a plain one is used (User: ... Assistant: ...)", model.path)
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.save_pretrained(directory / "tokenizer")
+    chat = Chat(str(directory / "tokenizer"), model.trust_remote_code)
+    try:
+        generation = GenerationConfig.from_pretrained(source["pretrained_model_name_or_path"])
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    declared = generation.eos_token_id
+    generation.eos_token_id = sorted({*chat.stop_ids, *(declared if isinstance(declared, list) else [declared])} - {None})
+    generation.save_pretrained(directory / "tokenizer")
+    return {"plain_chat_template": plain, "stop_ids": generation.eos_token_id}
+
+
+def _convert(gguf: Path, directory: Path) -> None:
+    """Writes a GGUF file as a plain Hugging Face directory in float32."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = loaded.config.to_dict()
+    # transformers refuses to save what it read from a GGUF; a model of the same config with the same weights it saves.
+    config.pop("quantization_config", None)
+    clean = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(config))
+    clean.load_state_dict(loaded.state_dict())
+    clean.save_pretrained(directory)
+
+
+def gguf_file(path: str) -> Path | None:
+    """The GGUF file that `model.path` names, or None if it names something else.
+
+    Raises:
+        StageError: there is no such file or package.
+    """
+    if path.startswith("package:"):
+        package = path.removeprefix("package:")
+        spec = importlib.util.find_spec(package)
+        folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+        found = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
+        if not found:
+            raise StageError(f"model.path={path!r}: no installed Python package {package!r} with a .gguf file in it")
+        return found[0]
+    if path.endswith(".gguf"):
+        if not Path(path).is_file():
+            raise StageError(f"model.path={path!r}: there is no such file")
+        return Path(path)
+    return None
+
+
+def _absolute(path: str) -> str:
+    """Workers run elsewhere: a local path is named in full, a hub id stays."""
+    return str(Path(path).resolve()) if Path(path).exists() or path.endswith(".gguf") else path
+
+
+def _template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise StageError(f"model.chat_template={path!r}: {error.strerror}") from None

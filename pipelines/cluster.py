@@ -1,0 +1,85 @@
+"""The Ray cluster of a job: a running one, or a local instance that ends with the job."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pipelines.artifacts import StageError
+from pipelines.settings import RaySettings
+
+
+@contextlib.contextmanager
+def connected(settings: RaySettings) -> Iterator[str]:
+    """Connects for the length of the block.
+
+    Yields:
+        where the logs of Ray, vLLM and DeepSpeed are.
+
+    Raises:
+        StageError: no cluster answers at the address.
+    """
+    import ray.data
+
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    # Ray Data draws bars of its own; the job has one display.
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    options = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    try:
+        if address:
+            ray.init(address=address, **options)
+        else:
+            ray.init(address="local", num_cpus=settings.num_cpus, include_dashboard=False, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise StageError(f"no Ray cluster answers at {address!r}: {error}") from None
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        _to_files_only("ray.data", "ray.train")
+        yield str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs")
+    finally:
+        ray.shutdown()
+
+
+def _to_files_only(*names: str) -> None:
+    """Takes libraries' log lines off the terminal; their own files under the session's logs keep them."""
+    for name in names:
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.handlers = [h for h in logger.handlers if isinstance(h, logging.FileHandler) or "File" in type(h).__name__]
+
+
+def person_can_mend(error: BaseException) -> StageError | None:
+    """The `StageError` behind an exception, also one that was raised in a worker."""
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is None or any(current is known for known in seen):
+            continue
+        if type(current) is StageError:
+            return current
+        seen.append(current)
+        waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+    return None
+
+
+def check_fits(address: str | None, demands: Mapping[str, tuple[float, float]]) -> None:
+    """Stops before a local instance would wait for ever for CPUs or GPUs that it does not have.
+
+    Args:
+        address: of a running cluster, which may grow; nothing is checked then.
+        demands: least (CPUs, GPUs) that must be free at one time, by the setting that asks for them.
+
+    Raises:
+        StageError: one of them is more than there is.
+    """
+    import ray
+
+    if address or os.environ.get("RAY_ADDRESS"):
+        return
+    has = ray.cluster_resources()
+    for setting, (cpus, gpus) in demands.items():
+        for kind, asked in (("CPU", cpus), ("GPU", gpus)):
+            if asked > has.get(kind, 0):
+                raise StageError(f"{setting} asks for {asked:g} {kind}s at once, this machine has {has.get(kind, 0):g}: lower it, or raise ray.num_cpus")

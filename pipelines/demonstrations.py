@@ -1,0 +1,253 @@
+"""Read, validate and tokenize demonstrations: files in, shards of token ids out, bad rows set aside with a reason.
+
+    files --flat_map(read)--> raw rows --map_batches(tokenize)--> rows --driver: duplicates, split--> shards
+    INPUT  source, row (JSON text), reason
+    OUTPUT demonstrations/{train,held_out}/00000.parquet (DEMONSTRATION), rejected.parquet (REJECTED)
+"""
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines import arithmetic, base_model, layouts, sources
+from pipelines.artifacts import Run, Stage, StageError
+from pipelines.chat import Chat
+from pipelines.records import DEMONSTRATION, REJECTED, write_rows
+from pipelines.settings import Demonstrations
+
+log = logging.getLogger(__name__)
+SPLITS = ("train", "held_out")
+ARITHMETIC_PROBLEMS = 128
+"""Made of each split where no limit says otherwise."""
+
+
+def plan(settings: Demonstrations, base: Stage) -> Stage:
+    """The stage that reads the demonstrations.
+
+    Raises:
+        StageError: the data is not there.
+    """
+    identity = settings.identity() | {"content": {split: _identity(settings, split) for split in SPLITS}}
+    # Where the data lies is not what it is.
+    del identity["path"], identity["held_out_path"]
+    return Stage("demonstrations", identity, {"base": base})
+
+
+def shard_paths(run: Run, stage: Stage, split: str) -> list[Path]:
+    """Shards of one split, in order."""
+    return sorted((run.directory(stage) / split).glob("*.parquet"))
+
+
+def prepare(settings: Demonstrations, trust_remote_code: bool) -> Any:
+    """Returns the work of the stage."""
+
+    def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        stage = stages[0]
+        writer = _Writer(run.directory(stage), settings)
+        tokenizer = base_model.tokenizer(run, stage.inputs["base"])
+        # Held-out first: a row that is in both belongs there.
+        for split in ("held_out", "train"):
+            if _origin(settings, split) is not None:
+                writer.take(split, _rows(settings, split, tokenizer, trust_remote_code))
+        numbers = writer.close()
+        _check(numbers, writer, settings)
+        return {stage.name: numbers}
+
+    return work
+
+
+def _origin(settings: Demonstrations, split: str) -> tuple[list[str], str] | None:
+    """(files, split name) of a split; None where it is cut from the training data or absent."""
+    if settings.path == "arithmetic":
+        return ["arithmetic"], split
+    if split == "train":
+        return sources.find(settings.path, settings.split), settings.split
+    if settings.held_out_path is None and settings.held_out_split is None:
+        return None
+    name = settings.held_out_split or settings.split
+    return sources.find(settings.held_out_path or settings.path, name), name
+
+
+def _identity(settings: Demonstrations, split: str) -> Any:
+    if settings.path == "arithmetic":
+        return {"arithmetic": arithmetic.VERSION}
+    origin = _origin(settings, split)
+    return sources.identity(origin[0], settings.subset, origin[1]) if origin else None
+
+
+def _rows(settings: Demonstrations, split: str, tokenizer: str, trust_remote_code: bool) -> Iterator[dict[str, Any]]:
+    import ray
+
+    origin = _origin(settings, split)
+    assert origin
+    files, name = origin
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    tasks = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
+    raw = tasks.flat_map(lambda task: _read(task["file"], settings, name))
+    options = {"settings": settings, "tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
+    return raw.map_batches(tokenize, batch_size=1024, fn_kwargs=options).iter_rows()
+
+
+def _read(file: str, settings: Demonstrations, split: str) -> Iterator[sources.RawRow]:
+    if settings.path != "arithmetic":
+        return sources.read(file, settings.subset, split)
+    held_out = split == "held_out"
+    count = (settings.held_out_limit if held_out else settings.limit) or ARITHMETIC_PROBLEMS
+    made = enumerate(arithmetic.problems(count, settings.seed, held_out), start=1)
+    return ({"source": f"arithmetic/{split}:{number}", "row": json.dumps(row), "reason": ""} for number, row in made)
+
+
+@functools.lru_cache(maxsize=2)
+def _chat(tokenizer: str, trust_remote_code: bool) -> Chat:
+    return Chat(tokenizer, trust_remote_code)
+
+
+def tokenize(batch: dict[str, Any], settings: Demonstrations, tokenizer: str, trust_remote_code: bool) -> dict[str, list[Any]]:
+    """One batch of raw rows; a row that cannot be used keeps its reason.
+
+    INPUT  source, row, reason
+    OUTPUT the same and `record`: the DEMONSTRATION row as JSON, empty where there is a reason
+    """
+    chat = _chat(tokenizer, trust_remote_code)
+    reasons, records = [], []
+    for source, text, reason in zip(batch["source"], batch["row"], batch["reason"], strict=True):
+        record = ""
+        if not reason:
+            try:
+                record = json.dumps(demonstration(json.loads(text), str(source), settings, chat))
+            except layouts.RowError as error:
+                reason = str(error)
+        reasons.append(str(reason))
+        records.append(record)
+    return {"source": list(batch["source"]), "row": list(batch["row"]), "reason": reasons, "record": records}
+
+
+def demonstration(row: dict[str, Any], source: str, settings: Demonstrations, chat: Chat) -> dict[str, Any]:
+    """One raw row as a DEMONSTRATION row.
+
+    Raises:
+        layouts.RowError: the row cannot be used.
+        StageError: no row of this data can: its layout is unknown or a mapped column is missing.
+    """
+    absent = [theirs for theirs in settings.columns.values() if theirs not in row]
+    if absent:
+        raise StageError(f"{source}: demonstrations.columns names {absent[0]!r}, but the columns are {', '.join(sorted(row))}")
+    row = row | {ours: row[theirs] for ours, theirs in settings.columns.items()}
+    layout = settings.layout if settings.layout != "auto" else layouts.detect(row)
+    if layout is None:
+        if set(row) & {"prompt", "question", "instruction", "completion", "answer", "output"}:
+            raise layouts.RowError(f"fields are missing: only {', '.join(sorted(k for k, v in row.items() if v is not None)) or 'none'}")
+        raise StageError(
+            f"{source}: no layout fits the columns {', '.join(sorted(row))}; name them with demonstrations.columns "
+            f"(for example --demonstrations.columns '{{prompt: YOURS, completion: YOURS}}')"
+        )
+    prompt, response = layouts.turns(row, layout)
+    if settings.system_prompt and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": settings.system_prompt}, *prompt]
+    try:
+        prompt_ids, response_ids = chat.prompt_ids(prompt), chat.response_ids(prompt, response)
+    except Exception as error:
+        # Templates are programs of others: they refuse system turns, two user turns in a row, ...
+        raise layouts.RowError(f"the chat template refuses the conversation: {error}") from None
+    if len(prompt_ids) > settings.max_prompt_tokens:
+        raise layouts.RowError(f"the prompt has {len(prompt_ids)} tokens, more than max_prompt_tokens={settings.max_prompt_tokens}")
+    key = json.dumps([prompt, response], ensure_ascii=False).encode()
+    return {
+        "id": hashlib.sha256(key).hexdigest()[:16],
+        "source": source,
+        "prompt": prompt,
+        "response": response,
+        "prompt_ids": prompt_ids,
+        "response_ids": response_ids[: settings.max_tokens - len(prompt_ids)],
+    }
+
+
+class _Writer:
+    """Takes rows in order; writes shards; counts."""
+
+    def __init__(self, directory: Path, settings: Demonstrations):
+        self.directory, self.settings = directory, settings
+        self.ids: set[bytes] = set()
+        self.buffers: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        self.rows = dict.fromkeys(SPLITS, 0)
+        self.written = dict.fromkeys(SPLITS, 0)
+        self.rejected: list[dict[str, Any]] = []
+        self.read = self.truncated = 0
+
+    def take(self, source_split: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Takes the rows of one source until all splits that it feeds are full."""
+        fed = SPLITS if self._cuts(source_split) else (source_split,)
+        for row in rows:
+            if all(self._full(split) for split in fed):
+                break
+            self.read += 1
+            if row["reason"]:
+                self._reject(row, row["reason"])
+                continue
+            record = json.loads(row["record"])
+            key = bytes.fromhex(record["id"])
+            if key in self.ids:
+                self._reject(row, "the same prompt and response stand in an earlier row")
+                continue
+            split = self._split(source_split, record["id"])
+            if not self._full(split):
+                self.ids.add(key)
+                self._add(split, record)
+
+    def _add(self, split: str, record: dict[str, Any]) -> None:
+        self.rows[split] += 1
+        self.truncated += len(record["prompt_ids"]) + len(record["response_ids"]) >= self.settings.max_tokens
+        self.buffers[split].append(record)
+        if len(self.buffers[split]) == self.settings.shard_rows:
+            self._flush(split)
+
+    def _full(self, split: str) -> bool:
+        limit = self.settings.limit if split == "train" else self.settings.held_out_limit
+        return limit is not None and self.rows[split] >= limit
+
+    def close(self) -> dict[str, Any]:
+        for split in SPLITS:
+            self._flush(split)
+        write_rows(self.directory / "rejected.parquet", self.rejected, REJECTED)
+        return {**self.rows, "rejected": len(self.rejected), "read": self.read, "truncated": self.truncated}
+
+    def _cuts(self, source_split: str) -> bool:
+        """Whether held-out rows are cut from this source."""
+        return source_split == "train" and _origin(self.settings, "held_out") is None
+
+    def _split(self, source_split: str, row_id: str) -> str:
+        if not self._cuts(source_split):
+            return source_split
+        # Chosen by content: the same rows stay held out when data is added.
+        draw = hashlib.sha256(f"{self.settings.seed}:{row_id}".encode()).digest()
+        return "held_out" if int.from_bytes(draw[:8], "big") < self.settings.held_out_fraction * 2**64 else "train"
+
+    def _reject(self, row: dict[str, Any], reason: str) -> None:
+        self.rejected.append({"source": row["source"], "reason": reason, "row": row["row"]})
+
+    def _flush(self, split: str) -> None:
+        if self.buffers[split]:
+            folder = self.directory / split
+            folder.mkdir(exist_ok=True)
+            write_rows(folder / f"{self.written[split]:05d}.parquet", self.buffers[split], DEMONSTRATION)
+            self.written[split] += 1
+            self.buffers[split] = []
+
+
+def _check(numbers: dict[str, Any], writer: _Writer, settings: Demonstrations) -> None:
+    rejected, read = numbers["rejected"], max(1, numbers["read"])
+    if rejected:
+        log.warning("%d of %d rows rejected, see %s", rejected, read, writer.directory / "rejected.parquet")
+    if rejected > settings.max_rejected_fraction * read:
+        first = "\n".join(f"  {row['source']}: {row['reason']}" for row in writer.rejected[:5])
+        raise StageError(
+            f"{rejected} of {read} rows of {settings.path} cannot be used, more than max_rejected_fraction={settings.max_rejected_fraction}. "
+            f"The first:\n{first}\nAll of them: {writer.directory / 'rejected.parquet'}"
+        )
+    if not numbers["train"]:
+        raise StageError(f"{settings.path} holds no usable demonstration: {numbers['read']} rows read, {numbers['held_out']} of them held out")

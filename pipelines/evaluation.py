@@ -1,0 +1,77 @@
+"""Held-out answers of a policy, scored: one row each on disk, the mean with its standard error in the manifest.
+
+    INPUT  sft/samples/held_out (SAMPLE), demonstrations/held_out (DEMONSTRATION)
+    OUTPUT sft/evaluation/scores.parquet: id, score
+"""
+
+import math
+import re
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.artifacts import Run, Stage, StageError
+from pipelines.records import shards, write_rows
+from pipelines.settings import Evaluation
+
+SCORES = pa.schema({"id": pa.string(), "score": pa.float64()})
+NUMBER = re.compile(r"-?\$?\s*(-?[\d,]*\.?\d+)")
+
+
+def plan(name: str, samples: Stage, demonstrations: Stage, evaluation: Evaluation) -> Stage:
+    """The stage that scores the samples of a policy."""
+    return Stage(name, {"metric": evaluation.metric}, {"samples": samples, "demonstrations": demonstrations}, demand="the driver")
+
+
+def evaluate(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+    """The work of the stage."""
+    (stage,) = stages
+    metric = stage.settings["metric"]
+    scores = []
+    truncated = 0
+    for path in shards(run.directory(stage.inputs["samples"]) / "held_out"):
+        real = pq.read_table(run.directory(stage.inputs["demonstrations"]) / "held_out" / path.name, columns=["id", "source", "response"])
+        gold = {row["id"]: row for row in real.to_pylist()}
+        for row in pq.read_table(path, columns=["id", "response", "finish_reason"]).to_pylist():
+            truncated += row["finish_reason"] == "length"
+            if metric == "exact_answer":
+                scores.append({"id": row["id"], "score": float(exact_answer(row["response"], gold[row["id"]]["response"], gold[row["id"]]["source"]))})
+    write_rows(run.directory(stage) / "scores.parquet", scores, SCORES)
+    mean, error = mean_and_error([row["score"] for row in scores])
+    return {stage.name: {"accuracy": mean, "stderr": error, "n": len(scores), "truncated": truncated}}
+
+
+def exact_answer(response: str, demonstration: str, source: str = "") -> bool:
+    """Whether the number after the last `####` of a response is that of the demonstration (the GSM8K layout).
+
+    Raises:
+        StageError: the demonstration has no such number.
+    """
+    gold = final_number(demonstration)
+    if gold is None:
+        raise StageError(f"{source}: the demonstration has no number after '####'; set --evaluation.metric none and --iterations.stop_when_worse false")
+    return final_number(response) == gold
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after the last `####`, without thousands separators and currency; None if there is none."""
+    _, marker, tail = text.rpartition("####")
+    found = NUMBER.search(tail.splitlines()[0] if tail.strip() and tail.splitlines() else "") if marker else None
+    if not found:
+        return None
+    try:
+        sign = -1 if found.group(0).startswith("-") and not found.group(1).startswith("-") else 1
+        return sign * Decimal(found.group(1).replace(",", "")).normalize()
+    except InvalidOperation:
+        return None
+
+
+def mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
+    """Mean and its standard error (n - 1 in the variance); None where there are too few values."""
+    n = len(values)
+    if not n:
+        return None, None
+    mean = sum(values) / n
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else None

@@ -1,0 +1,108 @@
+"""Samples of a policy: negatives for training, answers for evaluation. Ray Data shards the prompts to vLLM actors.
+
+    demonstrations/train/00000.parquet     (DEMONSTRATION) --> iteration-1/negatives/train/00000.parquet    (SAMPLE)
+    demonstrations/held_out/00000.parquet                  --> iteration-1/negatives/held_out/00000.parquet
+                                                           --> sft/samples/held_out/00000.parquet
+
+Stages that sample the same policy run in one call and share its engines.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from actors.generator import Generator, environment
+from actors.settings import Engine, Sampling
+from pipelines import base_model
+from pipelines.artifacts import Run, Stage
+from pipelines.chat import Chat
+from pipelines.records import SAMPLE, shards, sum_counts, write_rows
+from pipelines.shards import Shard, map_shards
+
+
+def plan(name: str, policy: Stage, base: Stage, demonstrations: Stage, sampling: Sampling, engine: Engine, iteration: int, splits: tuple[str, ...]) -> Stage:
+    """A stage that samples `policy` once or more for every prompt of `splits`."""
+    # What the pairs do with truncated samples is theirs.
+    drawn = {key: value for key, value in sampling.identity().items() if key != "truncated"}
+    settings = {"sampling": drawn, "iteration": iteration, "splits": list(splits), "dtype": engine.dtype}
+    return Stage(name, settings, {"policy": policy, "base": base, "demonstrations": demonstrations}, demand=engine.demand())
+
+
+def sample(engine: Engine, max_model_len: int, trust_remote_code: bool) -> Any:
+    """Returns the work of sampling stages, all of the same policy.
+
+    Args:
+        engine: the pool.
+        max_model_len: longest prompt and response of any of them, tokens.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        policy, base = stages[0].inputs["policy"], stages[0].inputs["base"]
+        assert all(stage.inputs["policy"] == policy for stage in stages)
+        stop_ids = run.numbers(base)["stop_ids"]
+        arguments = {
+            "weights": base_model.weights(run, policy),
+            "engine": engine,
+            "max_model_len": max_model_len,
+            "stop_ids": stop_ids,
+            "tokenizer": base_model.tokenizer(run, base),
+            "trust_remote_code": trust_remote_code,
+        }
+        tasks = [task for stage in stages for task in _tasks(run, stage)]
+        numbers = map_shards(run, tasks, SampleShards, arguments, engine, environment(engine, gpu=engine.num_gpus > 0))
+        for stage in stages:
+            numbers[stage.name] |= sum_counts(run.directory(stage).glob("*/*.parquet"))
+        return numbers
+
+    return work
+
+
+def _tasks(run: Run, stage: Stage) -> list[Shard]:
+    tasks = []
+    for split in stage.settings["splits"]:
+        for number, path in enumerate(shards(run.directory(stage.inputs["demonstrations"]) / split)):
+            options = {"sampling": stage.settings["sampling"], "iteration": stage.settings["iteration"], "shard": number, "split": split}
+            rows = pq.read_metadata(path).num_rows * stage.settings["sampling"]["samples"]
+            tasks.append(Shard(stage, (str(path),), run.directory(stage) / split / path.name, options, rows))
+    return tasks
+
+
+class SampleShards:
+    """The actor: an engine, and the files around it."""
+
+    def __init__(self, tokenizer: str, **arguments: Any):
+        self.chat = Chat(tokenizer, arguments["trust_remote_code"])
+        self.generator = Generator(**arguments)
+
+    def __call__(self, inputs: list[str], output: str, options: dict[str, Any]) -> None:
+        """Samples for every row of one shard.
+
+        INPUT  DEMONSTRATION rows
+        OUTPUT SAMPLE rows, `samples` for each
+        """
+        sampling = Sampling(**options["sampling"])
+        rows = pq.read_table(inputs[0], columns=["id", "prompt", "prompt_ids"]).to_pylist()
+        # Each shard draws its own numbers, whatever ran before it on this engine.
+        seed = shard_seed(sampling.seed, options["iteration"], options["shard"], options["split"])
+        responses = self.generator([row["prompt_ids"] for row in rows], sampling, seed)
+        made = [
+            row
+            | {
+                "iteration": options["iteration"],
+                "sample": number,
+                "response": self.chat.text(response.ids),
+                "response_ids": response.ids,
+                "finish_reason": response.finish_reason,
+            }
+            for row, drawn in zip(rows, responses, strict=True)
+            for number, response in enumerate(drawn)
+        ]
+        write_rows(Path(output), made, SAMPLE, {"truncated": sum(row["finish_reason"] == "length" for row in made)})
+
+
+def shard_seed(seed: int, iteration: int, shard: int, split: str) -> int:
+    """A 31-bit seed of one shard."""
+    return (seed * 1_000_003 + iteration * 10_007 + shard * 101 + (split == "held_out") * 7) % 2**31
+

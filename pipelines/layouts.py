@@ -1,0 +1,187 @@
+"""Layouts of demonstration rows: from a row as people publish it to (messages before the response, response).
+
+Pure functions. A bad row raises `RowError` with a reason for a person.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Message = dict[str, str]
+Turns = tuple[list[Message], str]
+
+ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant", "system": "system"}
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+class RowError(ValueError):
+    """A row that cannot be used, and why."""
+
+
+def detect(row: Mapping[str, Any]) -> str | None:
+    """The layout of a row by its columns; None if no layout fits."""
+    names = {name for name, value in row.items() if value is not None}
+    if "chosen" in names and "prompt" not in names and isinstance(row["chosen"], str):
+        return "hh"
+    rules = [
+        ("preference", {"chosen"}),
+        ("spin", {"real"}),
+        ("messages", {"messages"}),
+        ("sharegpt", {"conversations"}),
+        ("alpaca", {"instruction", "output"}),
+        ("question_answer", {"question", "answer"}),
+        ("prompt_completion", {"prompt", "completion"}),
+    ]
+    return next((layout for layout, needed in rules if needed <= names), None)
+
+
+def turns(row: Mapping[str, Any], layout: str) -> Turns:
+    """Reads one row.
+
+    Args:
+        row: columns by name.
+        layout: a key of LAYOUTS.
+
+    Returns:
+        all messages before the last assistant turn, and that turn's text; both without surrounding white space in the response.
+
+    Raises:
+        RowError: missing or empty fields, wrong types, unknown roles, no assistant turn.
+    """
+    prompt, response = LAYOUTS[layout](row)
+    for message in prompt:
+        _unicode(message["content"], "prompt")
+    _unicode(response, "response")
+    if not any(message["role"] == "user" and message["content"].strip() for message in prompt):
+        raise RowError("the prompt is empty")
+    if not response.strip():
+        raise RowError("the response is empty")
+    return prompt, response.strip()
+
+
+def _prompt_completion(row: Mapping[str, Any]) -> Turns:
+    return _prompt(row, "prompt"), _response(row, "completion")
+
+
+def _question_answer(row: Mapping[str, Any]) -> Turns:
+    return _prompt(row, "question"), _response(row, "answer")
+
+
+def _alpaca(row: Mapping[str, Any]) -> Turns:
+    extra = row.get("input") or ""
+    if not isinstance(extra, str):
+        raise RowError(f"'input' is {_kind(extra)}, not text")
+    instruction = _text(row, "instruction")
+    content = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+    return [*system, {"role": "user", "content": content}], _text(row, "output")
+
+
+def _messages(row: Mapping[str, Any], column: str = "messages") -> Turns:
+    return _split(_conversation(row, column))
+
+
+def _sharegpt(row: Mapping[str, Any]) -> Turns:
+    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+    return _split([*system, *_conversation(row, "conversations")])
+
+
+def _spin(row: Mapping[str, Any]) -> Turns:
+    return _messages(row, "real")
+
+
+def _hh(row: Mapping[str, Any]) -> Turns:
+    text = _text(row, "chosen")
+    parts = HH_TURN.split(text if text.startswith("\n\n") else f"\n\n{text}")
+    if len(parts) < 3 or parts[0].strip():
+        raise RowError("'chosen' has no 'Human:' and 'Assistant:' turns")
+    roles = ["user" if who == "Human" else "assistant" for who in parts[1::2]]
+    return _split([{"role": role, "content": said.strip()} for role, said in zip(roles, parts[2::2], strict=True)])
+
+
+def _preference(row: Mapping[str, Any]) -> Turns:
+    chosen = row.get("chosen")
+    if isinstance(chosen, Mapping):
+        chosen = [chosen]
+    if isinstance(chosen, str):
+        before = _conversation(row, "conversations") if row.get("conversations") else _prompt(row, "prompt")
+        return before, chosen
+    answer = _conversation({"chosen": chosen}, "chosen")
+    context = "prompt" if isinstance(row.get("prompt"), Sequence) else "conversations"
+    if len(answer) > 1:
+        # The whole conversation stands in `chosen`; `prompt` repeats its start.
+        return _split(answer)
+    before = _conversation(row, "conversations") if context == "conversations" else _prompt(row, "prompt")
+    return _split([*before, *answer])
+
+
+LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Turns]] = {
+    "prompt_completion": _prompt_completion,
+    "messages": _messages,
+    "question_answer": _question_answer,
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+    "hh": _hh,
+    "preference": _preference,
+    "spin": _spin,
+}
+
+
+def _prompt(row: Mapping[str, Any], column: str) -> list[Message]:
+    if isinstance(row.get(column), str):
+        return [{"role": "user", "content": row[column]}]
+    return _conversation(row, column)
+
+
+def _response(row: Mapping[str, Any], column: str) -> str:
+    if isinstance(row.get(column), str) or not isinstance(row.get(column), Sequence):
+        return _text(row, column)
+    return _split([{"role": "user", "content": "-"}, *_conversation(row, column)])[1]
+
+
+def _conversation(row: Mapping[str, Any], column: str) -> list[Message]:
+    value = row.get(column)
+    if value is None:
+        raise RowError(f"'{column}' is missing")
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise RowError(f"'{column}' is {_kind(value)}, not a list of messages")
+    return [_message(item, f"{column}[{i}]") for i, item in enumerate(value)]
+
+
+def _message(item: Any, where: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise RowError(f"'{where}' is {_kind(item)}, not a message")
+    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    if role not in ROLES:
+        raise RowError(f"'{where}' has the role {role!r}; known are {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise RowError(f"the content of '{where}' is {_kind(content)}, not text")
+    return {"role": ROLES[role], "content": content}
+
+
+def _split(conversation: list[Message]) -> Turns:
+    last = max((i for i, message in enumerate(conversation) if message["role"] == "assistant"), default=-1)
+    if last < 0:
+        raise RowError("there is no assistant turn")
+    return conversation[:last], conversation[last]["content"]
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if value is None:
+        raise RowError(f"'{column}' is missing")
+    if not isinstance(value, str):
+        raise RowError(f"'{column}' is {_kind(value)}, not text")
+    return value
+
+
+def _unicode(text: str, what: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(f"the {what} holds half of a surrogate pair: its encoding is broken") from None
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "missing"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,159 @@
+"""One live display of a run in a terminal; plain lines where the output is a file or a job's log."""
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pipelines.artifacts import Display, Stage
+
+PLAIN_EVERY_SECONDS = 30.0
+"""Between two lines of a running stage, where there is no terminal."""
+
+
+class Terminal(Display):
+    """Shows the stages: done ones as lines, the running one with what is done, its rate and the time left."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console()
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())  # fmt: skip
+        self.bars = Progress(*columns, console=self.console, transient=True)
+        self.live = self.console.is_terminal
+        self.done: Callable[[], int] | None = None
+        self.task: TaskID | None = None
+        self.title = self.unit = ""
+        self.total = self.before = 0
+        self.since = self.said = time.monotonic()
+        self.over = threading.Event()
+        self.lock = threading.Lock()
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Terminal":
+        if self.live:
+            self.bars.start()
+        self.watcher.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.over.set()
+        self.watcher.join()
+        self._clear()
+        if self.live:
+            self.bars.stop()
+
+    def started(self, stages: tuple[Stage, ...]) -> None:
+        with self.lock:
+            self.title, self.unit, self.total, self.done = " + ".join(stage.name for stage in stages), "", 0, None
+            self.since = self.said = time.monotonic()
+            if self.live:
+                self.task = self.bars.add_task(self.title, total=None, rate="starting")
+            else:
+                self.console.print(f"  {self.title} ...", highlight=False)
+
+    def follow(self, total: int, unit: str, done: Callable[[], int]) -> None:
+        with self.lock:
+            self.total, self.unit, self.done, self.before = total, unit, done, done()
+            self.since = time.monotonic()
+
+    def finished(self, stage: Stage, seconds: float, skipped: bool) -> None:
+        self._clear()
+        self.console.print(f"  [dim]= {stage.name}, done before[/dim]" if skipped else f"  + {stage.name}  {seconds:.1f} s", highlight=False)
+
+    def say(self, text: str) -> None:
+        """A line above the display."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _clear(self) -> None:
+        with self.lock:
+            if self.task is not None:
+                self.bars.remove_task(self.task)
+            self.task, self.done = None, None
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.5):
+            with self.lock:
+                if self.done is None:
+                    continue
+                count = self.done()
+                rate = self._rate(count)
+                if self.task is not None:
+                    self.bars.update(self.task, completed=count, total=self.total, rate=rate)
+                elif not self.live and time.monotonic() - self.said > PLAIN_EVERY_SECONDS:
+                    self.said = time.monotonic()
+                    self.console.print(f"  {self.title}: {count}/{self.total} {rate}", highlight=False)
+
+    def _rate(self, count: int) -> str:
+        passed, made = time.monotonic() - self.since, count - self.before
+        if not made:
+            return f"{self.unit}, starting"
+        rate = made / passed
+        left = (self.total - count) / rate
+        return f"{self.unit}, {rate:.1f}/s, {left:.0f} s left"
+
+
+@contextlib.contextmanager
+def chatter_to(path: Path) -> Iterator[Console]:
+    """Sends what libraries print, also from C++, to a file for the length of the block.
+
+    Yields:
+        a console on the real standard output.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with path.open("ab") as file, os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield Console(file=out)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in enumerate(kept, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+
+
+def set_up_logs(folder: Path, display: Terminal) -> None:
+    """The whole log to job.log, warnings also to the terminal."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            display.say(f"  {record.levelname.lower()}: {record.getMessage()}")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(folder / "job.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    shown = Lines(logging.WARNING)
+    # Ours only: libraries warn about themselves.
+    shown.addFilter(lambda record: record.name.split(".")[0] in ("gsil", "pipelines", "actors", "jobs"))
+    logging.basicConfig(level=logging.INFO, handlers=[file, shown], force=True)
+
+
+def print_result(summary: dict[str, Any], root: Path) -> None:
+    """The final table and where everything is."""
+    from pipelines.summary import table
+
+    console = Console()
+    rows = table(summary["policies"], summary["iterations"])
+    shown = Table(*rows[0], title=f"{summary['run']}: held-out prompts")
+    for row in rows[1:]:
+        shown.add_row(*row, style="bold" if row[0] == summary["final"] else "")
+    console.print(shown)
+    if summary["stopped"]:
+        console.print(f"stopped early: {summary['stopped']}", highlight=False, soft_wrap=True)
+    for text in summary["warnings"]:
+        console.print(f"warning: {text}", highlight=False, soft_wrap=True)
+    console.print(f"final policy: {summary['final']}, {root / 'final'}", highlight=False, soft_wrap=True)
+    console.print(f"summary: {root / 'summary.json'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,113 @@
+"""Pairs for training: each demonstration with the samples for its prompt, and the reference policy's log-probs of both.
+
+    demonstrations/train/00000.parquet ---.
+    iteration-1/negatives/train/00000 ----+--> drop equal pairs --> score --> iteration-1/pairs/train/00000.parquet (PAIR)
+    (window 2: also iteration-0's) -------'
+
+Shards of all inputs hold the same prompts, so the join is local to a shard.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from actors.settings import Negatives, Scoring, Training
+from pipelines import base_model
+from pipelines.artifacts import Run, Stage
+from pipelines.records import PAIR, shards, sum_counts, write_rows
+from pipelines.shards import Shard, map_shards
+
+SPLITS = ("train", "held_out")
+
+
+def plan(
+    name: str,
+    demonstrations: Stage,
+    negatives: tuple[Stage, ...],
+    reference: Stage,
+    truncated: str,
+    training: Training,
+    scoring: Scoring,
+) -> Stage:
+    """The stage that pairs and scores.
+
+    Args:
+        name: of the stage.
+        demonstrations: the real side.
+        negatives: the generated side, this iteration's last; held-out pairs are made of these alone.
+        reference: the policy in the denominator.
+        truncated: "keep" or "drop" pairs whose sample was cut.
+        training: the log-probs are computed in its precision.
+        scoring: the pool.
+    """
+    settings = {"truncated": truncated, "precision": training.precision}
+    inputs = {"demonstrations": demonstrations, "reference": reference} | {f"negatives-{i}": s for i, s in enumerate(negatives)}
+    return Stage(name, settings, inputs, demand=scoring.demand())
+
+
+def score(scoring: Scoring, training: Training, negatives: Negatives, trust_remote_code: bool) -> Any:
+    """Returns the work of the stage."""
+
+    def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        stage = stages[0]
+        arguments = {
+            "weights": base_model.weights(run, stage.inputs["reference"]),
+            "scoring": scoring,
+            "training": training,
+            "trust_remote_code": trust_remote_code,
+        }
+        options = {"drop_truncated": negatives.truncated == "drop"}
+        tasks = [
+            Shard(stage, inputs, run.directory(stage) / split / Path(inputs[0]).name, options, rows=sum_counts(map(Path, inputs[1:]))["rows"])
+            for split in SPLITS
+            for inputs in _aligned(run, stage, split)
+        ]
+        numbers = map_shards(run, tasks, ScoreShards, arguments, scoring, {"OMP_NUM_THREADS": str(max(1, int(scoring.num_cpus)))})
+        counts = {split: sum_counts(shards(run.directory(stage) / split)) for split in SPLITS}
+        return {stage.name: numbers[stage.name] | counts}
+
+    return work
+
+
+def _aligned(run: Run, stage: Stage, split: str) -> list[tuple[str, ...]]:
+    """For each shard the demonstrations' file and then the negatives' files."""
+    sides = [s for role, s in sorted(stage.inputs.items()) if role.startswith("negatives-")]
+    if split == "held_out":
+        sides = sides[-1:]
+    folders = [run.directory(s) / split for s in (stage.inputs["demonstrations"], *sides)]
+    return [tuple(str(folder / path.name) for folder in folders) for path in shards(folders[0])]
+
+
+class ScoreShards:
+    """The actor: a scorer, and the files around it."""
+
+    def __init__(self, **arguments: Any):
+        from actors.scorer import Scorer
+
+        self.scorer = Scorer(**arguments)
+
+    def __call__(self, inputs: list[str], output: str, options: dict[str, Any]) -> None:
+        """Pairs and scores one shard.
+
+        INPUT  DEMONSTRATION rows; SAMPLE rows, one file or more
+        OUTPUT PAIR rows; counts of `identical` and `dropped` (cut) samples
+        """
+        from actors.learner.batches import Example
+
+        real = {row["id"]: row for row in pq.read_table(inputs[0], columns=["id", "prompt_ids", "response_ids"]).to_pylist()}
+        columns = ["id", "iteration", "sample", "response_ids", "finish_reason"]
+        samples = [row for path in inputs[1:] for row in pq.read_table(path, columns=columns).to_pylist()]
+        pairs, identical, dropped = [], 0, 0
+        for sample in samples:
+            row = real[sample["id"]]
+            if sample["response_ids"] == row["response_ids"]:
+                identical += 1
+            elif options["drop_truncated"] and sample["finish_reason"] == "length":
+                dropped += 1
+            else:
+                ids = {"prompt_ids": row["prompt_ids"], "real_ids": row["response_ids"], "generated_ids": sample["response_ids"]}
+                pairs.append({"id": sample["id"], "iteration": sample["iteration"], "sample": sample["sample"]} | ids)
+        logps = self.scorer([Example(p["id"], p["prompt_ids"], (p["real_ids"], p["generated_ids"])) for p in pairs])
+        rows = [pair | {"ref_logp_real": real, "ref_logp_generated": made} for pair, (real, made) in zip(pairs, logps, strict=True)]
+        write_rows(Path(output), rows, PAIR, {"identical": identical, "dropped": dropped})

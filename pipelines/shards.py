@@ -1,0 +1,84 @@
+"""The one way in which rows meet a model: shards of parquet, mapped one to one by a pool of actors under Ray Data.
+
+    work items --Ray Data--> actors (min..max, scaled by Ray) --> one output shard an item, written whole or not at all
+
+A finished output shard is never made again: that is resume within a stage. Items of several stages can share a pool, so that one
+engine start serves all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.settings import Pool
+from pipelines.artifacts import Run, Stage, StageError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One work item: input files to one output file, with plain options for the actor."""
+
+    stage: Stage
+    inputs: tuple[str, ...]
+    output: Path
+    options: dict[str, Any]
+    rows: int
+    """rows that it will write, about"""
+
+
+def map_shards(
+    run: Run, work: list[Shard], actor: Callable[..., Any], arguments: dict[str, Any], pool: Pool, env: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Makes the output shards that are not there yet.
+
+    Args:
+        run: the run.
+        work: all shards of all stages concerned.
+        actor: a class whose instances take one item and write its output: `(inputs, output, options) -> None`.
+        arguments: for its constructor.
+        pool: how many actors and what each asks for.
+        env: environment variables of the actors.
+
+    Returns:
+        by stage name the `share` of the wall time, by rows of work done.
+    """
+    import ray
+
+    for shard in work:
+        shard.output.parent.mkdir(parents=True, exist_ok=True)
+    pending = [shard for shard in work if not shard.output.exists()]
+    run.display.follow(sum(s.rows for s in work), "rows", lambda: sum(s.rows for s in work if s.output.exists()))
+    if pending:
+        items = [{"inputs": list(s.inputs), "output": str(s.output), "options": s.options} for s in pending]
+        done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            Adapter,
+            fn_constructor_kwargs={"actor": actor, "arguments": arguments},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=min(pool.min_actors, len(pending)), max_size=min(pool.max_actors, len(pending))),
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus or None,
+            runtime_env={"env_vars": env},
+        )
+        for _ in done.iter_rows():
+            pass
+    missing = [shard for shard in work if not shard.output.exists()]
+    if missing:
+        raise StageError(f"{missing[0].stage.name}: {missing[0].output} was not written; run the job again")
+    rows = {shard.stage.name: 0 for shard in work}
+    for shard in pending or work:
+        rows[shard.stage.name] += shard.rows
+    return {name: {"share": count / max(1, sum(rows.values()))} for name, count in rows.items()}
+
+
+class Adapter:
+    """Between Ray Data's batches of one row and an actor's verb."""
+
+    def __init__(self, actor: Callable[..., Any], arguments: dict[str, Any]):
+        self.actor = actor(**arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """INPUT inputs, output, options; OUTPUT output."""
+        for inputs, output, options in zip(batch["inputs"], batch["output"], batch["options"], strict=True):
+            self.actor([str(path) for path in inputs], str(output), dict(options))
+        return {"output": batch["output"]}

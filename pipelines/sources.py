@@ -1,0 +1,187 @@
+"""Where demonstrations come from: local paths, directories, globs, URIs, hub data sets. One raw row at a time.
+
+A raw row is `{"source": "file:row", "row": JSON text, "reason": why it could not be read}`, one of the two last ones empty: bad
+lines travel with the good ones and are counted.
+"""
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines.artifacts import StageError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+RawRow = dict[str, str]
+
+
+def find(path: str, split: str) -> list[str]:
+    """The files behind a path.
+
+    Args:
+        path: a file, directory, glob or URI.
+        split: in a directory with a file or folder of that name, only that one is taken.
+
+    Returns:
+        full paths or URIs, sorted; `["hub:ID"]` for a hub data set.
+
+    Raises:
+        StageError: nothing is there, or nothing that can be read.
+    """
+    import fsspec
+
+    if "://" not in path and not glob.has_magic(path) and not Path(path).exists():
+        if HUB_ID.match(path) and not path.endswith(SUFFIXES):
+            return [f"hub:{path}"]
+        raise StageError(f"demonstrations.path={path!r}: there is no such file or directory (in {Path.cwd()})")
+    try:
+        fs, root = fsspec.core.url_to_fs(path)
+        found = fs.glob(root) if glob.has_magic(root) else fs.find(root) if fs.isdir(root) else [root]
+    except (OSError, ValueError, ImportError) as error:
+        raise StageError(f"demonstrations.path={path!r} cannot be listed: {error}") from None
+    files = sorted(str(file) for file in found if _suffix(str(file)))
+    named = [file for file in files if split in (Path(file).name.split(".")[0].split("-")[0], Path(file).parent.name)]
+    if not files:
+        raise StageError(f"demonstrations.path={path!r} holds no file that ends in {', '.join(SUFFIXES)} (or one of them with .gz)")
+    return [str(fs.unstrip_protocol(file)) if "://" in path else str(Path(file).resolve()) for file in named or files]
+
+
+def identity(files: list[str], subset: str | None, split: str) -> list[Any]:
+    """What identifies the content of files, for a fingerprint: local files by content, remote ones by what their store says."""
+    import fsspec
+
+    marks: list[Any] = []
+    for file in files:
+        if file.startswith("hub:"):
+            marks.append([file, subset, split])
+        elif "://" in file:
+            fs, path = fsspec.core.url_to_fs(file)
+            marks.append([Path(file).name, fs.ukey(path)])
+        else:
+            with open(file, "rb") as opened:
+                marks.append([Path(file).name, hashlib.file_digest(opened, "sha256").hexdigest()])
+    return marks
+
+
+def read(file: str, subset: str | None = None, split: str = "train") -> Iterator[RawRow]:
+    """Rows of one file, in order.
+
+    Raises:
+        StageError: the file as a whole cannot be read; the text names it.
+    """
+    if file.startswith("hub:"):
+        yield from _read_hub(file.removeprefix("hub:"), subset, split)
+        return
+    readers = {".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet, ".arrow": _read_arrow, ".csv": _read_csv}
+    name = Path(file).name
+    try:
+        for number, (row, reason) in enumerate(readers[_suffix(file)](file), start=1):
+            yield {"source": f"{name}:{number}", "row": row, "reason": reason}
+    except (OSError, ValueError) as error:
+        raise StageError(f"{file} cannot be read as {_suffix(file)[1:]}: {str(error).splitlines()[0]}") from None
+
+
+Parsed = tuple[str, str]
+
+
+def _suffix(file: str) -> str:
+    name = file.removesuffix(".gz").removesuffix(".zst")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+
+
+def _open(file: str) -> Any:
+    import fsspec
+
+    return fsspec.open(file, "rb", compression="infer").open()
+
+
+def _read_lines(file: str) -> Iterator[Parsed]:
+    with _open(file) as lines:
+        yield from (_parse(line) for line in lines if line.strip())
+
+
+def _read_json(file: str) -> Iterator[Parsed]:
+    with _open(file) as opened:
+        content = opened.read()
+    try:
+        document = json.loads(content)
+    except ValueError:
+        if content.lstrip()[:1] != b"{":
+            raise
+        # JSON lines under the name .json.
+        yield from (_parse(line) for line in content.splitlines() if line.strip())
+        return
+    rows = document if isinstance(document, list) else [document]
+    yield from (_object(row) for row in rows)
+
+
+def _read_parquet(file: str) -> Iterator[Parsed]:
+    import pyarrow.parquet as pq
+
+    with _open(file) as opened:
+        for batch in pq.ParquetFile(opened).iter_batches(1024):
+            yield from (_object(row) for row in batch.to_pylist())
+
+
+def _read_arrow(file: str) -> Iterator[Parsed]:
+    import pyarrow as pa
+
+    with _open(file) as opened:
+        content = opened.read()
+    try:
+        reader: Any = pa.ipc.open_file(content)
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+    except pa.ArrowInvalid:
+        batches = pa.ipc.open_stream(content)
+    for batch in batches:
+        yield from (_object(row) for row in batch.to_pylist())
+
+
+def _read_csv(file: str) -> Iterator[Parsed]:
+    import csv
+    import io
+
+    with _open(file) as opened:
+        # A wrong byte spoils its row, not the file.
+        text = io.TextIOWrapper(opened, encoding="utf-8", errors="surrogateescape", newline="")
+        for row in csv.DictReader(text):
+            extra = row.pop(None, None)  # type: ignore[call-overload]
+            if extra:
+                yield "", "the row has more fields than the header"
+            else:
+                yield _object(row)
+
+
+def _read_hub(name: str, subset: str | None, split: str) -> Iterator[RawRow]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # The hub client raises many kinds; all mean the same to the reader.
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StageError(
+            f"hub data set {name!r} (subset {subset!r}, split {split!r}) cannot be loaded: {first}. "
+            "Check the name and the network, or give a local path"
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        text, reason = _object(row)
+        yield {"source": f"{name}/{split}:{number}", "row": text, "reason": reason}
+
+
+def _parse(line: bytes) -> Parsed:
+    try:
+        return _object(json.loads(line.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        return "", f"not UTF-8: byte {error.start} of the line"
+    except (ValueError, RecursionError) as error:
+        return "", f"broken JSON: {error}"
+
+
+def _object(row: Any) -> Parsed:
+    if not isinstance(row, dict):
+        return "", f"the row is {type(row).__name__}, not an object with columns"
+    return json.dumps(row, default=str), ""

