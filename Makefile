@@ -18,7 +18,7 @@ READY := $(VENV)/ready-$(DEVICE)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 # Where the CPU build of torch comes from: a folder or page that PIP_FIND_LINKS names, else PyTorch's own index.
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend cpu)
-INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(filter cpu,$(DEVICE)),$(TORCH_SOURCE))
+INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(if $(filter cpu,$(DEVICE)),$(TORCH_SOURCE))
 COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--extra dev --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 

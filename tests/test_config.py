@@ -1,0 +1,112 @@
+"""Config: YAML and overrides, nearest names, cross-field checks, quick and light start."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from actors.learner.deepspeed_config import deepspeed_config
+from actors.settings import Training
+from jobs.config import ConfigError, GsilConfig, build, help_text, to_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        build(GsilConfig, argv)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = build(GsilConfig, ["--config", str(path)])
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert build(GsilConfig, ["--config", str(tmp_path / "again.yaml")]) == config
+
+
+def test_overrides_win_over_files_and_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("training: {learning_rate: 1.0e-4, epochs: 3}\n")
+    config = build(GsilConfig, ["--training.learning_rate", "5e-7", "--config", str(tmp_path / "a.yaml"), "--iterations.count=5"])
+    assert (config.training.learning_rate, config.training.epochs, config.iterations.count) == (5e-7, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--training.learning_rat", "1"], ["'training.learning_rat'", "'training.learning_rate'"]),
+        (["--trainin.epochs", "1"], ["'trainin'", "'training'"]),
+        (["--objective.name", "logistik"], ["objective.name", "logistik", "logistic"]),
+        (["--objective.beta", "0"], ["objective.beta", "greater than 0"]),
+        (["--training.batch_size", "7", "--training.workers", "2"], ["batch_size=7", "workers=2"]),
+        (["--negatives.greedy", "true", "--negatives.samples", "2"], ["greedy", "samples=2"]),
+        (["--evaluation.metric", "none"], ["stop_when_worse", "evaluation.metric"]),
+        (["--training.precision", "bfloat16", "--training.zero_stage", "0"], ["zero_stage=0", "bfloat16"]),
+        (["--demonstrations.max_prompt_tokens", "1024"], ["max_prompt_tokens=1024", "max_tokens=1024"]),
+        (["--engine.tensor_parallel", "2"], ["tensor_parallel=2", "num_gpus=2"]),
+        (["--config", "no/such.yaml"], ["no/such.yaml", "No such file"]),
+        (["training.epochs", "1"], ["'training.epochs'", "--section.key"]),
+        (["--training.epochs"], ["needs a value"]),
+        (["--training", "1"], ["'training' is a section"]),
+        (["--training.epochs", "many"], ["training.epochs", "many"]),
+    ],
+)
+def test_mistakes_are_named(argv: list[str], words: list[str]) -> None:
+    message = refused(*argv)
+    assert all(word in message for word in words), message
+
+
+def test_help_names_every_key_with_its_meaning() -> None:
+    text = help_text(GsilConfig, "usage")
+    for section, field in GsilConfig.model_fields.items():
+        for key, option in field.annotation.model_fields.items():  # type: ignore[union-attr]
+            assert f"--{section}.{key}  " in text
+            assert option.description, f"{section}.{key} has no description"
+            assert option.description.strip() in text
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    probe = (
+        "import sys; sys.argv = ['job', '--help']\n"
+        "import runpy\n"
+        "try: runpy.run_path('jobs/gsil_iterative.py', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "heavy = {'ray', 'torch', 'vllm', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-c", probe], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.monotonic() - started)
+    assert min(seconds) < 1.5
+
+
+def test_a_users_deepspeed_json_is_laid_over_ours(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 1, "overlap_comm": true}, "train_batch_size": "auto", "wall_clock_breakdown": true}')
+    merged = deepspeed_config(Training(deepspeed=str(path)), world=1)
+    assert merged["zero_optimization"] == {"stage": 1, "overlap_comm": True}
+    assert merged["train_batch_size"] == 8 and merged["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"zero_optimization": {"stage": 3}}', ["zero_optimization.stage=3", "1", "zero_stage"]),
+        ('{"train_batch_size": 64}', ["train_batch_size=64", "8", "batch_size"]),
+        ('{"bf16": {"enabled": true}}', ["bf16.enabled=True", "False", "precision"]),
+        ('{"optimizer": {"type": "Adam"}}', ["optimizer", "learning_rate"]),
+        ("[1]", ["JSON object"]),
+        ("{", ["ds.json"]),
+    ],
+)
+def test_a_contradiction_with_deepspeed_json_names_both_values(text: str, words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        deepspeed_config(Training(deepspeed=str(path)), world=1)
+    assert all(word in str(error.value) for word in words), error.value

@@ -1,0 +1,52 @@
+"""Exact answers, means with errors, and when to stop or warn."""
+
+from decimal import Decimal
+
+import pytest
+
+from pipelines.artifacts import StageError
+from pipelines.evaluation import exact_answer, final_number, mean_and_error
+from pipelines.summary import indistinguishable, reward_warnings
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2 + 2 = 4\n#### 4", 4),
+        ("#### 1,234", 1234),
+        ("#### $5.50", Decimal("5.5")),
+        ("#### -7", -7),
+        ("#### 4.00", 4),
+        ("#### 3\n#### 8 apples", 8),
+        ("#### 3\nand more 9", 3),
+        ("the answer is 4", None),
+        ("####", None),
+        ("#### none", None),
+    ],
+)
+def test_the_final_number(text: str, number: int | Decimal | None) -> None:
+    assert final_number(text) == number
+
+
+def test_exact_answer_compares_numbers_not_text() -> None:
+    assert exact_answer("so #### 1,000", "#### 1000")
+    assert not exact_answer("1000", "#### 1000")
+    with pytest.raises(StageError, match="row 3.*evaluation.metric none"):
+        exact_answer("#### 1", "no number", "row 3")
+
+
+def test_mean_and_standard_error_by_hand() -> None:
+    mean, error = mean_and_error([1.0, 0.0, 1.0, 1.0])
+    assert mean == 0.75 and error == pytest.approx((0.1875 * 4 / 3 / 4) ** 0.5)
+    assert mean_and_error([]) == (None, None) and mean_and_error([1.0]) == (1.0, None)
+
+
+@pytest.mark.parametrize(("accuracy", "n", "chance"), [(0.5, 64, True), (0.62, 64, True), (0.63, 64, False), (0.37, 64, False), (0.55, 1000, False), (0.5, 0, False)])
+def test_told_apart_by_chance_means_within_two_standard_errors(accuracy: float, n: int, chance: bool) -> None:
+    assert indistinguishable({"classification_accuracy": accuracy, "held_out_pairs": n}) is chance
+
+
+def test_a_falling_reward_of_real_responses_is_told() -> None:
+    assert reward_warnings("iteration-1", {"tail_reward_real": 0.1}, gamma=0.0) == []
+    assert "stays below zero (-0.200)" in reward_warnings("iteration-1", {"tail_reward_real": -0.2}, gamma=0.0)[0]
+    assert "heads for -gamma (-0.800 of -1)" in reward_warnings("iteration-1", {"tail_reward_real": -0.8}, gamma=1.0)[0]

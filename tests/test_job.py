@@ -1,0 +1,262 @@
+"""The whole job with the real Ray, vLLM and DeepSpeed on a tiny random model: files, resume, refusal, leftovers."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = [
+    "base/model",
+    "demonstrations",
+    "base/samples",
+    "base/evaluation",
+    "sft/training",
+    "sft/samples",
+    "iteration-1/negatives",
+    "sft/evaluation",
+    "iteration-1/pairs",
+    "iteration-1/training",
+    "iteration-1/samples",
+    "iteration-1/evaluation",
+]
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 good rows and one bad one."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [json.dumps({"question": f"What is {i} and {i + 1}?", "answer": f"{i} + {i + 1} = {2 * i + 1}\n#### {2 * i + 1}"}) for i in range(40)]
+    path.write_text("\n".join([*rows[:7], '{"question": "What', *rows[7:]]) + "\n")
+    return path
+
+
+def command(model: Path, data: Path, root: Path, *extra: str) -> list[str]:
+    options = {
+        "run.name": "job",
+        "run.root": root,
+        "ray.num_cpus": 2,
+        "model.path": model,
+        "demonstrations.path": data,
+        "demonstrations.held_out_fraction": 0.4,
+        "demonstrations.max_rejected_fraction": 0.1,
+        "demonstrations.shard_rows": 8,
+        "demonstrations.max_prompt_tokens": 96,
+        "demonstrations.max_tokens": 160,
+        "sft.workers": 2,
+        "sft.epochs": 1,
+        "sft.learning_rate": 1e-3,
+        "training.learning_rate": 1e-3,
+        "iterations.count": 1,
+        "negatives.max_new_tokens": 24,
+        "evaluation.max_new_tokens": 24,
+        "engine.num_cpus": 2,
+        "engine.kv_cache_gib": 0.1,
+    }
+    flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    return [sys.executable, "jobs/gsil_iterative.py", *flags, *extra]
+
+
+def finish(argv: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv, cwd=ROOT, text=True, capture_output=True, timeout=400, **options)
+
+
+def content(run: Path) -> dict[str, Any]:
+    """What a run made: rows of parquet, bytes of weights and scores."""
+    found: dict[str, Any] = {}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.suffix == ".parquet":
+            found[name] = pq.read_table(path).to_pylist()
+        elif path.suffix == ".safetensors" or path.name == "held_out.json":
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def ours_alive(root: Path) -> list[str]:
+    """Processes that belong to a run: its own command line, or Ray workers whose session it started."""
+    alive = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().decode(errors="replace")
+                environment = (entry / "environ").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if f"GSIL_TEST={root}" in environment and words and int(entry.name) != os.getpid():
+                alive.append(words.replace("\0", " ")[:120])
+    return alive
+
+
+def wait_until_gone(root: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while left := ours_alive(root):
+        assert time.monotonic() < deadline, f"still alive: {left}"
+        time.sleep(0.5)
+
+
+def start(argv: list[str], root: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(argv, cwd=ROOT, env=os.environ | {"GSIL_TEST": str(root)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def stop_when(process: subprocess.Popen[bytes], condition: Callable[[], bool], how: signal.Signals) -> None:
+    while process.poll() is None and not condition():
+        time.sleep(0.05)
+    assert process.poll() is None, "the job ended before it could be stopped"
+    process.send_signal(how)
+    process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Path, demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    done = finish(command(tiny, demonstrations, root))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "told apart" in done.stdout and "final policy" in done.stdout
+    return root / "job"
+
+
+def test_the_run_directory(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert set(summary["policies"]) == {"base", "sft", "iteration-1"}
+    for numbers in summary["policies"].values():
+        assert set(numbers) == {"accuracy", "stderr", "n"} and numbers["n"] == summary["demonstrations"]["held_out"]
+    assert [stage["name"] for stage in summary["stages"]] == STAGES
+    assert all(not stage["skipped"] for stage in summary["stages"])
+    (iteration,) = summary["iterations"]
+    assert {"negatives", "truncated", "rejected", "reward_real", "reward_generated", "margin", "classification_accuracy"} <= set(iteration)
+    assert summary["demonstrations"]["train"] + summary["demonstrations"]["held_out"] == 40
+    assert summary["demonstrations"]["rejected"] == 1
+    (rejected,) = pq.read_table(undisturbed / "demonstrations" / "rejected.parquet").to_pylist()
+    assert rejected["source"] == "rows.jsonl:8" and "broken JSON" in rejected["reason"]
+    for name in STAGES:
+        assert json.loads((undisturbed / name / "manifest.json").read_text())["name"] == name
+    assert list(undisturbed.glob("sft/training/events.out.tfevents.*"))
+    assert "base_model:" in (undisturbed / "final" / "README.md").read_text()
+
+
+def test_the_ids_that_were_sampled_scored_and_trained_on_are_the_same(undisturbed: Path) -> None:
+    for split in ("train", "held_out"):
+        real = {r["id"]: r for p in sorted((undisturbed / "demonstrations" / split).glob("*.parquet")) for r in pq.read_table(p).to_pylist()}
+        samples = [r for p in sorted((undisturbed / "iteration-1/negatives" / split).glob("*.parquet")) for r in pq.read_table(p).to_pylist()]
+        pairs = [r for p in sorted((undisturbed / "iteration-1/pairs" / split).glob("*.parquet")) for r in pq.read_table(p).to_pylist()]
+        assert [s["id"] for s in samples] == list(real), "one sample a prompt, in order"
+        drawn = {s["id"]: s for s in samples}
+        for pair in pairs:
+            assert pair["prompt_ids"] == real[pair["id"]]["prompt_ids"] == drawn[pair["id"]]["prompt_ids"]
+            assert pair["real_ids"] == real[pair["id"]]["response_ids"]
+            assert pair["generated_ids"] == drawn[pair["id"]]["response_ids"]
+        for sample in samples:
+            ids = sample["response_ids"]
+            assert sample["prompt_ids"].count(0) == 1 and sample["prompt_ids"][0] == 0
+            assert (ids.count(1), ids[-1] == 1) == ((1, True) if sample["finish_reason"] == "stop" else (0, False))
+            assert len(ids) == 24 or sample["finish_reason"] == "stop"
+
+
+def test_the_first_step_of_the_iteration_starts_at_the_reference(undisturbed: Path) -> None:
+    first = json.loads((undisturbed / "iteration-1/training/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(1.3862944, abs=1e-4)
+    assert first["reward_real"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_policies_load_in_transformers_and_vllm_unchanged(undisturbed: Path) -> None:
+    probe = (
+        "import sys, os\n"
+        "os.environ |= {'VLLM_ENABLE_V1_MULTIPROCESSING': '0', 'VLLM_CPU_KVCACHE_SPACE': '0.1', 'HF_HUB_OFFLINE': '1'}\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "from vllm import LLM, SamplingParams\n"
+        "llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=128)\n"
+        "out = llm.chat([{'role': 'user', 'content': 'What is 3 and 4?'}], SamplingParams(temperature=0, max_tokens=4, detokenize=True))\n"
+        "prompt = tokenizer.apply_chat_template([{'role': 'user', 'content': 'What is 3 and 4?'}], add_generation_prompt=True, return_dict=False)\n"
+        "assert list(out[0].prompt_token_ids) == list(prompt), (out[0].prompt_token_ids, prompt)\n"
+        "assert model.generation_config.eos_token_id in (1, [1]), model.generation_config\n"
+        "print('loaded', len(out[0].outputs[0].token_ids))\n"
+    )
+    done = finish([sys.executable, "-c", probe, str(undisturbed / "final")])
+    assert "loaded 4" in done.stdout or "loaded" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_second_run_of_a_finished_job_does_nothing_again(undisturbed: Path, tiny: Path, demonstrations: Path) -> None:
+    before = content(undisturbed)
+    started = time.monotonic()
+    done = finish(command(tiny, demonstrations, undisturbed.parent))
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 30
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert all(stage["skipped"] for stage in summary["stages"]) and content(undisturbed) == before
+    planned = finish(command(tiny, demonstrations, undisturbed.parent, "--dry-run")).stdout
+    assert planned.count("  done ") == len(STAGES) and "to do" not in planned
+
+
+def test_killed_after_every_stage_and_within_generation_it_ends_with_the_same_files(
+    undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path
+) -> None:
+    argv, run = command(tiny, demonstrations, tmp_path), tmp_path / "job"
+    first_shards: dict[Path, int] = {}
+    moments: list[Callable[[], bool]] = [(run / name / "manifest.json").exists for name in STAGES if not name.endswith("evaluation")]
+    moments.insert(4, lambda: len(list((run / "sft/samples").glob("*/*.parquet"))) >= 1)
+    for number, moment in enumerate(moments[:-1]):
+        if moment():
+            continue
+        process = start(argv, tmp_path)
+        stop_when(process, moment, signal.SIGKILL)
+        wait_until_gone(tmp_path)
+        if number == 4:
+            first_shards = {p: p.stat().st_mtime_ns for p in (run / "sft/samples").glob("*/*.parquet")}
+            assert first_shards and not (run / "sft/samples/manifest.json").exists()
+    done = finish(argv)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(path.stat().st_mtime_ns == made for path, made in first_shards.items()), "finished shards were made again"
+    assert content(run) == content(undisturbed)
+
+
+def test_ctrl_c_leaves_nothing_behind_and_says_how_to_go_on(tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
+    argv = command(tiny, demonstrations, tmp_path)
+    process = subprocess.Popen(argv, cwd=ROOT, env=os.environ | {"GSIL_TEST": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "job/base/samples/started.json").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(3)
+    second = finish(argv)
+    assert second.returncode == 1 and "in use by another process" in second.stderr
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command continues" in errors
+    wait_until_gone(tmp_path)
+
+
+def test_a_job_submitted_to_a_running_cluster(tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
+    binaries = Path(sys.executable).parent
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "GSIL_TEST": str(tmp_path)}
+    port, dashboard = "26379", "28265"
+    head = [str(binaries / "ray"), "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--block"]
+    cluster = subprocess.Popen(
+        [*head, f"--temp-dir={tmp_path}/r"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        submit = [str(binaries / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--"]
+        job = command(tiny, demonstrations, tmp_path, "--iterations.count", "0")
+        deadline = time.monotonic() + 90
+        while True:
+            done = finish([*submit, *job], env=environment)
+            if done.returncode == 0 or "succeeded" in done.stdout or time.monotonic() > deadline:
+                break
+            assert "onnect" in done.stdout + done.stderr, done.stdout + done.stderr
+            time.sleep(2)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert set(json.loads((tmp_path / "job" / "summary.json").read_text())["policies"]) == {"base", "sft"}
+    finally:
+        cluster.send_signal(signal.SIGTERM)
+        cluster.wait(timeout=60)
+    wait_until_gone(tmp_path)
