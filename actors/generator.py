@@ -103,5 +103,3 @@ class Generator:
         if stopped != (bool(ids) and ids[-1] in self.stop_ids):
             raise RuntimeError(f"the engine says finish_reason={reason!r} of a response that ends in token {ids[-1:]}")
         return Response(ids, reason)
-
-

@@ -211,6 +211,7 @@ def help_text(schema: type[BaseModel], usage: str) -> str:
         assert section, "a config is made of sections"
         lines += ["", f"{name}: {(section.__doc__ or '').strip()}"]
         for key, option in section.model_fields.items():
+            # A section of the job can have defaults of its own (sft: two epochs).
             default = getattr(field.default, key)
             lines.append(f"  --{name}.{key}  {_type_name(option.annotation)}, default {_shown(default)}")
             lines.append(f"      {(option.description or '').strip()}")
@@ -233,4 +234,3 @@ def _shown(value: Any) -> str:
 def to_yaml(config: Settings) -> str:
     """The resolved config, as it can be given to `--config` again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-

@@ -21,7 +21,7 @@ from typing import Any
 
 from jobs.config import GsilConfig, parse, to_yaml
 from pipelines import base_model, cluster, demonstrations, evaluation, generation, policy_training, reference, summary
-from pipelines.artifacts import Run, Stage, StageError, locked, write_json
+from pipelines.artifacts import Run, Stage, locked, write_json
 
 log = logging.getLogger("gsil")
 
@@ -72,15 +72,15 @@ def plan(config: GsilConfig) -> Graph:
 
     def policy(name: str, weights: Stage) -> Policy:
         sampling = config.evaluation.sampling()
-        samples = generation.plan(f"{name}/samples", weights, base, data, sampling, config.engine, 0, ("held_out",))
+        samples = generation.plan(f"{name}/samples", weights, base, data, sampling, config.engine, 0, {"held_out": None})
         return Policy(name, weights, samples, evaluation.plan(f"{name}/evaluation", samples, data, config.evaluation))
 
     sft = policy("sft", policy_training.plan("sft/training", base, base, data, config.sft, None))
     policies, negatives, iterations = [sft], [], []
     for t in range(1, config.iterations.count + 1):
         name, previous = f"iteration-{t}", policies[-1].weights
-        splits = ("train", "held_out")
-        negatives.append(generation.plan(f"{name}/negatives", previous, base, data, config.negatives, config.engine, t, splits))
+        prompts = {"train": None, "held_out": config.evaluation.pairs}
+        negatives.append(generation.plan(f"{name}/negatives", previous, base, data, config.negatives, config.engine, t, prompts))
         ref = previous if config.iterations.reference == "previous" else sft.weights
         start = previous if config.iterations.start_from == "previous" else sft.weights
         window = tuple(negatives[-config.iterations.negatives_window :])
@@ -186,7 +186,9 @@ class Result:
             "stages": self.run.log,
             "total_seconds": round(sum(stage["seconds"] for stage in self.run.log), 1),
         }
-        summary.write_final(self.run, chosen.name, chosen.weights, summary.model_card(self.config.model_dump(mode="json"), content, chosen.name))
+        summary.write_final(
+            self.run, chosen.name, chosen.weights, summary.model_card(self.config.model_dump(mode="json"), content, chosen.name)
+        )
         write_json(self.run.root / "summary.json", content)
         return content
 

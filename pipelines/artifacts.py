@@ -174,7 +174,9 @@ def locked(root: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise StageError(f"{root} is in use by another process ({file.read().strip()}): wait for it, or choose another --run.name") from None
+            raise StageError(
+                f"{root} is in use by another process ({file.read().strip()}): wait for it, or choose another --run.name"
+            ) from None
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {os.uname().nodename} since {_now()}")
         file.flush()
@@ -211,7 +213,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,8 +1,8 @@
 """The base policy: finds the model, gives it one tokenizer with one chat template for the whole run.
 
-    base/tokenizer/   tokenizer, chat template and generation config of every policy of the run
-    base/policy/      weights, only where the source is a GGUF file; else the source is read in place
-    base/source.json  {"weights": where they are}
+base/tokenizer/   tokenizer, chat template and generation config of every policy of the run
+base/policy/      weights, only where the source is a GGUF file; else the source is read in place
+base/source.json  {"weights": where they are}
 """
 
 import importlib.util
@@ -103,14 +103,17 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
 
 def _convert(gguf: Path, directory: Path) -> None:
     """Writes a GGUF file as a plain Hugging Face directory in float32."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = loaded.config.to_dict()
     # transformers refuses to save what it read from a GGUF; a model of the same config with the same weights it saves.
     config.pop("quantization_config", None)
-    clean = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(config))
-    clean.load_state_dict(loaded.state_dict())
+    with torch.device("meta"):
+        clean = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(config))
+    clean.load_state_dict(loaded.state_dict(), assign=True)
+    clean.tie_weights()
     clean.save_pretrained(directory)
 
 

@@ -76,5 +76,7 @@ class Chat:
         tail = self.tokenizer(whole[start:], add_special_tokens=False).input_ids
         found = next((token for token in tail if token in special), self.tokenizer.eos_token_id)
         if found is None:
-            raise ValueError("the tokenizer has no EOS and its chat template ends a turn with no special token: a response could never stop")
+            raise ValueError(
+                "the tokenizer has no EOS and its chat template ends a turn with no special token: a response could never stop"
+            )
         return found

@@ -82,4 +82,6 @@ def check_fits(address: str | None, demands: Mapping[str, tuple[float, float]]) 
     for setting, (cpus, gpus) in demands.items():
         for kind, asked in (("CPU", cpus), ("GPU", gpus)):
             if asked > has.get(kind, 0):
-                raise StageError(f"{setting} asks for {asked:g} {kind}s at once, this machine has {has.get(kind, 0):g}: lower it, or raise ray.num_cpus")
+                raise StageError(
+                    f"{setting} asks for {asked:g} {kind}s at once, this machine has {has.get(kind, 0):g}: lower it, or raise ray.num_cpus"
+                )

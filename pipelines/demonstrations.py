@@ -1,8 +1,8 @@
 """Read, validate and tokenize demonstrations: files in, shards of token ids out, bad rows set aside with a reason.
 
-    files --flat_map(read)--> raw rows --map_batches(tokenize)--> rows --driver: duplicates, split--> shards
-    INPUT  source, row (JSON text), reason
-    OUTPUT demonstrations/{train,held_out}/00000.parquet (DEMONSTRATION), rejected.parquet (REJECTED)
+files --flat_map(read)--> raw rows --map_batches(tokenize)--> rows --driver: duplicates, split--> shards
+INPUT  source, row (JSON text), reason
+OUTPUT demonstrations/{train,held_out}/00000.parquet (DEMONSTRATION), rejected.parquet (REJECTED)
 """
 
 import functools
@@ -151,8 +151,8 @@ def demonstration(row: dict[str, Any], source: str, settings: Demonstrations, ch
         prompt = [{"role": "system", "content": settings.system_prompt}, *prompt]
     try:
         prompt_ids, response_ids = chat.prompt_ids(prompt), chat.response_ids(prompt, response)
-    except Exception as error:
-        # Templates are programs of others: they refuse system turns, two user turns in a row, ...
+    except Exception as error:  # noqa: BLE001
+        # Templates are programs of others: they refuse system turns, two user turns in a row, ... in ways of their own.
         raise layouts.RowError(f"the chat template refuses the conversation: {error}") from None
     if len(prompt_ids) > settings.max_prompt_tokens:
         raise layouts.RowError(f"the prompt has {len(prompt_ids)} tokens, more than max_prompt_tokens={settings.max_prompt_tokens}")
@@ -246,8 +246,10 @@ def _check(numbers: dict[str, Any], writer: _Writer, settings: Demonstrations) -
     if rejected > settings.max_rejected_fraction * read:
         first = "\n".join(f"  {row['source']}: {row['reason']}" for row in writer.rejected[:5])
         raise StageError(
-            f"{rejected} of {read} rows of {settings.path} cannot be used, more than max_rejected_fraction={settings.max_rejected_fraction}. "
-            f"The first:\n{first}\nAll of them: {writer.directory / 'rejected.parquet'}"
+            f"{rejected} of {read} rows of {settings.path} cannot be used, "
+            f"more than max_rejected_fraction={settings.max_rejected_fraction}. The first:\n{first}\nAll of them: {writer.directory / 'rejected.parquet'}"
         )
     if not numbers["train"]:
-        raise StageError(f"{settings.path} holds no usable demonstration: {numbers['read']} rows read, {numbers['held_out']} of them held out")
+        raise StageError(
+            f"{settings.path} holds no usable demonstration: {numbers['read']} rows read, {numbers['held_out']} of them held out"
+        )

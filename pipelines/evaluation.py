@@ -1,7 +1,7 @@
 """Held-out answers of a policy, scored: one row each on disk, the mean with its standard error in the manifest.
 
-    INPUT  sft/samples/held_out (SAMPLE), demonstrations/held_out (DEMONSTRATION)
-    OUTPUT sft/evaluation/scores.parquet: id, score
+INPUT  sft/samples/held_out (SAMPLE), demonstrations/held_out (DEMONSTRATION)
+OUTPUT sft/evaluation/scores.parquet: id, score
 """
 
 import math
@@ -37,7 +37,9 @@ def evaluate(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         for row in pq.read_table(path, columns=["id", "response", "finish_reason"]).to_pylist():
             truncated += row["finish_reason"] == "length"
             if metric == "exact_answer":
-                scores.append({"id": row["id"], "score": float(exact_answer(row["response"], gold[row["id"]]["response"], gold[row["id"]]["source"]))})
+                scores.append(
+                    {"id": row["id"], "score": float(exact_answer(row["response"], gold[row["id"]]["response"], gold[row["id"]]["source"]))}
+                )
     write_rows(run.directory(stage) / "scores.parquet", scores, SCORES)
     mean, error = mean_and_error([row["score"] for row in scores])
     return {stage.name: {"accuracy": mean, "stderr": error, "n": len(scores), "truncated": truncated}}
@@ -51,7 +53,9 @@ def exact_answer(response: str, demonstration: str, source: str = "") -> bool:
     """
     gold = final_number(demonstration)
     if gold is None:
-        raise StageError(f"{source}: the demonstration has no number after '####'; set --evaluation.metric none and --iterations.stop_when_worse false")
+        raise StageError(
+            f"{source}: the demonstration has no number after '####'; set --evaluation.metric none and --iterations.stop_when_worse false"
+        )
     return final_number(response) == gold
 
 

@@ -21,11 +21,31 @@ from pipelines.records import SAMPLE, shards, sum_counts, write_rows
 from pipelines.shards import Shard, map_shards
 
 
-def plan(name: str, policy: Stage, base: Stage, demonstrations: Stage, sampling: Sampling, engine: Engine, iteration: int, splits: tuple[str, ...]) -> Stage:
-    """A stage that samples `policy` once or more for every prompt of `splits`."""
+def plan(
+    name: str,
+    policy: Stage,
+    base: Stage,
+    demonstrations: Stage,
+    sampling: Sampling,
+    engine: Engine,
+    iteration: int,
+    prompts: dict[str, int | None],
+) -> Stage:
+    """A stage that samples a policy.
+
+    Args:
+        name: of the stage.
+        policy: whose samples.
+        base: where the tokenizer is.
+        demonstrations: whose prompts.
+        sampling: how to draw.
+        engine: the pool.
+        iteration: number written to every row.
+        prompts: for each split how many prompts at most; None for all.
+    """
     # What the pairs do with truncated samples is theirs.
     drawn = {key: value for key, value in sampling.identity().items() if key != "truncated"}
-    settings = {"sampling": drawn, "iteration": iteration, "splits": list(splits), "dtype": engine.dtype}
+    settings = {"sampling": drawn, "iteration": iteration, "prompts": prompts, "dtype": engine.dtype}
     return Stage(name, settings, {"policy": policy, "base": base, "demonstrations": demonstrations}, demand=engine.demand())
 
 
@@ -61,11 +81,16 @@ def sample(engine: Engine, max_model_len: int, trust_remote_code: bool) -> Any:
 
 def _tasks(run: Run, stage: Stage) -> list[Shard]:
     tasks = []
-    for split in stage.settings["splits"]:
+    sampling = stage.settings["sampling"]
+    for split, limit in stage.settings["prompts"].items():
+        before = 0
         for number, path in enumerate(shards(run.directory(stage.inputs["demonstrations"]) / split)):
-            options = {"sampling": stage.settings["sampling"], "iteration": stage.settings["iteration"], "shard": number, "split": split}
-            rows = pq.read_metadata(path).num_rows * stage.settings["sampling"]["samples"]
-            tasks.append(Shard(stage, (str(path),), run.directory(stage) / split / path.name, options, rows))
+            there = pq.read_metadata(path).num_rows
+            prompts = there if limit is None else max(0, min(there, limit - before))
+            before += there
+            options = {"sampling": sampling, "iteration": stage.settings["iteration"], "shard": number, "split": split, "prompts": prompts}
+            if prompts:
+                tasks.append(Shard(stage, (str(path),), run.directory(stage) / split / path.name, options, prompts * sampling["samples"]))
     return tasks
 
 
@@ -83,7 +108,7 @@ class SampleShards:
         OUTPUT SAMPLE rows, `samples` for each
         """
         sampling = Sampling(**options["sampling"])
-        rows = pq.read_table(inputs[0], columns=["id", "prompt", "prompt_ids"]).to_pylist()
+        rows = pq.read_table(inputs[0], columns=["id", "prompt", "prompt_ids"]).slice(0, options["prompts"]).to_pylist()
         # Each shard draws its own numbers, whatever ran before it on this engine.
         seed = shard_seed(sampling.seed, options["iteration"], options["shard"], options["split"])
         responses = self.generator([row["prompt_ids"] for row in rows], sampling, seed)
@@ -105,4 +130,3 @@ class SampleShards:
 def shard_seed(seed: int, iteration: int, shard: int, split: str) -> int:
     """A 31-bit seed of one shard."""
     return (seed * 1_000_003 + iteration * 10_007 + shard * 101 + (split == "held_out") * 7) % 2**31
-

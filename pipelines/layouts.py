@@ -10,7 +10,15 @@ from typing import Any
 Message = dict[str, str]
 Turns = tuple[list[Message], str]
 
-ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant", "system": "system"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "system": "system",
+}
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 

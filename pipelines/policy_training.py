@@ -1,7 +1,7 @@
 """SFT and GSIL training: parquet in, a policy out. Ray Train gangs the workers, each runs `actors.learner.worker`.
 
-    INPUT  demonstrations/train (SFT) or iteration-1/pairs/train (GSIL)
-    OUTPUT policy/ (Hugging Face directory), metrics.jsonl, TensorBoard events, held_out.{json,parquet}
+INPUT  demonstrations/train (SFT) or iteration-1/pairs/train (GSIL)
+OUTPUT policy/ (Hugging Face directory), metrics.jsonl, TensorBoard events, held_out.{json,parquet}
 """
 
 import json
@@ -16,7 +16,6 @@ from actors.settings import Objective, Tracking, Training
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.records import shards
-
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(32 * 2**30), "MALLOC_TOP_PAD_": str(256 * 2**20)}
 """glibc keeps large freed blocks: giving them back makes every step fault gradients and optimizer copies in again, which took half
@@ -34,10 +33,14 @@ def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, 
         training: settings.
         objective: None for SFT.
     """
-    settings = {"training": training.identity(), "objective": objective.identity() if objective else "sft"}
+    steps = training.identity()
     if training.deepspeed:
         # A contradiction stops here, before anything runs; what the file says is part of the stage.
-        settings["training"]["deepspeed"] = deepspeed_config(training, training.workers)
+        try:
+            steps["deepspeed"] = deepspeed_config(training, training.workers)
+        except ValueError as error:
+            raise StageError(str(error)) from None
+    settings = {"training": steps, "objective": objective.identity() if objective else "sft"}
     return Stage(name, settings, {"start": start, "base": base, "data": data}, demand=training.demand())
 
 

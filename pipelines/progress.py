@@ -26,7 +26,14 @@ class Terminal(Display):
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())  # fmt: skip
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+        )
         self.bars = Progress(*columns, console=self.console, transient=True)
         self.live = self.console.is_terminal
         self.done: Callable[[], int] | None = None
@@ -67,7 +74,9 @@ class Terminal(Display):
 
     def finished(self, stage: Stage, seconds: float, skipped: bool) -> None:
         self._clear()
-        self.console.print(f"  [dim]= {stage.name}, done before[/dim]" if skipped else f"  + {stage.name}  {seconds:.1f} s", highlight=False)
+        self.console.print(
+            f"  [dim]= {stage.name}, done before[/dim]" if skipped else f"  + {stage.name}  {seconds:.1f} s", highlight=False
+        )
 
     def say(self, text: str) -> None:
         """A line above the display."""

@@ -59,7 +59,9 @@ def score(scoring: Scoring, training: Training, negatives: Negatives, trust_remo
         }
         options = {"drop_truncated": negatives.truncated == "drop"}
         tasks = [
-            Shard(stage, inputs, run.directory(stage) / split / Path(inputs[0]).name, options, rows=sum_counts(map(Path, inputs[1:]))["rows"])
+            Shard(
+                stage, inputs, run.directory(stage) / split / Path(inputs[0]).name, options, rows=sum_counts(map(Path, inputs[1:]))["rows"]
+            )
             for split in SPLITS
             for inputs in _aligned(run, stage, split)
         ]
@@ -76,7 +78,8 @@ def _aligned(run: Run, stage: Stage, split: str) -> list[tuple[str, ...]]:
     if split == "held_out":
         sides = sides[-1:]
     folders = [run.directory(s) / split for s in (stage.inputs["demonstrations"], *sides)]
-    return [tuple(str(folder / path.name) for folder in folders) for path in shards(folders[0])]
+    # Negatives are drawn for a part of the held-out prompts only.
+    return [tuple(str(folder / path.name) for folder in folders) for path in shards(folders[-1])]
 
 
 class ScoreShards:

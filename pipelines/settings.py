@@ -65,7 +65,7 @@ class Demonstrations(Settings):
     """hold out the first N valid rows at most ("arithmetic": make N)"""
     layout: Literal["auto", "prompt_completion", "messages", "question_answer", "alpaca", "sharegpt", "hh", "preference", "spin"] = "auto"
     """how rows look; recognised by their columns"""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     """rename columns first: {name in the layout: name in your data}"""
     system_prompt: str | None = None
     """put before every conversation that has no system turn of its own"""
@@ -111,6 +111,9 @@ class Evaluation(Settings):
     """exact_answer: the number after the last #### equals the demonstration's; none: only samples are kept"""
     max_new_tokens: int = Field(256, ge=1)
     """length limit of an answer"""
+
+    pairs: int = Field(256, ge=0)
+    """held-out prompts for which every iteration draws a negative too, to measure whether pairs can still be told apart"""
 
     def sampling(self) -> Sampling:
         """Greedy answers."""

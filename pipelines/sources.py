@@ -62,7 +62,7 @@ def identity(files: list[str], subset: str | None, split: str) -> list[Any]:
             fs, path = fsspec.core.url_to_fs(file)
             marks.append([Path(file).name, fs.ukey(path)])
         else:
-            with open(file, "rb") as opened:
+            with Path(file).open("rb") as opened:
                 marks.append([Path(file).name, hashlib.file_digest(opened, "sha256").hexdigest()])
     return marks
 
@@ -149,7 +149,7 @@ def _read_csv(file: str) -> Iterator[Parsed]:
         # A wrong byte spoils its row, not the file.
         text = io.TextIOWrapper(opened, encoding="utf-8", errors="surrogateescape", newline="")
         for row in csv.DictReader(text):
-            extra = row.pop(None, None)  # type: ignore[call-overload]
+            extra = row.pop(None, None)
             if extra:
                 yield "", "the row has more fields than the header"
             else:
@@ -161,7 +161,8 @@ def _read_hub(name: str, subset: str | None, split: str) -> Iterator[RawRow]:
 
     try:
         rows = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # The hub client raises many kinds; all mean the same to the reader.
+    except Exception as error:  # noqa: BLE001
+        # The hub client raises many kinds; all mean the same to the reader.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StageError(
             f"hub data set {name!r} (subset {subset!r}, split {split!r}) cannot be loaded: {first}. "

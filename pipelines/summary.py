@@ -65,7 +65,7 @@ def write_final(run: Run, name: str, policy: Stage, card: str) -> None:
     (building / "README.md").write_text(card, encoding="utf-8")
     write_json(building / "policy.json", {"policy": name, "fingerprint": policy.fingerprint})
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(building, final)
+    building.replace(final)
 
 
 def model_card(config: dict[str, Any], summary: dict[str, Any], chosen: str) -> str:

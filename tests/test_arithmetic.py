@@ -9,17 +9,21 @@ def test_solutions_are_arithmetically_right_and_end_in_their_answer() -> None:
     for problem in problems(300, seed=1, held_out=False):
         *steps, last = problem["answer"].splitlines()
         equations = [re.search(r"(\d+) ([-+*/]) (\d+) = (\d+)", step) for step in steps]
-        assert 2 <= len(steps) <= 4 and all(equations)
+        assert 2 <= len(steps) <= 4
+        result = 0
         for found in equations:
             assert found
             left, sign, right, result = int(found[1]), found[2], int(found[3]), int(found[4])
             assert {"+": left + right, "-": left - right, "*": left * right, "/": left / right}[sign] == result
-        assert last == f"#### {found[4]}"
+        assert last == f"#### {result}"
 
 
 def test_templates_are_many_and_all_used() -> None:
     assert len(TEMPLATES) >= 25
-    openings = {re.sub(r"\d+|[A-Z][a-z]+|apples|books|stamps|marbles|cards|shells|pencils|cookies|stickers|coins", "_", p["question"]) for p in problems(300, 0, False)}
+    openings = {
+        re.sub(r"\d+|[A-Z][a-z]+|apples|books|stamps|marbles|cards|shells|pencils|cookies|stickers|coins", "_", p["question"])
+        for p in problems(300, 0, False)
+    }
     assert len(openings) >= 25
 
 

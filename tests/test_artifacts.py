@@ -131,5 +131,9 @@ def test_a_changed_value_reruns_exactly_what_depends_on_it(override: list[str], 
     changed = {name for name, fingerprint in DEFAULT.items() if now[name] != fingerprint}
     expected = {name for name in DEFAULT if any(name == r or name.startswith(f"{r}/") or name.endswith(f"/{r}") for r in rerun)}
     # What an iteration's policy answers depends on its training.
-    expected |= {name for name in DEFAULT if name.startswith("iteration-1/") and "iteration-1/training" in rerun and name.rpartition("/")[2] in ("samples", "evaluation")}
+    expected |= {
+        name
+        for name in DEFAULT
+        if name.startswith("iteration-1/") and "iteration-1/training" in rerun and name.rpartition("/")[2] in ("samples", "evaluation")
+    }
     assert changed == expected

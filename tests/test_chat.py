@@ -34,7 +34,12 @@ def test_a_template_with_bos_gives_exactly_one(tiny: Path) -> None:
 @pytest.mark.parametrize("family", ["smollm2", "tiny"])
 def test_prompt_and_response_are_the_conversation_tokenized_once(family: str, request: pytest.FixtureRequest) -> None:
     chat = Chat(str(request.getfixturevalue(family)))
-    turns = [{"role": "system", "content": "Be brief."}, *PROMPT, {"role": "assistant", "content": "12"}, {"role": "user", "content": "Sure?"}]
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        *PROMPT,
+        {"role": "assistant", "content": "12"},
+        {"role": "user", "content": "Sure?"},
+    ]
     ids = chat.prompt_ids(turns) + chat.response_ids(turns, "Yes: 12.")
     whole = chat.tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "Yes: 12."}], tokenize=True, return_dict=False)
     assert list(whole)[: len(ids)] == ids

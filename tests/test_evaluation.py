@@ -31,7 +31,7 @@ def test_the_final_number(text: str, number: int | Decimal | None) -> None:
 def test_exact_answer_compares_numbers_not_text() -> None:
     assert exact_answer("so #### 1,000", "#### 1000")
     assert not exact_answer("1000", "#### 1000")
-    with pytest.raises(StageError, match="row 3.*evaluation.metric none"):
+    with pytest.raises(StageError, match=r"row 3.*evaluation\.metric none"):
         exact_answer("#### 1", "no number", "row 3")
 
 
@@ -41,7 +41,10 @@ def test_mean_and_standard_error_by_hand() -> None:
     assert mean_and_error([]) == (None, None) and mean_and_error([1.0]) == (1.0, None)
 
 
-@pytest.mark.parametrize(("accuracy", "n", "chance"), [(0.5, 64, True), (0.62, 64, True), (0.63, 64, False), (0.37, 64, False), (0.55, 1000, False), (0.5, 0, False)])
+@pytest.mark.parametrize(
+    ("accuracy", "n", "chance"),
+    [(0.5, 64, True), (0.62, 64, True), (0.63, 64, False), (0.37, 64, False), (0.55, 1000, False), (0.5, 0, False)],
+)
 def test_told_apart_by_chance_means_within_two_standard_errors(accuracy: float, n: int, chance: bool) -> None:
     assert indistinguishable({"classification_accuracy": accuracy, "held_out_pairs": n}) is chance
 

@@ -35,7 +35,9 @@ STAGES = [
 def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 good rows and one bad one."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [json.dumps({"question": f"What is {i} and {i + 1}?", "answer": f"{i} + {i + 1} = {2 * i + 1}\n#### {2 * i + 1}"}) for i in range(40)]
+    rows = [
+        json.dumps({"question": f"What is {i} and {i + 1}?", "answer": f"{i} + {i + 1} = {2 * i + 1}\n#### {2 * i + 1}"}) for i in range(40)
+    ]
     path.write_text("\n".join([*rows[:7], '{"question": "What', *rows[7:]]) + "\n")
     return path
 
@@ -147,8 +149,12 @@ def test_the_run_directory(undisturbed: Path) -> None:
 
 def test_the_ids_that_were_sampled_scored_and_trained_on_are_the_same(undisturbed: Path) -> None:
     for split in ("train", "held_out"):
-        real = {r["id"]: r for p in sorted((undisturbed / "demonstrations" / split).glob("*.parquet")) for r in pq.read_table(p).to_pylist()}
-        samples = [r for p in sorted((undisturbed / "iteration-1/negatives" / split).glob("*.parquet")) for r in pq.read_table(p).to_pylist()]
+        real = {
+            r["id"]: r for p in sorted((undisturbed / "demonstrations" / split).glob("*.parquet")) for r in pq.read_table(p).to_pylist()
+        }
+        samples = [
+            r for p in sorted((undisturbed / "iteration-1/negatives" / split).glob("*.parquet")) for r in pq.read_table(p).to_pylist()
+        ]
         pairs = [r for p in sorted((undisturbed / "iteration-1/pairs" / split).glob("*.parquet")) for r in pq.read_table(p).to_pylist()]
         assert [s["id"] for s in samples] == list(real), "one sample a prompt, in order"
         drawn = {s["id"]: s for s in samples}
@@ -177,14 +183,15 @@ def test_the_policies_load_in_transformers_and_vllm_unchanged(undisturbed: Path)
         "model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "from vllm import LLM, SamplingParams\n"
         "llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=128)\n"
-        "out = llm.chat([{'role': 'user', 'content': 'What is 3 and 4?'}], SamplingParams(temperature=0, max_tokens=4, detokenize=True))\n"
-        "prompt = tokenizer.apply_chat_template([{'role': 'user', 'content': 'What is 3 and 4?'}], add_generation_prompt=True, return_dict=False)\n"
+        "asked = [{'role': 'user', 'content': 'What is 3 and 4?'}]\n"
+        "out = llm.chat(asked, SamplingParams(temperature=0, max_tokens=4, detokenize=True))\n"
+        "prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)\n"
         "assert list(out[0].prompt_token_ids) == list(prompt), (out[0].prompt_token_ids, prompt)\n"
         "assert model.generation_config.eos_token_id in (1, [1]), model.generation_config\n"
         "print('loaded', len(out[0].outputs[0].token_ids))\n"
     )
     done = finish([sys.executable, "-c", probe, str(undisturbed / "final")])
-    assert "loaded 4" in done.stdout or "loaded" in done.stdout, done.stderr[-2000:]
+    assert "loaded" in done.stdout, done.stderr[-2000:]
 
 
 def test_a_second_run_of_a_finished_job_does_nothing_again(undisturbed: Path, tiny: Path, demonstrations: Path) -> None:
@@ -223,7 +230,9 @@ def test_killed_after_every_stage_and_within_generation_it_ends_with_the_same_fi
 
 def test_ctrl_c_leaves_nothing_behind_and_says_how_to_go_on(tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
     argv = command(tiny, demonstrations, tmp_path)
-    process = subprocess.Popen(argv, cwd=ROOT, env=os.environ | {"GSIL_TEST": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env=os.environ | {"GSIL_TEST": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while not (tmp_path / "job/base/samples/started.json").exists():
         assert process.poll() is None
         time.sleep(0.1)

@@ -25,7 +25,11 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("preference", {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}),
     (
         "preference",
-        {"conversations": [{"from": "human", "value": "Hi?"}], "chosen": {"from": "gpt", "value": "Yes."}, "rejected": {"from": "gpt", "value": "No."}},
+        {
+            "conversations": [{"from": "human", "value": "Hi?"}],
+            "chosen": {"from": "gpt", "value": "Yes."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
     ),
     ("spin", {"real": [USER, ANSWER], "generated": [USER, ANSWER]}),
 ]
@@ -91,9 +95,8 @@ def test_unknown_columns_are_no_layout() -> None:
 )
 def test_real_data_sets_are_recognised(file: str, layout: str, shared_data: Path) -> None:
     path = shared_data / file
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as lines:
-        rows = json.load(lines) if path.suffix == ".json" else [json.loads(line) for line in lines]
+    content = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+    rows = json.loads(content) if path.suffix == ".json" else [json.loads(line) for line in content.splitlines()]
     assert {detect(row) for row in rows} == {layout}
     read = 0
     for row in rows:

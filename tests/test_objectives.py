@@ -11,7 +11,9 @@ from actors.settings import Objective
 
 
 def side(logps: list[float], refs: list[float], lengths: list[int]) -> Side:
-    return Side(torch.tensor(logps, dtype=torch.float64, requires_grad=True), torch.tensor(refs, dtype=torch.float64), torch.tensor(lengths))
+    return Side(
+        torch.tensor(logps, dtype=torch.float64, requires_grad=True), torch.tensor(refs, dtype=torch.float64), torch.tensor(lengths)
+    )
 
 
 def test_logistic_by_hand() -> None:

@@ -8,11 +8,14 @@ Shapes: B rows, T positions, N response tokens of a batch, R responses of a batc
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
+
+
+TokenIds = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,8 @@ class Example:
     """One prompt and its responses, as token ids, with what the reference policy gives them."""
 
     id: str
-    prompt_ids: Sequence[int]
-    responses: tuple[Sequence[int], ...]
+    prompt_ids: TokenIds
+    responses: tuple[TokenIds, ...]
     ref_logps: tuple[float, ...] = ()
 
     @property
@@ -51,8 +54,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)}
+        return replace(self, **tensors)
 
 
 def shares_prompt(config: Any) -> bool:
@@ -143,7 +146,8 @@ def deal(batch: np.ndarray, lengths: np.ndarray, micro_batches: int, rank: int, 
         batch: row indices of the global batch.
         lengths: tokens of every row of the data set.
         micro_batches: how many each worker runs; a short last batch can leave some empty.
-        rank: of this worker, of `world`.
+        rank: of this worker.
+        world: number of workers.
     """
     by_length = batch[np.argsort(-lengths[batch], kind="stable")]
     return [part[rank::world] for part in np.array_split(by_length, micro_batches)]

@@ -49,10 +49,7 @@ def export(engine: Any, settings: Training, tokenizer: str, directory: Path) -> 
             masters[id(parameter)] = (parameter.detach() if full is None else full).to("cpu", dtype).clone()
     if writes:
         # Tied weights are one parameter under several names; transformers writes them once.
-        state = {
-            name: masters[id(parameter)]
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-        }
+        state = {name: masters[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
         state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
         model.config.dtype = dtype
         model.save_pretrained(directory, state_dict=state)

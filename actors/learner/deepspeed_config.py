@@ -6,6 +6,10 @@ from typing import Any
 
 from actors.settings import Training
 
+CPU_BUCKETS = {"reduce_bucket_size": 30_000_000, "allgather_bucket_size": 30_000_000}
+"""Elements that gloo moves at once. DeepSpeed's default of 500 million, meant for GPUs, holds a whole small model in one piece:
+4.1 s a step against 2.6 s (SmolLM2-135M, bfloat16, 8 rows of 85 tokens, two workers of one thread)."""
+
 
 def deepspeed_config(settings: Training, world: int) -> dict[str, Any]:
     """Builds the config that `deepspeed.initialize` gets.
@@ -22,7 +26,7 @@ def deepspeed_config(settings: Training, world: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.batch_size // (world * settings.micro_batch_size),
         "gradient_clipping": settings.max_grad_norm,
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": {"stage": settings.zero_stage} | (CPU_BUCKETS if settings.gpus_per_worker == 0 else {}),
         "bf16": {"enabled": settings.precision == "bfloat16"},
         # The optimizer is torch's AdamW, which DeepSpeed has not listed as tested with ZeRO.
         "zero_allow_untested_optimizer": True,

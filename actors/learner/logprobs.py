@@ -51,7 +51,12 @@ class ResponseLogProbs(torch.nn.Module):
         ).last_hidden_state
         source_ND = hidden_BTD.flatten(0, 1)[batch.sources_N]
         logps = [
-            checkpoint(self._token_logps, source_ND[start : start + CHUNK_TOKENS], batch.targets_N[start : start + CHUNK_TOKENS], use_reentrant=False)
+            checkpoint(
+                self._token_logps,
+                source_ND[start : start + CHUNK_TOKENS],
+                batch.targets_N[start : start + CHUNK_TOKENS],
+                use_reentrant=False,
+            )
             if torch.is_grad_enabled()
             else self._token_logps(source_ND[start : start + CHUNK_TOKENS], batch.targets_N[start : start + CHUNK_TOKENS])
             for start in range(0, len(batch.targets_N), CHUNK_TOKENS)

@@ -10,7 +10,7 @@ of the global batch, so that any number of workers and micro-batches takes the s
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
