@@ -247,7 +247,8 @@ def _check(numbers: dict[str, Any], writer: _Writer, settings: Demonstrations) -
         first = "\n".join(f"  {row['source']}: {row['reason']}" for row in writer.rejected[:5])
         raise StageError(
             f"{rejected} of {read} rows of {settings.path} cannot be used, "
-            f"more than max_rejected_fraction={settings.max_rejected_fraction}. The first:\n{first}\nAll of them: {writer.directory / 'rejected.parquet'}"
+            f"more than max_rejected_fraction={settings.max_rejected_fraction}. The first:\n{first}\n"
+            f"All of them: {writer.directory / 'rejected.parquet'}"
         )
     if not numbers["train"]:
         raise StageError(

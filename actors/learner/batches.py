@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-
 TokenIds = Sequence[int] | np.ndarray
 
 

@@ -1,0 +1,38 @@
+"""The house: imports point one way, and the mathematics stay free of engines."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ABOVE = {"actors": {"pipelines", "jobs"}, "pipelines": {"jobs"}, "jobs": set[str]()}
+MATHEMATICS = [ROOT / "actors" / "learner" / f"{name}.py" for name in ("objectives", "logprobs", "batches", "data")]
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("room", list(ABOVE))
+def test_imports_point_from_jobs_to_pipelines_to_actors(room: str) -> None:
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        assert not set(imported(path)) & ABOVE[room], path
+
+
+@pytest.mark.parametrize("path", MATHEMATICS, ids=lambda path: path.stem)
+def test_the_mathematics_know_no_engine(path: Path) -> None:
+    assert not set(imported(path)) & {"ray", "vllm", "deepspeed"}
+
+
+def test_no_file_grows_past_one_subject() -> None:
+    for room in ABOVE:
+        for path in (ROOT / room).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 330, path
