@@ -128,7 +128,7 @@ def tokenize(batch: dict[str, Any], settings: Demonstrations, tokenizer: str, tr
 
 
 def demonstration(row: dict[str, Any], source: str, settings: Demonstrations, chat: Chat) -> dict[str, Any]:
-    """One raw row as a DEMONSTRATION row.
+    """One raw row as a DEMONSTRATION row, and whether its response was cut (`truncated`).
 
     Raises:
         layouts.RowError: the row cannot be used.
@@ -157,13 +157,15 @@ def demonstration(row: dict[str, Any], source: str, settings: Demonstrations, ch
     if len(prompt_ids) > settings.max_prompt_tokens:
         raise layouts.RowError(f"the prompt has {len(prompt_ids)} tokens, more than max_prompt_tokens={settings.max_prompt_tokens}")
     key = json.dumps([prompt, response], ensure_ascii=False).encode()
+    room = settings.max_tokens - len(prompt_ids)
     return {
         "id": hashlib.sha256(key).hexdigest()[:16],
         "source": source,
         "prompt": prompt,
         "response": response,
         "prompt_ids": prompt_ids,
-        "response_ids": response_ids[: settings.max_tokens - len(prompt_ids)],
+        "response_ids": response_ids[:room],
+        "truncated": len(response_ids) > room,
     }
 
 
@@ -201,7 +203,7 @@ class _Writer:
 
     def _add(self, split: str, record: dict[str, Any]) -> None:
         self.rows[split] += 1
-        self.truncated += len(record["prompt_ids"]) + len(record["response_ids"]) >= self.settings.max_tokens
+        self.truncated += record.pop("truncated")
         self.buffers[split].append(record)
         if len(self.buffers[split]) == self.settings.shard_rows:
             self._flush(split)

@@ -28,7 +28,7 @@ class RaySettings(Settings):
     """Which cluster."""
 
     address: str | None = None
-    """a running cluster ("auto", "ray://host:10001"); else RAY_ADDRESS; else a local instance is started"""
+    """a running cluster ("auto" or HOST:6379); else RAY_ADDRESS; else a local instance is started"""
     num_cpus: int | None = Field(None, ge=1)
     """CPUs of the local instance; all by default"""
 

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -250,8 +252,10 @@ def test_a_job_submitted_to_a_running_cluster(tiny: Path, demonstrations: Path, 
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "GSIL_TEST": str(tmp_path)}
     port, dashboard = "26379", "28265"
     head = [str(binaries / "ray"), "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--block"]
+    # Paths of Unix sockets are short: not below pytest's folders.
+    temporary = tempfile.mkdtemp(prefix="ray-")
     cluster = subprocess.Popen(
-        [*head, f"--temp-dir={tmp_path}/r"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*head, f"--temp-dir={temporary}"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         submit = [str(binaries / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--"]
@@ -268,4 +272,5 @@ def test_a_job_submitted_to_a_running_cluster(tiny: Path, demonstrations: Path, 
     finally:
         cluster.send_signal(signal.SIGTERM)
         cluster.wait(timeout=60)
+        shutil.rmtree(temporary, ignore_errors=True)
     wait_until_gone(tmp_path)

@@ -1,0 +1,175 @@
+"""Reading data: sources, splits, limits and what is set aside, through real Ray Data; and errors in one line."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import base_model, demonstrations, sources
+from pipelines.artifacts import Run, Stage, StageError, write_json
+from pipelines.cluster import person_can_mend
+from pipelines.settings import Demonstrations
+
+ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(30)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    text = "\n".join(json.dumps(row) for row in rows)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            table_writer = csv.DictWriter(file, list(rows[0]))
+            table_writer.writeheader()
+            table_writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.arrow", "a.csv", "a.jsonl.gz"])
+def test_every_format_gives_the_same_rows(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, ROWS)
+    (file,) = sources.find(str(path), "train")
+    read = list(sources.read(file))
+    assert [json.loads(row["row"]) for row in read] == ROWS
+    assert read[2]["source"] == f"{name}:3" and not any(row["reason"] for row in read)
+
+
+def test_broken_lines_travel_with_their_reason(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": \n\xff\xfe\n[1]\n\n{"prompt": "b"}\n')
+    reasons = [row["reason"] for row in sources.read(str(path))]
+    assert reasons[0] == reasons[4] == "" and len(reasons) == 5
+    assert "broken JSON" in reasons[1] and "not UTF-8" in reasons[2] and "list" in reasons[3]
+
+
+def test_directories_globs_splits_and_uris(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROWS[:20])
+    write(tmp_path / "test.jsonl", ROWS[20:])
+    (tmp_path / "README.md").write_text("not data")
+    assert [Path(f).name for f in sources.find(str(tmp_path), "test")] == ["test.jsonl"]
+    assert [Path(f).name for f in sources.find(str(tmp_path), "validation")] == ["test.jsonl", "train.jsonl"]
+    assert [Path(f).name for f in sources.find(f"{tmp_path}/t*.jsonl", "-")] == ["test.jsonl", "train.jsonl"]
+    (uri,) = sources.find(f"file://{tmp_path}/train.jsonl", "train")
+    assert len(list(sources.read(uri))) == 20
+    assert sources.find("openai/gsm8k", "train") == ["hub:openai/gsm8k"]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("no/such/file.jsonl", "no such file"), ("EMPTY", "holds no file"), ("nosuch://x/y.jsonl", "cannot be listed")],
+)
+def test_a_path_that_leads_nowhere_is_one_clear_line(path: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=words) as error:
+        sources.find(str(tmp_path) if path == "EMPTY" else path, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(StageError, match=r"a\.parquet cannot be read as parquet"):
+        list(sources.read(str(path)))
+
+
+def prepare(tmp_path: Path, tokenizer: Path, **settings: Any) -> tuple[Run, Stage, dict[str, Any]]:
+    """Runs the stage on a base stage that is there already."""
+    run = Run(tmp_path / "run")
+    base = Stage("base/model", {})
+
+    def there(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        write_json(run.directory(base) / "source.json", {"weights": str(tokenizer)})
+        (run.directory(base) / "tokenizer").symlink_to(tokenizer)
+        return {}
+
+    run.do(there, base)
+    assert base_model.tokenizer(run, base)
+    options = Demonstrations(**{"max_prompt_tokens": 64, "max_tokens": 96, "shard_rows": 8} | settings)
+    stage = demonstrations.plan(options, base)
+    run.do(demonstrations.prepare(options, False), stage)
+    return run, stage, run.numbers(stage)
+
+
+def rows_of(run: Run, stage: Stage, split: str) -> list[dict[str, Any]]:
+    return [row for path in demonstrations.shard_paths(run, stage, split) for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_rows_become_shards_and_bad_ones_are_set_aside(tiny: Path, tmp_path: Path) -> None:
+    bad: list[dict[str, Any]] = [
+        {"prompt": "", "completion": "x"},
+        {"prompt": "long " * 200, "completion": "x"},
+        ROWS[0],
+        {"prompt": 3, "completion": "x"},
+        {"prompt": "only"},
+    ]
+    path = write(tmp_path / "a.jsonl", [*ROWS, *bad])
+    run, stage, numbers = prepare(tmp_path, tiny, path=str(path), held_out_fraction=0.3, max_rejected_fraction=0.5)
+    train, held_out = rows_of(run, stage, "train"), rows_of(run, stage, "held_out")
+    assert (len(train), len(held_out)) == (numbers["train"], numbers["held_out"]) and len(train) + len(held_out) == 30
+    assert 3 <= len(held_out) <= 16 and not {r["id"] for r in train} & {r["id"] for r in held_out}
+    assert [row["source"] for row in train] == sorted((r["source"] for r in train), key=lambda s: int(s.split(":")[1]))
+    assert all(len(pq.read_table(p)) == 8 for p in demonstrations.shard_paths(run, stage, "train")[:-1])
+    rejected = pq.read_table(run.directory(stage) / "rejected.parquet").to_pylist()
+    reasons = [row["reason"] for row in rejected]
+    assert len(reasons) == 5 == numbers["rejected"]
+    for reason, words in zip(
+        reasons, ["prompt is empty", "more than max_prompt_tokens=64", "earlier row", "a number", "missing"], strict=True
+    ):
+        assert words in reason
+    assert rejected[0]["source"] == "a.jsonl:31" and json.loads(rejected[0]["row"]) == bad[0]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_too_many_bad_rows_stop_the_job_and_show_the_first(tiny: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [*ROWS[:8], {"prompt": "x"}, {"prompt": "y"}])
+    with pytest.raises(StageError) as error:
+        prepare(tmp_path, tiny, path=str(path))
+    assert "2 of 10 rows" in str(error.value) and "a.jsonl:9: fields are missing" in str(error.value)
+    assert (tmp_path / "run" / "demonstrations" / "rejected.parquet").exists()
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("rows", "settings", "words"),
+    [
+        ([{"text": "a"}], {}, "no layout fits the columns text"),
+        (ROWS, {"columns": {"prompt": "q"}}, "'q', but the columns are completion, prompt"),
+        ([], {}, "no usable demonstration: 0 rows read"),
+    ],
+)
+def test_wrong_data_as_a_whole_is_one_clear_line(
+    rows: list[dict[str, Any]], settings: dict[str, Any], words: str, tiny: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(Exception) as error:
+        prepare(tmp_path, tiny, path=str(path), **settings)
+    known = person_can_mend(error.value)
+    assert known and words in str(known) and "\n" not in str(known)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_columns_system_prompt_cut_responses_and_limits(tiny: Path, tmp_path: Path) -> None:
+    rows = [{"q": f"What is {i}?", "a": "very " * 60 + str(i)} for i in range(12)]
+    options = {"columns": {"prompt": "q", "completion": "a"}, "system_prompt": "Be brief.", "limit": 5, "held_out_fraction": 0.0}
+    run, stage, numbers = prepare(tmp_path, tiny, path=str(write(tmp_path / "a.jsonl", rows)), **options)
+    made = rows_of(run, stage, "train")
+    assert numbers == {"train": 5, "held_out": 0, "rejected": 0, "read": 5, "truncated": 5}
+    for row in made:
+        assert row["prompt"][0] == {"role": "system", "content": "Be brief."}
+        # Cut at max_tokens: no EOS, as nothing ended.
+        assert len(row["prompt_ids"]) + len(row["response_ids"]) == 96 and 1 not in row["response_ids"]
