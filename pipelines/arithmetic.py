@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 VERSION = 1
+DRAWS = 500
+"""Draws of numbers after which a template counts as used up."""
 NAMES = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gita", "Hugo", "Iris", "Jon", "Kira", "Leo", "Mia", "Noah", "Olga", "Paul")
 ITEMS = ("apples", "books", "stamps", "marbles", "cards", "shells", "pencils", "cookies", "stickers", "coins")
 OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
@@ -209,18 +211,26 @@ def problems(count: int, seed: int, held_out: bool) -> Iterator[dict[str, str]]:
 
     Yields:
         {"question", "answer"}: the layout of GSM8K.
+
+    Raises:
+        ValueError: there are not so many.
     """
     draw = random.Random(f"{seed}:{held_out}")
     seen: set[tuple[int, tuple[int, ...]]] = set()
+    left = list(range(len(TEMPLATES)))
     while len(seen) < count:
-        index = len(seen) % len(TEMPLATES)
-        template = TEMPLATES[index]
-        numbers = {name: draw.randint(*limits) for name, limits in template.numbers.items()}
-        key = (index, tuple(numbers.values()))
-        results = solve(template, numbers)
-        if key not in seen and results and is_held_out(*key) == held_out:
-            seen.add(key)
-            yield _write(template, numbers, results, draw)
+        if not left:
+            raise ValueError(f"{count} generated problems were asked for, there are about {len(seen)}: lower the limit")
+        index = left.pop(0)
+        for _ in range(DRAWS):
+            numbers = {name: draw.randint(*limits) for name, limits in TEMPLATES[index].numbers.items()}
+            key = (index, tuple(numbers.values()))
+            results = solve(TEMPLATES[index], numbers)
+            if key not in seen and results and is_held_out(*key) == held_out:
+                seen.add(key)
+                left.append(index)
+                yield _write(TEMPLATES[index], numbers, results, draw)
+                break
 
 
 def is_held_out(index: int, numbers: tuple[int, ...]) -> bool:

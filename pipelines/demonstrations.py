@@ -98,8 +98,11 @@ def _read(file: str, settings: Demonstrations, split: str) -> Iterator[sources.R
         return sources.read(file, settings.subset, split)
     held_out = split == "held_out"
     count = (settings.held_out_limit if held_out else settings.limit) or ARITHMETIC_PROBLEMS
-    made = enumerate(arithmetic.problems(count, settings.seed, held_out), start=1)
-    return ({"source": f"arithmetic/{split}:{number}", "row": json.dumps(row), "reason": ""} for number, row in made)
+    try:
+        made = list(arithmetic.problems(count, settings.seed, held_out))
+    except ValueError as error:
+        raise StageError(f"demonstrations.path=arithmetic: {error}") from None
+    return ({"source": f"arithmetic/{split}:{number}", "row": json.dumps(row), "reason": ""} for number, row in enumerate(made, start=1))
 
 
 @functools.lru_cache(maxsize=2)

@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from pipelines.arithmetic import TEMPLATES, is_held_out, problems, solve
 
 
@@ -40,6 +42,11 @@ def test_held_out_numbers_are_never_trained_on() -> None:
         return {re.sub(words, "_", p["question"]) for seed in range(4) for p in problems(500, seed, held_out)}
 
     assert not stripped(True) & stripped(False)
+
+
+def test_more_problems_than_there_are_is_an_error() -> None:
+    with pytest.raises(ValueError, match="there are about"):
+        list(problems(10**6, 0, True))
 
 
 def test_a_step_that_is_no_positive_whole_number_is_no_problem() -> None:
