@@ -90,10 +90,22 @@ def _rows(settings: Demonstrations, split: str, tokenizer: str, trust_remote_cod
     tasks = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
     raw = tasks.flat_map(lambda task: _read(task["file"], settings, name))
     options = {"settings": settings, "tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
-    return raw.map_batches(tokenize, batch_size=1024, fn_kwargs=options).iter_rows()
+    for row in raw.map_batches(tokenize, batch_size=1024, fn_kwargs=options).iter_rows():
+        if row["fatal"]:
+            raise StageError(row["fatal"])
+        yield row
 
 
 def _read(file: str, settings: Demonstrations, split: str) -> Iterator[sources.RawRow]:
+    try:
+        for row in _raw_rows(file, settings, split):
+            yield row | {"fatal": ""}
+    except StageError as error:
+        # Ray Data buries exceptions of tasks in text of its own: what a person must read travels as a row.
+        yield {"source": file, "row": "", "reason": "", "fatal": str(error)}
+
+
+def _raw_rows(file: str, settings: Demonstrations, split: str) -> Iterator[sources.RawRow]:
     if settings.path != "arithmetic":
         return sources.read(file, settings.subset, split)
     held_out = split == "held_out"
@@ -113,21 +125,22 @@ def _chat(tokenizer: str, trust_remote_code: bool) -> Chat:
 def tokenize(batch: dict[str, Any], settings: Demonstrations, tokenizer: str, trust_remote_code: bool) -> dict[str, list[Any]]:
     """One batch of raw rows; a row that cannot be used keeps its reason.
 
-    INPUT  source, row, reason
+    INPUT  source, row, reason, fatal (why the whole data cannot be used)
     OUTPUT the same and `record`: the DEMONSTRATION row as JSON, empty where there is a reason
     """
     chat = _chat(tokenizer, trust_remote_code)
-    reasons, records = [], []
-    for source, text, reason in zip(batch["source"], batch["row"], batch["reason"], strict=True):
-        record = ""
-        if not reason:
-            try:
-                record = json.dumps(demonstration(json.loads(text), str(source), settings, chat))
-            except layouts.RowError as error:
-                reason = str(error)
-        reasons.append(str(reason))
-        records.append(record)
-    return {"source": list(batch["source"]), "row": list(batch["row"]), "reason": reasons, "record": records}
+    made: dict[str, list[Any]] = {name: [str(value) for value in batch[name]] for name in ("source", "row", "reason", "fatal")}
+    made["record"] = [""] * len(made["row"])
+    for i, text in enumerate(made["row"]):
+        if made["reason"][i] or made["fatal"][i]:
+            continue
+        try:
+            made["record"][i] = json.dumps(demonstration(json.loads(text), made["source"][i], settings, chat))
+        except layouts.RowError as error:
+            made["reason"][i] = str(error)
+        except StageError as error:
+            made["fatal"][i] = str(error)
+    return made
 
 
 def demonstration(row: dict[str, Any], source: str, settings: Demonstrations, chat: Chat) -> dict[str, Any]:
@@ -223,7 +236,7 @@ class _Writer:
 
     def _cuts(self, source_split: str) -> bool:
         """Whether held-out rows are cut from this source."""
-        return source_split == "train" and _origin(self.settings, "held_out") is None
+        return source_split == "train" and self.settings.held_out_fraction > 0 and _origin(self.settings, "held_out") is None
 
     def _split(self, source_split: str, row_id: str) -> str:
         if not self._cuts(source_split):

@@ -62,6 +62,8 @@ def turns(row: Mapping[str, Any], layout: str) -> Turns:
     _unicode(response, "response")
     if not any(message["role"] == "user" and message["content"].strip() for message in prompt):
         raise RowError("the prompt is empty")
+    if prompt[-1]["role"] != "user":
+        raise RowError(f"the response follows a turn of the {prompt[-1]['role']}, not of the user")
     if not response.strip():
         raise RowError("the response is empty")
     return prompt, response.strip()

@@ -49,7 +49,7 @@ def test_padding_and_company_change_nothing(tiny: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64, attn_implementation="sdpa").eval()
     module = ResponseLogProbs(model)
     together = module(collate(EXAMPLES, pad_id=1, share_prompt=True)).tolist()
-    for pad_id in (0, 2, 299):
+    for pad_id in (0, 2, model.config.vocab_size - 1):
         assert module(collate(EXAMPLES, pad_id=pad_id, share_prompt=True)).tolist() == pytest.approx(together, abs=1e-5)
     alone = [value for e in EXAMPLES for value in module(collate([e], pad_id=1, share_prompt=True)).tolist()]
     assert alone == pytest.approx(together, abs=1e-5)

@@ -12,7 +12,6 @@ import pytest
 
 from pipelines import base_model, demonstrations, sources
 from pipelines.artifacts import Run, Stage, StageError, write_json
-from pipelines.cluster import person_can_mend
 from pipelines.settings import Demonstrations
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(30)]
@@ -156,10 +155,9 @@ def test_wrong_data_as_a_whole_is_one_clear_line(
     rows: list[dict[str, Any]], settings: dict[str, Any], words: str, tiny: Path, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(Exception) as error:
+    with pytest.raises(StageError) as error:
         prepare(tmp_path, tiny, path=str(path), **settings)
-    known = person_can_mend(error.value)
-    assert known and words in str(known) and "\n" not in str(known)
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.usefixtures("local_ray")

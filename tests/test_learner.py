@@ -124,4 +124,6 @@ def test_sft_raises_the_log_probs_of_demonstrations(tiny: Path, pairs: Path, tmp
     demonstrations = tmp_path / "demonstrations.parquet"
     pq.write_table(pa.table({"id": rows["id"], "prompt_ids": rows["prompt_ids"], "response_ids": rows["real_ids"]}), demonstrations)
     steps = train(tiny, demonstrations, tmp_path / "out", 1, None, epochs=3)
-    assert steps[-1]["logps_real"] > steps[0]["logps_real"] and steps[-1]["loss"] < steps[0]["loss"]
+    assert len(steps) == 6 and {"loss", "logps_real", "grad_norm"} <= set(steps[0])
+    after = json.loads((tmp_path / "out" / "held_out.json").read_text())["logps_real"]
+    assert after > np.mean(rows["ref_logp_real"].to_pylist()) + 1
