@@ -91,7 +91,7 @@ class Engine(Pool):
     """weights and activations of the engine"""
     max_num_seqs: int = placement(256, ge=1)
     """sequences decoded at once"""
-    kv_cache_gib: float = placement(2, gt=0)
+    kv_cache_gib: int = placement(2, ge=1)
     """key-value cache on a CPU, GiB"""
     gpu_memory_utilization: float = placement(0.9, gt=0, le=1)
     """share of a GPU's memory that the engine may take"""
