@@ -37,11 +37,6 @@ def plan(settings: Demonstrations, base: Stage) -> Stage:
     return Stage("demonstrations", identity, {"base": base})
 
 
-def shard_paths(run: Run, stage: Stage, split: str) -> list[Path]:
-    """Shards of one split, in order."""
-    return sorted((run.directory(stage) / split).glob("*.parquet"))
-
-
 def prepare(settings: Demonstrations, trust_remote_code: bool) -> Any:
     """Returns the work of the stage."""
 

@@ -63,11 +63,6 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema,
     return table.num_rows
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of one shard."""
-    return pq.read_table(path).to_pylist()
-
-
 def sum_counts(paths: Iterable[Path]) -> dict[str, int]:
     """The counts of `write_rows` over files, and their `rows`."""
     total = {"rows": 0}

@@ -12,6 +12,7 @@ import pytest
 
 from pipelines import base_model, demonstrations, sources
 from pipelines.artifacts import Run, Stage, StageError, write_json
+from pipelines.records import shards
 from pipelines.settings import Demonstrations
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(30)]
@@ -104,7 +105,7 @@ def prepare(tmp_path: Path, tokenizer: Path, **settings: Any) -> tuple[Run, Stag
 
 
 def rows_of(run: Run, stage: Stage, split: str) -> list[dict[str, Any]]:
-    return [row for path in demonstrations.shard_paths(run, stage, split) for row in pq.read_table(path).to_pylist()]
+    return [row for path in shards(run.directory(stage) / split) for row in pq.read_table(path).to_pylist()]
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -122,7 +123,7 @@ def test_rows_become_shards_and_bad_ones_are_set_aside(tiny: Path, tmp_path: Pat
     assert (len(train), len(held_out)) == (numbers["train"], numbers["held_out"]) and len(train) + len(held_out) == 30
     assert 3 <= len(held_out) <= 16 and not {r["id"] for r in train} & {r["id"] for r in held_out}
     assert [row["source"] for row in train] == sorted((r["source"] for r in train), key=lambda s: int(s.split(":")[1]))
-    assert all(len(pq.read_table(p)) == 8 for p in demonstrations.shard_paths(run, stage, "train")[:-1])
+    assert all(len(pq.read_table(p)) == 8 for p in shards(run.directory(stage) / "train")[:-1])
     rejected = pq.read_table(run.directory(stage) / "rejected.parquet").to_pylist()
     reasons = [row["reason"] for row in rejected]
     assert len(reasons) == 5 == numbers["rejected"]
