@@ -51,6 +51,9 @@ def train(training: Training, objective: Objective | None, tracking: Tracking, t
         stage = stages[0]
         directory = run.directory(stage)
         data = {split: _filled(run.directory(stage.inputs["data"]) / split) for split in ("train", "held_out")}
+        if objective is None:
+            # Held-out answers tell about SFT; held-out pairs exist only later.
+            data["held_out"] = []
         job = {
             "name": f"{run.root.name}/{stage.name}",
             "weights": base_model.weights(run, stage.inputs["start"]),
