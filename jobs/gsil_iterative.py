@@ -180,7 +180,7 @@ class Result:
             "policies": {name: {key: numbers[key] for key in ("accuracy", "stderr", "n")} for name, numbers in evaluations.items()},
             "iterations": self.iterations,
             "final": chosen.name,
-            "stopped": self.stopped,
+            "stopped": self.stopped if len(self.iterations) < self.config.iterations.count else None,
             "warnings": self.warnings,
             "demonstrations": self.run.numbers(self.graph.demonstrations),
             "stages": self.run.log,

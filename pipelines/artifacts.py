@@ -144,8 +144,9 @@ class Run:
 
     def _finish(self, stage: Stage, numbers: dict[str, Any], seconds: float) -> None:
         directory = self.directory(stage)
-        (directory / "started.json").unlink()
-        files = {str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()}
+        started = directory / "started.json"
+        made = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != started]
+        files = {str(path.relative_to(directory)): path.stat().st_size for path in made}
         manifest = {
             "name": stage.name,
             "fingerprint": stage.fingerprint,
@@ -159,6 +160,8 @@ class Run:
             "versions": versions(),
         }
         write_json(directory / "manifest.json", manifest)
+        # Last: a process that dies in between has finished the stage.
+        started.unlink()
 
 
 @contextlib.contextmanager
