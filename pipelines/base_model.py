@@ -46,6 +46,9 @@ def prepare(model: Model) -> Any:
         # In a worker: the driver never loads a model, nor the libraries for one.
         resolved = model.model_copy(update={"chat_template": stages[0].settings["chat_template"]})
         numbers = ray.get(ray.remote(_prepare).remote(resolved, _absolute(model.path), run.directory(stages[0])))
+        if numbers["plain_chat_template"]:
+            # Said here: what a worker logs does not reach the job's log.
+            log.warning("%s has no chat template: a plain one is used (User: ... Assistant: ...)", model.path)
         return {stages[0].name: numbers}
 
     return work
@@ -87,7 +90,6 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
         tokenizer.chat_template = model.chat_template
     plain = tokenizer.chat_template is None
     if plain:
-        log.warning("%s has no chat template: a plain one is used (User: ... Assistant: ...)", model.path)
         tokenizer.chat_template = PLAIN_TEMPLATE
     tokenizer.save_pretrained(directory / "tokenizer")
     chat = Chat(str(directory / "tokenizer"), model.trust_remote_code)

@@ -4,7 +4,6 @@ The ids made here are generated from, scored and trained on. The template writes
 assistant's turn, once, and that token counts.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ PLAIN_TEMPLATE = (
 """For models without a chat template."""
 
 Message = dict[str, str]
-log = logging.getLogger(__name__)
 
 
 class Chat:
