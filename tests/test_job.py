@@ -267,9 +267,10 @@ def test_a_job_submitted_to_a_running_cluster(tiny: Path, demonstrations: Path, 
         deadline = time.monotonic() + 90
         while True:
             done = finish([*submit, *job], env=environment)
-            if done.returncode == 0 or "succeeded" in done.stdout or time.monotonic() > deadline:
+            # The job server answers before it has found its agent: both come up some seconds after the head node.
+            starting = any(text in done.stderr for text in ("Failed to connect", "No available agent"))
+            if not starting or time.monotonic() > deadline:
                 break
-            assert "onnect" in done.stdout + done.stderr, done.stdout + done.stderr
             time.sleep(2)
         assert done.returncode == 0, done.stdout + done.stderr
         assert set(json.loads((tmp_path / "job" / "summary.json").read_text())["policies"]) == {"base", "sft"}
