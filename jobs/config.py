@@ -50,6 +50,14 @@ class GsilConfig(Settings):
         """Longest prompt and response that an engine sees, tokens."""
         return self.demonstrations.max_prompt_tokens + max(self.negatives.max_new_tokens, self.evaluation.max_new_tokens)
 
+    def longest(self) -> dict[str, int]:
+        """Longest sequences that the model meets, tokens, by the settings that ask for them."""
+        longer = "negatives" if self.negatives.max_new_tokens >= self.evaluation.max_new_tokens else "evaluation"
+        return {
+            f"demonstrations.max_prompt_tokens + {longer}.max_new_tokens": self.max_model_len(),
+            "demonstrations.max_tokens": self.demonstrations.max_tokens,
+        }
+
     def demands(self) -> dict[str, tuple[float, float]]:
         """Least (CPUs, GPUs) that must be free at one time, by the section that asks."""
         pools = {"engine": self.engine, "scoring": self.scoring}

@@ -103,6 +103,7 @@ def align(config: GsilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     result = Result(config, graph, run)
 
     run.do(base_model.prepare(config.model), graph.base_model)
+    base_model.check_context(run, graph.base_model, config.longest())
     run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
     run.do(sample, graph.base.samples)
     run.do(evaluation.evaluate, graph.base.evaluation)

@@ -20,10 +20,34 @@ log = logging.getLogger(__name__)
 
 def plan(model: Model) -> Stage:
     """The stage that readies the base model."""
-    settings = model.identity()
+    settings = model.identity() | {"files": _files(model.path)}
     if model.chat_template:
         settings["chat_template"] = _template(model.chat_template)
-    return Stage("base/model", settings)
+    return Stage("base/model", settings, version=2)
+
+
+def _files(path: str) -> dict[str, list[int]]:
+    """Size and time of change of every file of a local model: an edited model is another one. Empty for a hub id or a package."""
+    place = Path(path)
+    files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place] if place.is_file() else []
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def check_context(run: Run, base: Stage, asked: dict[str, int]) -> None:
+    """Stops before an engine or a worker would find out that sequences do not fit the model.
+
+    Args:
+        run: the run.
+        base: the base model's finished stage.
+        asked: longest sequence in tokens, by the settings that ask for it.
+
+    Raises:
+        StageError: one of them is longer than the model's context.
+    """
+    context = run.numbers(base)["context"]
+    for settings, tokens in asked.items():
+        if context is not None and tokens > context:
+            raise StageError(f"{settings} = {tokens} tokens, but the context of the model is {context}: lower what asks for it")
 
 
 def weights(run: Run, stage: Stage) -> str:
@@ -74,7 +98,7 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
         directory: of the stage.
 
     Returns:
-        whether the plain template was taken, and the tokens that end a response.
+        whether the plain template was taken, the tokens that end a response, and the model's context in tokens (None: no limit known).
 
     Raises:
         StageError: the model cannot be loaded.
@@ -100,7 +124,8 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
     declared = generation.eos_token_id
     generation.eos_token_id = sorted({*chat.stop_ids, *(declared if isinstance(declared, list) else [declared])} - {None})
     generation.save_pretrained(directory / "tokenizer")
-    return {"plain_chat_template": plain, "stop_ids": generation.eos_token_id}
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return {"plain_chat_template": plain, "stop_ids": generation.eos_token_id, "context": context}
 
 
 def _convert(gguf: Path, directory: Path) -> None:

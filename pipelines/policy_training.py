@@ -5,6 +5,7 @@ OUTPUT policy/ (Hugging Face directory), metrics.jsonl, TensorBoard events, held
 """
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from actors.settings import Objective, Tracking, Training
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.records import shards
+from pipelines.shards import last_words
 
+log = logging.getLogger(__name__)
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(32 * 2**30), "MALLOC_TOP_PAD_": str(256 * 2**20)}
 """glibc keeps large freed blocks: giving them back makes every step fault gradients and optimizer copies in again, which took half
 of the time of a step on a CPU (6.9 s with, 3.2 s without; SmolLM2-135M, 8 rows of 85 tokens, one thread)."""
@@ -115,7 +118,8 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
     except ray.train.TrainingFailedError as error:
         causes = getattr(error, "worker_failures", None) or {}
         first = next(iter(causes.values()), error)
-        raise StageError(f"{job['name']}: a training worker failed: {first}") from error
+        log.info("%s", first)
+        raise StageError(f"{job['name']}: a training worker failed: {last_words(first)} (logs/job.log has all of it)") from error
 
 
 def _numbers(directory: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A finished output shard is never made again: that is resume within a stage. Item
 engine start serves all of them.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 from actors.settings import Pool
 from pipelines.artifacts import Run, Stage, StageError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,12 @@ def map_shards(
 
     Returns:
         by stage name the `share` of the wall time, by rows of work done.
+
+    Raises:
+        StageError: an actor could not be started, or failed on a shard; the finished shards stay.
     """
     import ray
+    from ray.exceptions import RayError
 
     for shard in work:
         shard.output.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +67,12 @@ def map_shards(
             num_gpus=pool.num_gpus or None,
             runtime_env={"env_vars": env},
         )
-        for _ in done.iter_rows():
-            pass
+        try:
+            for _ in done.iter_rows():
+                pass
+        except RayError as error:
+            log.info("%s", error)
+            raise StageError(f"{pending[0].stage.name}: an actor failed: {last_words(error)} (logs/job.log has all of it)") from error
     missing = [shard for shard in work if not shard.output.exists()]
     if missing:
         raise StageError(f"{missing[0].stage.name}: {missing[0].output} was not written; run the job again")
@@ -82,3 +93,9 @@ class Adapter:
         for inputs, output, options in zip(batch["inputs"], batch["output"], batch["options"], strict=True):
             self.actor([str(path) for path in inputs], str(output), dict(options))
         return {"output": batch["output"]}
+
+
+def last_words(error: BaseException) -> str:
+    """What a worker said last: Ray's exceptions carry the worker's whole traceback as text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -251,6 +251,56 @@ def test_ctrl_c_leaves_nothing_behind_and_says_how_to_go_on(tiny: Path, demonstr
     wait_until_gone(tmp_path)
 
 
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """All rows of a folder of shards."""
+    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_a_window_of_two_an_initial_reference_and_several_samples(
+    undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "job"
+    shutil.copytree(undisturbed, run)
+    options = ["--iterations.negatives_window", "2", "--iterations.reference", "initial", "--iterations.start_from", "initial"]
+    options += ["--negatives.samples", "2", "--iterations.stop_when_indistinguishable", "false"]
+    done = finish(command(tiny, demonstrations, tmp_path, *options, "--iterations.count", "2"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert [s["name"] for s in summary["stages"] if s["skipped"]] == [n for n in STAGES if not n.startswith("iteration")]
+    for split, iterations in (("train", (1, 2)), ("held_out", (2,))):
+        real = {row["id"]: row["response_ids"] for row in rows_of(run / "demonstrations" / split)}
+        drawn = [row for t in iterations for row in rows_of(run / f"iteration-{t}/negatives" / split)]
+        assert len(drawn) == 2 * len(real) * len(iterations)
+        kept = {(row["id"], row["iteration"], row["sample"]) for row in drawn if row["response_ids"] != real[row["id"]]}
+        pairs = rows_of(run / "iteration-2/pairs" / split)
+        assert {(row["id"], row["iteration"], row["sample"]) for row in pairs} == kept and len(pairs) == len(kept)
+    # Both iterations start from SFT and refer to it: the same pair has the same reference, the first step is at zero.
+    references = [
+        {(r["id"], r["sample"]): r["ref_logp_generated"] for r in rows_of(run / f"iteration-{t}/pairs/train") if r["iteration"] == 1}
+        for t in (1, 2)
+    ]
+    assert references[0] and references[0] == pytest.approx(references[1], abs=1e-3)
+    for t in (1, 2):
+        first = json.loads((run / f"iteration-{t}/training/metrics.jsonl").read_text().splitlines()[0])
+        assert first["reward_real"] == pytest.approx(0, abs=1e-4)
+
+    # Cut samples dropped: what is left stopped by itself.
+    done = finish(command(tiny, demonstrations, tmp_path, *options, "--negatives.truncated", "drop"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    samples = rows_of(run / "iteration-1/negatives/train")
+    stopped = {(row["id"], row["sample"]) for row in samples if row["finish_reason"] == "stop"}
+    assert {(row["id"], row["sample"]) for row in rows_of(run / "iteration-1/pairs/train")} == stopped
+    (numbers,) = json.loads((run / "summary.json").read_text())["iterations"]
+    assert numbers["rejected"] == len(samples) - len(stopped) > 0
+
+
+def test_a_prompt_that_cannot_fit_the_model_is_refused_before_an_engine_starts(tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
+    done = finish(command(tiny, demonstrations, tmp_path, "--negatives.max_new_tokens", "500"))
+    assert done.returncode == 1 and not (tmp_path / "job" / "base" / "samples").exists()
+    assert "demonstrations.max_prompt_tokens + negatives.max_new_tokens = 596 tokens, but the context of the model is 512" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_job_submitted_to_a_running_cluster(tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
     binaries = Path(sys.executable).parent
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "GSIL_TEST": str(tmp_path)}

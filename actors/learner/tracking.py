@@ -38,7 +38,9 @@ class Tracker:
         if tracking.mlflow_uri:
             self.mlflow = _import("mlflow", "tracking.mlflow_uri")
             self.mlflow.set_tracking_uri(tracking.mlflow_uri)
+            self.mlflow.set_experiment(name.partition("/")[0])
             self.mlflow.start_run(run_name=name)
+            self.mlflow.log_params(_flat(config))
 
     def log(self, metrics: dict[str, float]) -> None:
         """Records one step; `metrics["step"]` is its number."""
@@ -72,3 +74,11 @@ def _import(package: str, key: str) -> Any:
         return importlib.import_module(package)
     except ImportError:
         raise ValueError(f"{key} is set, but {package} is not installed on the workers: install the extra {package!r}") from None
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names; MLflow takes no others, and no long values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)[:500]}
+    return flat

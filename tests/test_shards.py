@@ -1,0 +1,48 @@
+"""The pool of actors: what a person reads when an actor fails, and what stays."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.settings import Pool
+from pipelines.artifacts import Run, Stage, StageError
+from pipelines.shards import Shard, map_shards
+
+
+class Writes:
+    """Fails on the shard that it is told to fail on, or at once."""
+
+    def __init__(self, broken: bool = False):
+        if broken:
+            raise RuntimeError("no engine\nhead size 16 is not supported")
+
+    def __call__(self, inputs: list[str], output: str, options: dict[str, Any]) -> None:
+        if options["bad"]:
+            raise OSError(f"{inputs[0]} is gone")
+        Path(output).write_text("done")
+
+
+def shards(root: Path, bad: int | None = None) -> list[Shard]:
+    return [Shard(Stage("a", {}), (f"in-{i}",), root / "a" / f"{i}.parquet", {"bad": i == bad}, rows=i + 1) for i in range(3)]
+
+
+def test_every_shard_once_and_its_share(local_ray: None, tmp_path: Path) -> None:
+    work = shards(tmp_path)
+    work[0].output.parent.mkdir()
+    work[0].output.write_text("before")
+    assert map_shards(Run(tmp_path), work, Writes, {}, Pool(), {}) == {"a": {"share": 1.0}}
+    assert [shard.output.read_text() for shard in work] == ["before", "done", "done"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "arguments", "said"), [(1, {}, "OSError: in-1 is gone"), (None, {"broken": True}, "head size 16 is not supported")]
+)
+def test_a_failing_actor_is_one_line_and_the_log_has_the_rest(
+    bad: int | None, arguments: dict[str, Any], said: str, local_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "pipelines.shards"), pytest.raises(StageError) as caught:
+        map_shards(Run(tmp_path), shards(tmp_path, bad), Writes, arguments, Pool(), {})
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("a: an actor failed: ") and said in str(caught.value)
+    assert "Traceback" in caplog.text
