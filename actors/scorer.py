@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from actors.learner import checkpoint
+from actors.learner import policy
 from actors.learner.batches import Example, collate, shares_prompt
 from actors.learner.logprobs import ResponseLogProbs
 from actors.settings import Scoring, Training
@@ -28,7 +28,7 @@ class Scorer:
         self.device = "cuda" if scoring.num_gpus else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(max(1, int(scoring.num_cpus)))
-        model = checkpoint.load(weights, training.model_copy(update={"gradient_checkpointing": False}), trust_remote_code)
+        model = policy.load(weights, training, trust_remote_code)
         self.module = ResponseLogProbs(model).to(self.device).eval()
         self.share_prompt = shares_prompt(model.config)
 
@@ -42,7 +42,7 @@ class Scorer:
         with torch.no_grad():
             for rows in batches_by_length([example.tokens for example in examples], self.max_batch_tokens):
                 batch = collate([examples[row] for row in rows], pad_id=0, share_prompt=self.share_prompt)
-                values = iter(self.module(batch.to(self.device)).tolist())
+                values = iter(self.module(batch.to(self.device))[0].tolist())
                 for row in rows:
                     results[row] = [next(values) for _ in examples[row].responses]
         return results

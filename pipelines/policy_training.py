@@ -1,7 +1,7 @@
 """SFT and GSIL training: parquet in, a policy out. Ray Train gangs the workers, each runs `actors.learner.worker`.
 
 INPUT  demonstrations/train (SFT) or iteration-1/pairs/train (GSIL)
-OUTPUT policy/ (Hugging Face directory), metrics.jsonl, TensorBoard events, held_out.{json,parquet}
+OUTPUT policy/ (Hugging Face directory; with LoRA also adapter/), metrics.jsonl, TensorBoard events, held_out.{json,parquet}, checkpoints/
 """
 
 import json
@@ -25,7 +25,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(32 * 2**30
 of the time of a step on a CPU (6.9 s with, 3.2 s without; SmolLM2-135M, 8 rows of 85 tokens, one thread)."""
 
 
-def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, objective: Objective | None) -> Stage:
+def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, objective: Objective) -> Stage:
     """A stage that trains a policy.
 
     Args:
@@ -34,7 +34,7 @@ def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, 
         base: where the tokenizer is.
         data: demonstrations (SFT) or pairs.
         training: settings.
-        objective: None for SFT.
+        objective: what it minimises.
     """
     steps = training.identity()
     if training.deepspeed:
@@ -43,18 +43,18 @@ def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, 
             steps["deepspeed"] = deepspeed_config(training, training.workers)
         except ValueError as error:
             raise StageError(str(error)) from None
-    settings = {"training": steps, "objective": objective.identity() if objective else "sft"}
-    return Stage(name, settings, {"start": start, "base": base, "data": data}, demand=training.demand())
+    settings = {"training": steps, "objective": objective.identity()}
+    return Stage(name, settings, {"start": start, "base": base, "data": data}, demand=training.demand(), version=2)
 
 
-def train(training: Training, objective: Objective | None, tracking: Tracking, trust_remote_code: bool) -> Any:
+def train(training: Training, objective: Objective, tracking: Tracking, trust_remote_code: bool) -> Any:
     """Returns the work of a training stage."""
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         stage = stages[0]
         directory = run.directory(stage)
         data = {split: _filled(run.directory(stage.inputs["data"]) / split) for split in ("train", "held_out")}
-        if objective is None:
+        if objective.name == "sft":
             # Held-out answers tell about SFT; held-out pairs exist only later.
             data["held_out"] = []
         job = {
@@ -69,12 +69,15 @@ def train(training: Training, objective: Objective | None, tracking: Tracking, t
             "tracking": tracking,
             "trust_remote_code": trust_remote_code,
         }
-        # Nothing of an attempt before is of use: its metrics would be read as this one's.
-        metrics = directory / "metrics.jsonl"
-        metrics.unlink(missing_ok=True)
+        metrics, failure = directory / "metrics.jsonl", directory / "failure.json"
+        failure.unlink(missing_ok=True)
         rows = sum(pq.read_metadata(path).num_rows for path in data["train"])
         run.display.follow(math.ceil(rows / training.batch_size) * training.epochs, "steps", lambda: count_lines(metrics))
-        _fit(run, job, training)
+        try:
+            _fit(run, job, training)
+        finally:
+            if failure.exists():
+                raise StageError(f"{job['name']}: {json.loads(failure.read_text())['error']}")
         return {stage.name: _numbers(directory)}
 
     return work
@@ -103,13 +106,14 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
         train_loop_config=job,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=training.workers,
+            num_workers=training.workers if training.min_workers is None else (training.min_workers, training.workers),
             use_gpu=gpu,
             resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": training.gpus_per_worker} if gpu else {}),
         ),
         run_config=ray.train.RunConfig(
             name=job["name"].replace("/", "-"),
             storage_path=str(run.root / "logs" / "ray_train"),
+            failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
             worker_runtime_env={"env_vars": env},
         ),
     )
@@ -126,7 +130,7 @@ def _numbers(directory: Path) -> dict[str, Any]:
     """The last step's metrics, the tail's mean reward of real responses, and the held-out scores."""
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     tail = steps[-max(1, len(steps) // 4) :]
-    numbers: dict[str, Any] = {"steps": len(steps), "last": steps[-1]}
+    numbers: dict[str, Any] = {"steps": len(steps), "skipped": sum("skipped" in step for step in steps), "last": steps[-1]}
     if "reward_real" in steps[-1]:
         numbers["tail_reward_real"] = sum(step["reward_real"] for step in tail) / len(tail)
     held_out = directory / "held_out.json"

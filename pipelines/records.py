@@ -38,6 +38,9 @@ PAIR = pa.schema(
         "generated_ids": IDS,
         "ref_logp_real": pa.float64(),
         "ref_logp_generated": pa.float64(),
+        # A response to another prompt, where the objective wants one (KTO); else null.
+        "mismatched_ids": IDS,
+        "ref_logp_mismatched": pa.float64(),
     }
 )
 

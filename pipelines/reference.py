@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.settings import Negatives, Scoring, Training
+from actors.settings import Objective, Scoring, Training
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage
 from pipelines.records import PAIR, shards, sum_counts, write_rows
@@ -28,6 +28,7 @@ def plan(
     reference: Stage,
     truncated: str,
     training: Training,
+    objective: Objective,
     scoring: Scoring,
 ) -> Stage:
     """The stage that pairs and scores.
@@ -39,14 +40,15 @@ def plan(
         reference: the policy in the denominator.
         truncated: "keep" or "drop" pairs whose sample was cut.
         training: the log-probs are computed in its precision.
+        objective: KTO also wants a response to another prompt.
         scoring: the pool.
     """
-    settings = {"truncated": truncated, "precision": training.precision}
+    settings = {"truncated": truncated, "precision": training.precision, "mismatched": objective.function == "kto"}
     inputs = {"demonstrations": demonstrations, "reference": reference} | {f"negatives-{i}": s for i, s in enumerate(negatives)}
     return Stage(name, settings, inputs, demand=scoring.demand())
 
 
-def score(scoring: Scoring, training: Training, negatives: Negatives, trust_remote_code: bool) -> Any:
+def score(scoring: Scoring, training: Training, trust_remote_code: bool) -> Any:
     """Returns the work of the stage."""
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
@@ -57,7 +59,7 @@ def score(scoring: Scoring, training: Training, negatives: Negatives, trust_remo
             "training": training,
             "trust_remote_code": trust_remote_code,
         }
-        options = {"drop_truncated": negatives.truncated == "drop"}
+        options = {"drop_truncated": stage.settings["truncated"] == "drop", "mismatched": stage.settings["mismatched"]}
         tasks = [
             Shard(
                 stage, inputs, run.directory(stage) / split / Path(inputs[0]).name, options, rows=sum_counts(map(Path, inputs[1:]))["rows"]
@@ -111,6 +113,12 @@ class ScoreShards:
             else:
                 ids = {"prompt_ids": row["prompt_ids"], "real_ids": row["response_ids"], "generated_ids": sample["response_ids"]}
                 pairs.append({"id": sample["id"], "iteration": sample["iteration"], "sample": sample["sample"]} | ids)
-        logps = self.scorer([Example(p["id"], p["prompt_ids"], (p["real_ids"], p["generated_ids"])) for p in pairs])
-        rows = [pair | {"ref_logp_real": real, "ref_logp_generated": made} for pair, (real, made) in zip(pairs, logps, strict=True)]
+        names = ["real", "generated"]
+        if options["mismatched"] and pairs:
+            names.append("mismatched")
+            for k, pair in enumerate(pairs):
+                # Of the next row, its real and its generated response in turn.
+                pair["mismatched_ids"] = pairs[(k + 1) % len(pairs)][f"{names[k % 2]}_ids"]
+        logps = self.scorer([Example(p["id"], p["prompt_ids"], tuple(p[f"{name}_ids"] for name in names)) for p in pairs])
+        rows = [pair | {f"ref_logp_{name}": v for name, v in zip(names, row, strict=True)} for pair, row in zip(pairs, logps, strict=True)]
         write_rows(Path(output), rows, PAIR, {"identical": identical, "dropped": dropped})

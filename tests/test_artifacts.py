@@ -120,7 +120,7 @@ DEFAULT = {stage.name: stage.fingerprint for stage in plan(GsilConfig()).stages(
         (["--iterations.count", "3"], set()),
         (["--engine.max_actors", "4"], set()),
         (["--training.workers", "2"], set()),
-        (["--training.micro_batch_size", "2"], set()),
+        (["--training.micro_batch_tokens", "99"], set()),
         (["--scoring.max_batch_tokens", "99"], set()),
         (["--run.name", "other"], set()),
         (["--demonstrations.limit", "10"], {"demonstrations", "base/samples", "base/evaluation", "sft", "iteration-1", "iteration-2"}),

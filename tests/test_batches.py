@@ -34,7 +34,7 @@ def test_log_probs_equal_a_plain_float64_computation(family: str, share: bool, t
     directory = write_tiny(tmp_path / family, family, std=0.2)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="sdpa").eval()
     share = share and shares_prompt(model.config)
-    got = ResponseLogProbs(model)(collate(EXAMPLES, pad_id=1, share_prompt=share)).tolist()
+    got = ResponseLogProbs(model)(collate(EXAMPLES, pad_id=1, share_prompt=share))[0].tolist()
     want = [plain_logp(model, list(e.prompt_ids), list(r)) for e in EXAMPLES for r in e.responses]
     assert got == pytest.approx(want, abs=1e-4)
 
@@ -45,13 +45,21 @@ def test_which_families_share_a_prompt(tmp_path: Path) -> None:
     assert not shares_prompt(AutoConfig.for_model("mamba"))
 
 
+def test_occupancy_counts_token_k_of_t_as_t_minus_k_over_t(tiny: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64, attn_implementation="sdpa").eval()
+    prompt, response = [0, 10, 11], [20, 21, 1]
+    tokens = [plain_logp(model, prompt, response[: k + 1]) - plain_logp(model, prompt, response[:k]) for k in range(3)]
+    got = ResponseLogProbs(model)(collate([Example("a", prompt, (response,))], pad_id=1, share_prompt=True))[1]
+    assert got.tolist() == pytest.approx([tokens[0] + tokens[1] * 2 / 3 + tokens[2] / 3], abs=1e-4)
+
+
 def test_padding_and_company_change_nothing(tiny: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64, attn_implementation="sdpa").eval()
     module = ResponseLogProbs(model)
-    together = module(collate(EXAMPLES, pad_id=1, share_prompt=True)).tolist()
+    together = module(collate(EXAMPLES, pad_id=1, share_prompt=True))[0].tolist()
     for pad_id in (0, 2, model.config.vocab_size - 1):
-        assert module(collate(EXAMPLES, pad_id=pad_id, share_prompt=True)).tolist() == pytest.approx(together, abs=1e-5)
-    alone = [value for e in EXAMPLES for value in module(collate([e], pad_id=1, share_prompt=True)).tolist()]
+        assert module(collate(EXAMPLES, pad_id=pad_id, share_prompt=True))[0].tolist() == pytest.approx(together, abs=1e-5)
+    alone = [value for e in EXAMPLES for value in module(collate([e], pad_id=1, share_prompt=True))[0].tolist()]
     assert alone == pytest.approx(together, abs=1e-5)
 
 
@@ -60,7 +68,7 @@ def test_gradients_do_not_depend_on_the_layout_or_the_chunks(tiny: Path, monkeyp
     for share, chunk in ((True, CHUNK_TOKENS), (False, CHUNK_TOKENS), (True, 3)):
         monkeypatch.setattr("actors.learner.logprobs.CHUNK_TOKENS", chunk)
         model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, attn_implementation="sdpa")
-        (ResponseLogProbs(model)(collate(EXAMPLES, 1, share)) * torch.arange(1.0, 7.0)).sum().backward()
+        (ResponseLogProbs(model)(collate(EXAMPLES, 1, share))[0] * torch.arange(1.0, 7.0)).sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     for other in grads[1:]:
         for name, grad in grads[0].items():
@@ -86,12 +94,15 @@ def test_every_epoch_sees_every_row_once_in_its_own_order() -> None:
     assert all((a == b).all() for a, b in zip(again, steps, strict=True))
 
 
-@pytest.mark.parametrize(("rows", "world", "micro"), [(8, 2, 2), (5, 2, 2), (1, 4, 3), (7, 3, 1)])
-def test_dealing_gives_each_row_to_one_worker(rows: int, world: int, micro: int) -> None:
+@pytest.mark.parametrize(("rows", "world", "max_tokens"), [(8, 2, 30), (5, 2, 40), (1, 4, 5), (7, 3, 1000), (9, 1, 1)])
+def test_dealing_gives_each_row_to_one_worker_within_the_tokens(rows: int, world: int, max_tokens: int) -> None:
     batch, lengths = np.arange(rows) + 3, np.arange(20)[::-1].copy()
-    dealt = [deal(batch, lengths, micro, rank, world) for rank in range(world)]
-    assert all(len(parts) == micro for parts in dealt)
+    dealt = [deal(batch, lengths, max_tokens, rank, world) for rank in range(world)]
+    assert len({len(parts) for parts in dealt}) == 1, "as many micro-batches for every worker"
     assert sorted(itertools.chain.from_iterable(np.concatenate(parts) for parts in dealt)) == sorted(batch)
+    assert all(len(p) <= 1 or len(p) * lengths[p].max() <= max_tokens for parts in dealt for p in parts)
+    loads = [sum(int(lengths[p].sum()) for p in parts) for parts in dealt]
+    assert max(loads) - min(loads) <= lengths[batch].max()
 
 
 def test_scoring_batches_stay_within_their_tokens() -> None:

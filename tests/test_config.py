@@ -90,7 +90,7 @@ def test_a_users_deepspeed_json_is_laid_over_ours(tmp_path: Path) -> None:
     path.write_text('{"zero_optimization": {"stage": 1, "overlap_comm": true}, "train_batch_size": "auto", "wall_clock_breakdown": true}')
     merged = deepspeed_config(Training(deepspeed=str(path)), world=1)
     assert merged["zero_optimization"]["stage"] == 1 and merged["zero_optimization"]["overlap_comm"] is True
-    assert merged["train_batch_size"] == 8 and merged["wall_clock_breakdown"] is True
+    assert merged["train_batch_size"] == 1 and merged["wall_clock_breakdown"] is True
 
 
 @pytest.mark.parametrize(

@@ -1,75 +1,32 @@
 """The learner under real DeepSpeed: any number of workers takes the same steps; the exported policy is the trained one."""
 
 import json
-import multiprocessing
-import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from training import assert_same_steps, train, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.learner.batches import Example
 from actors.scorer import Scorer
 from actors.settings import Objective, Scoring, Training
 
-ROWS = 14
-
 
 @pytest.fixture(scope="module")
 def pairs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs whose reference is the tiny model itself."""
-    draw = np.random.default_rng(0)
-
-    def ids(length: int) -> list[int]:
-        return [int(token) for token in draw.integers(6, 280, length)]
-
-    rows = [(ids(5 + i % 3), [*ids(3 + i % 7), 1], ids(4 + i % 5)) for i in range(ROWS)]
-    scorer = Scorer(str(tiny), Scoring(), Training())
-    logps = scorer([Example(str(i), row[0], row[1:]) for i, row in enumerate(rows)])
-    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
-    names = ("prompt_ids", "real_ids", "generated_ids")
-    columns: dict[str, Any] = {"id": [str(i) for i in range(ROWS)]} | {n: [row[k] for row in rows] for k, n in enumerate(names)}
-    columns |= {"ref_logp_real": [pair[0] for pair in logps], "ref_logp_generated": [pair[1] for pair in logps]}
-    pq.write_table(pa.table(columns), path)
-    return path
-
-
-def worker(rank: int, world: int, port: int, job: dict[str, Any]) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo")
-    from actors.learner.worker import run
-
-    run(job)
-    torch.distributed.destroy_process_group()
-
-
-def train(tiny: Path, pairs: Path, output: Path, world: int, objective: Objective | None = None, **settings: Any) -> list[dict[str, float]]:
-    """Trains in `world` real processes and returns the metrics of the steps."""
-    options = {"workers": world, "batch_size": 8, "epochs": 2, "learning_rate": 1e-3, "micro_batch_size": 4} | settings
-    files = {"train": [str(pairs)], "held_out": [str(pairs)], "output": str(output)}
-    job = {"name": "test", "weights": str(tiny), "tokenizer": str(tiny), "training": Training(**options), "objective": objective} | files
-    context = multiprocessing.get_context("spawn")
-    port = 29600 + os.getpid() % 300
-    processes = [context.Process(target=worker, args=(rank, world, port, job)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * world
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return write_pairs(tiny, tmp_path_factory.mktemp("pairs") / "pairs.parquet")
 
 
 @pytest.fixture(scope="module")
 def alone(tiny: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, float]], Path]:
     """One worker, one micro-batch a step."""
     output = tmp_path_factory.mktemp("alone")
-    return train(tiny, pairs, output, 1, Objective(beta=0.1), micro_batch_size=8), output
+    return train(tiny, pairs, output, 1, Objective(beta=0.1), micro_batch_tokens=10000), output
 
 
 def test_the_first_step_starts_at_the_reference(alone: tuple[list[dict[str, float]], Path]) -> None:
@@ -85,21 +42,19 @@ def test_training_tells_real_from_generated(alone: tuple[list[dict[str, float]],
     assert logged | {"logps_real", "logps_generated", "grad_norm", "learning_rate", "tokens_per_second"} <= set(steps[0])
 
 
-@pytest.mark.parametrize(("world", "micro", "zero"), [(1, 2, 1), (2, 2, 0), (2, 4, 2), (2, 1, 3)])
+@pytest.mark.parametrize(("world", "tokens", "zero"), [(1, 40, 1), (2, 40, 0), (2, 80, 2), (2, 1, 3)])
 def test_workers_micro_batches_and_zero_stages_take_the_same_steps(
-    world: int, micro: int, zero: int, alone: tuple[list[dict[str, float]], Path], tiny: Path, pairs: Path, tmp_path: Path
+    world: int, tokens: int, zero: int, alone: tuple[list[dict[str, float]], Path], tiny: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    steps = train(tiny, pairs, tmp_path, world, Objective(beta=0.1), micro_batch_size=micro, zero_stage=zero)
-    for ours, theirs in zip(steps, alone[0], strict=True):
-        for key in ("loss", "reward_real", "reward_generated", "grad_norm", "logps_real"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), key
+    steps = train(tiny, pairs, tmp_path, world, Objective(beta=0.1), micro_batch_tokens=tokens, zero_stage=zero)
+    assert_same_steps(steps, alone[0])
     held_out = [json.loads((path / "held_out.json").read_text()) for path in (tmp_path, alone[1])]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_exported_policy_scores_as_the_trainer_did(precision: str, tiny: Path, pairs: Path, tmp_path: Path) -> None:
-    train(tiny, pairs, tmp_path, 2, Objective(beta=0.1), precision=precision, micro_batch_size=2, zero_stage=2)
+    train(tiny, pairs, tmp_path, 2, Objective(beta=0.1), precision=precision, micro_batch_tokens=40, zero_stage=2)
     table = pq.read_table(pairs).to_pylist()
     scorer = Scorer(str(tmp_path / "policy"), Scoring(), Training(precision=precision, zero_stage=1))
     logps = scorer([Example(r["id"], r["prompt_ids"], (r["real_ids"], r["generated_ids"])) for r in table])
@@ -123,7 +78,44 @@ def test_sft_raises_the_log_probs_of_demonstrations(tiny: Path, pairs: Path, tmp
     rows = pq.read_table(pairs)
     demonstrations = tmp_path / "demonstrations.parquet"
     pq.write_table(pa.table({"id": rows["id"], "prompt_ids": rows["prompt_ids"], "response_ids": rows["real_ids"]}), demonstrations)
-    steps = train(tiny, demonstrations, tmp_path / "out", 1, None, epochs=3)
+    steps = train(tiny, demonstrations, tmp_path / "out", 1, Objective(name="sft"), epochs=3)
     assert len(steps) == 6 and {"loss", "logps_real", "grad_norm"} <= set(steps[0])
     after = json.loads((tmp_path / "out" / "held_out.json").read_text())["logps_real"]
     assert after > np.mean(rows["ref_logp_real"].to_pylist()) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("kto", {"world": 2, "zero_stage": 1, "micro_batch_tokens": 30}),
+        ("dil_lsif", {"world": 2, "zero_stage": 3, "offload": True}),
+        ("cpo", {"world": 2, "optimizer": "rmsprop", "offload": True}),
+    ],
+)
+def test_every_kind_of_objective_optimizer_and_offload_takes_the_same_steps_on_two_workers(
+    name: str, settings: dict[str, int], tiny: Path, pairs: Path, tmp_path: Path
+) -> None:
+    # RMSprop divides by the gradient's size: its first steps are large.
+    common = {"learning_rate": 1e-4, "optimizer": settings.get("optimizer", "adamw")}
+    alone = train(tiny, pairs, tmp_path / "alone", 1, Objective(name=name), micro_batch_tokens=10000, zero_stage=0, **common)
+    assert_same_steps(train(tiny, pairs, tmp_path / "two", objective=Objective(name=name), **(settings | common)), alone)  # type: ignore[arg-type]
+    assert alone[-1]["loss"] < alone[0]["loss"]
+
+
+@pytest.mark.parametrize(("zero", "precision"), [(1, "float32"), (3, "bfloat16")])
+def test_low_rank_adapters_are_merged_and_kept(zero: int, precision: str, tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    lora = {"lora_r": 4, "lora_alpha": 8, "lora_targets": "q_proj, v_proj", "learning_rate": 2e-2}
+    train(tiny, pairs, tmp_path, 2, Objective(), zero_stage=zero, precision=precision, checkpoint_every=2, **lora)
+    before, merged = AutoModelForCausalLM.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    changed = {name for (name, p), q in zip(before.named_parameters(), merged.parameters(), strict=True) if not torch.equal(p, q)}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "v_proj"} and len(changed) == 4
+    adapted = PeftModel.from_pretrained(before, str(tmp_path / "adapter"))
+    ids = torch.arange(6, 30)[None]
+    torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_targets_that_match_nothing_are_an_error_that_names_them(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="wqkv"):
+        train(tiny, pairs, tmp_path, 1, Objective(), lora_r=4, lora_targets="wqkv")

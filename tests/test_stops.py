@@ -23,7 +23,7 @@ def finished(root: Path, accuracies: dict[str, float], argv: tuple[str, ...] = (
     """
     config = build(GsilConfig, argv)
     graph, run = plan(config), Run(root)
-    usual = {
+    usual: dict[str, Any] = {
         "model": {"stop_ids": [1], "context": None},
         "demonstrations": {"train": 10, "held_out": 10, "rejected": 0},
         "pairs": {"train": {"rows": 10, "identical": 2, "dropped": 1}},

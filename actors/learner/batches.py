@@ -25,6 +25,7 @@ class Example:
     prompt_ids: TokenIds
     responses: tuple[TokenIds, ...]
     ref_logps: tuple[float, ...] = ()
+    """of the responses; empty where nobody asked a reference"""
 
     @property
     def tokens(self) -> int:
@@ -46,6 +47,8 @@ class Batch:
     """the response token"""
     owners_N: torch.Tensor
     """the response that it belongs to"""
+    occupancy_N: torch.Tensor
+    """(T - k) / T for token k of a response of T tokens"""
     responses: int
     """R"""
     tokens: int
@@ -90,7 +93,7 @@ def collate(examples: Sequence[Example], pad_id: int, share_prompt: bool) -> Bat
     input_ids_BT = np.full((len(rows), width), pad_id, dtype=np.int64)
     positions_BT = np.zeros((len(rows), width), dtype=np.int64)
     branch_BT = np.full((len(rows), width), -1, dtype=np.int64)
-    sources, targets, owners = [], [], []
+    sources, targets, owners, occupancy = [], [], [], []
     owner = 0
     for b, (prompt, responses) in enumerate(rows):
         end = len(prompt)
@@ -107,6 +110,7 @@ def collate(examples: Sequence[Example], pad_id: int, share_prompt: bool) -> Bat
             sources.append(b * width + source)
             targets.append(np.asarray(response, dtype=np.int64))
             owners.append(np.full(len(response), owner))
+            occupancy.append(1 - np.arange(len(response), dtype=np.float32) / max(1, len(response)))
             owner += 1
     real_BT = branch_BT >= 0
     return Batch(
@@ -116,6 +120,7 @@ def collate(examples: Sequence[Example], pad_id: int, share_prompt: bool) -> Bat
         sources_N=torch.from_numpy(np.concatenate(sources).astype(np.int64)),
         targets_N=torch.from_numpy(np.concatenate(targets)),
         owners_N=torch.from_numpy(np.concatenate(owners).astype(np.int64)),
+        occupancy_N=torch.from_numpy(np.concatenate(occupancy)),
         responses=owner,
         tokens=int(real_BT.sum()),
     )
@@ -138,15 +143,23 @@ def batch_order(rows: int, batch_size: int, epochs: int, seed: int) -> Iterator[
         yield from (order[start : start + batch_size] for start in range(0, rows, batch_size))
 
 
-def deal(batch: np.ndarray, lengths: np.ndarray, micro_batches: int, rank: int, world: int) -> list[np.ndarray]:
-    """A worker's micro-batches of one global batch, of similar lengths each, so that little is padded.
+def deal(batch: np.ndarray, lengths: np.ndarray, max_tokens: int, rank: int, world: int) -> list[np.ndarray]:
+    """A worker's micro-batches of one global batch: rows of similar lengths, so that little is padded and all have as much to do.
 
     Args:
         batch: row indices of the global batch.
         lengths: tokens of every row of the data set.
-        micro_batches: how many each worker runs; a short last batch can leave some empty.
+        max_tokens: of one micro-batch of one worker, with padding; a longer row goes alone.
         rank: of this worker.
         world: number of workers.
+
+    Returns:
+        as many micro-batches for every worker; where rows run out, the last of some workers is empty.
     """
     by_length = batch[np.argsort(-lengths[batch], kind="stable")]
-    return [part[rank::world] for part in np.array_split(by_length, micro_batches)]
+    parts, start = [], 0
+    while start < len(by_length):
+        rows = max(1, max_tokens // int(lengths[by_length[start]]))
+        parts.append(by_length[start : start + rows * world][rank::world])
+        start += rows * world
+    return parts

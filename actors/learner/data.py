@@ -8,6 +8,11 @@ import pyarrow.parquet as pq
 
 from actors.learner.batches import Example
 
+SIDES = {"response_ids": None, "real_ids": "ref_logp_real", "generated_ids": "ref_logp_generated"}
+"""Columns of responses and of their reference log-probs, in the order of an Example."""
+MISMATCHED = ("mismatched_ids", "ref_logp_mismatched")
+"""A response to another prompt, where the objective wants one (KTO)."""
+
 
 class Examples:
     """Demonstrations (one response) or pairs (the real and the generated one), by row number.
@@ -19,28 +24,41 @@ class Examples:
 
     def __init__(self, paths: Sequence[str]):
         self.table: pa.Table = pa.concat_tables([pq.read_table(path, columns=_columns(path)) for path in paths]).combine_chunks()
-        self.response_columns = ["real_ids", "generated_ids"] if "real_ids" in self.table.column_names else ["response_ids"]
-        self.lengths = sum((_lengths(self.table, name) for name in ["prompt_ids", *self.response_columns]), np.zeros(len(self), np.int64))
+        names = self.table.column_names
+        self.responses = ["real_ids", "generated_ids"] if "real_ids" in names else ["response_ids"]
+        self.prompt_lengths = _lengths(self.table, "prompt_ids")
+        """`[rows]`: tokens of each prompt"""
+        self.lengths = sum((_lengths(self.table, name) for name in self.responses), self.prompt_lengths)
         """`[rows]`: tokens of each row, the prompt counted once"""
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def __getitem__(self, row: int) -> Example:
+        return self._example(row, self.responses, [SIDES[name] for name in self.responses])
+
+    def cost(self, share_prompt: bool) -> np.ndarray:
+        """`[rows]`: tokens that go through the model, the prompt once or once a response."""
+        return self.lengths if share_prompt else self.lengths + (len(self.responses) - 1) * self.prompt_lengths
+
+    def mismatched(self, row: int) -> Example:
+        """The row's prompt with a response to another one."""
+        return self._example(row, [MISMATCHED[0]], [MISMATCHED[1]])
+
+    def _example(self, row: int, responses: Sequence[str], refs: Sequence[str | None]) -> Example:
         def ids(name: str) -> np.ndarray:
             return self.table.column(name)[row].values.to_numpy(zero_copy_only=False)
 
-        paired = len(self.response_columns) == 2
         return Example(
             id=self.table.column("id")[row].as_py(),
             prompt_ids=ids("prompt_ids"),
-            responses=tuple(ids(name) for name in self.response_columns),
-            ref_logps=tuple(self.table.column(name)[row].as_py() for name in ("ref_logp_real", "ref_logp_generated")) if paired else (),
+            responses=tuple(ids(name) for name in responses),
+            ref_logps=tuple(self.table.column(name)[row].as_py() for name in refs if name),
         )
 
 
 def _columns(path: str) -> list[str]:
-    wanted = ["id", "prompt_ids", "response_ids", "real_ids", "generated_ids", "ref_logp_real", "ref_logp_generated"]
+    wanted = ["id", "prompt_ids", *SIDES, *filter(None, SIDES.values()), *MISMATCHED]
     present = pq.read_schema(path).names
     return [name for name in wanted if name in present]
 

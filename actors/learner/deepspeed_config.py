@@ -22,20 +22,24 @@ def deepspeed_config(settings: Training, world: int) -> dict[str, Any]:
         ValueError: a key of the user's JSON contradicts the settings; both values are named.
     """
     ours: dict[str, Any] = {
-        "train_batch_size": settings.batch_size,
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.batch_size // (world * settings.micro_batch_size),
         "gradient_clipping": settings.max_grad_norm,
         "zero_optimization": {"stage": settings.zero_stage} | (CPU_BUCKETS if settings.gpus_per_worker == 0 else {}),
         "bf16": {"enabled": settings.precision == "bfloat16"},
-        # The optimizer is torch's AdamW, which DeepSpeed has not listed as tested with ZeRO.
+        # The optimizers are torch's, which DeepSpeed has not listed as tested with ZeRO.
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    if settings.offload:
+        place = {"device": "cpu", "pin_memory": settings.gpus_per_worker > 0}
+        ours["zero_optimization"] |= {"offload_optimizer": place} | ({"offload_param": place} if settings.zero_stage == 3 else {})
+        ours["zero_force_ds_cpu_optimizer"] = settings.gpus_per_worker > 0 and settings.optimizer == "adamw"
     if settings.precision == "bfloat16":
         # Sums of bf16 gradients over workers lose small terms.
         ours["communication_data_type"] = "fp32"
-    return ours if settings.deepspeed is None else _overlaid(ours, read_deepspeed(settings.deepspeed), settings.deepspeed)
+    if settings.deepspeed is not None:
+        ours = _overlaid(ours | {"train_batch_size": settings.batch_size}, read_deepspeed(settings.deepspeed), settings.deepspeed)
+    # The learner forms micro-batches by tokens and says itself where a step ends: to DeepSpeed every row is a micro-batch.
+    return ours | {"train_batch_size": world, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 
 
 def read_deepspeed(path: str) -> dict[str, Any]:
@@ -53,10 +57,19 @@ def read_deepspeed(path: str) -> dict[str, Any]:
     return config
 
 
+INSTEAD = {
+    "optimizer": "optimizer, learning_rate and weight_decay",
+    "scheduler": "schedule and warmup_ratio",
+    "fp16": "precision",
+    "train_micro_batch_size_per_gpu": "micro_batch_tokens",
+    "gradient_accumulation_steps": "micro_batch_tokens",
+    "zero_optimization.offload_optimizer": "offload",
+    "zero_optimization.offload_param": "offload",
+}
+"""Keys of DeepSpeed that a setting of ours replaces."""
+
 SETTING_OF_KEY = {
     "train_batch_size": "batch_size",
-    "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_accumulation_steps": "batch_size / (workers x micro_batch_size)",
     "gradient_clipping": "max_grad_norm",
     "zero_optimization.stage": "zero_stage",
     "bf16.enabled": "precision",
@@ -67,8 +80,8 @@ def _overlaid(ours: dict[str, Any], theirs: dict[str, Any], path: str, prefix: s
     result = dict(ours)
     for key, value in theirs.items():
         dotted = prefix + key
-        if dotted in ("optimizer", "scheduler", "fp16"):
-            raise ValueError(f"deepspeed={path}: {dotted!r} is set by learning_rate, schedule, weight_decay and precision; remove it")
+        if dotted in INSTEAD and value != "auto":
+            raise ValueError(f"deepspeed={path}: {dotted}={value!r} is set by {INSTEAD[dotted]}; remove it")
         if isinstance(value, dict) and isinstance(ours.get(key), dict):
             result[key] = _overlaid(ours[key], value, path, f"{dotted}.")
         elif value != "auto" and dotted in SETTING_OF_KEY and value != ours.get(key):

@@ -41,7 +41,8 @@ class ResponseLogProbs(torch.nn.Module):
         """Sums log pi(token | prefix) over each response.
 
         Returns:
-            `[R]` float32, in the order of the batch's responses. Prompt and padding tokens never count.
+            `[2, R]` float32, in the order of the batch's responses: the plain sums, and those in which token k of T counts
+            (T - k) / T (occupancy weighting). Prompt and padding tokens never count.
         """
         hidden_BTD = self.model.base_model(
             input_ids=batch.input_ids_BT,
@@ -61,8 +62,11 @@ class ResponseLogProbs(torch.nn.Module):
             else self._token_logps(source_ND[start : start + CHUNK_TOKENS], batch.targets_N[start : start + CHUNK_TOKENS])
             for start in range(0, len(batch.targets_N), CHUNK_TOKENS)
         ]
-        sums_R = torch.zeros(batch.responses, dtype=torch.float32, device=hidden_BTD.device)
-        return sums_R.index_add(0, batch.owners_N, torch.cat(logps)) if logps else sums_R
+        sums_2R = torch.zeros(2, batch.responses, dtype=torch.float32, device=hidden_BTD.device)
+        if not logps:
+            return sums_2R
+        logps_N = torch.cat(logps)
+        return sums_2R.index_add(1, batch.owners_N, torch.stack([logps_N, logps_N * batch.occupancy_N]))
 
     def _token_logps(self, source_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         logits_NV = self.model.get_output_embeddings()(source_ND).float()

@@ -15,24 +15,27 @@ class Tracker:
         name: run and stage.
         tracking: which trackers.
         config: the stage's settings, for trackers that keep them.
+        done: steps that a checkpoint has behind it; what was recorded of later ones is taken back.
 
     Raises:
         ValueError: a tracker was asked for whose package is not installed.
     """
 
-    def __init__(self, output: Path, name: str, tracking: Tracking, config: dict[str, Any]):
+    def __init__(self, output: Path, name: str, tracking: Tracking, config: dict[str, Any], done: int = 0):
         output.mkdir(parents=True, exist_ok=True)
-        # A stage that starts again starts its record again.
-        self.lines = (output / "metrics.jsonl").open("w", encoding="utf-8")
+        path = output / "metrics.jsonl"
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= done] if done else []
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.lines = path.open("a", encoding="utf-8")
         self.board: Any = None
         self.wandb: Any = None
         self.mlflow: Any = None
         if tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            for stale in output.glob("events.out.tfevents.*"):
+            for stale in [] if done else output.glob("events.out.tfevents.*"):
                 stale.unlink()
-            self.board = SummaryWriter(str(output))
+            self.board = SummaryWriter(str(output), purge_step=done + 1 if done else None)
         if tracking.wandb_project:
             self.wandb = _import("wandb", "tracking.wandb_project").init(project=tracking.wandb_project, name=name, config=config)
         if tracking.mlflow_uri:

@@ -1,0 +1,67 @@
+"""Checkpoints: killed workers go on where they were; numbers that are not finite are skipped, and stop training when they stay."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from training import assert_same_steps, kill_when, start, steps_of, train, write_pairs
+
+from actors.settings import Objective
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs whose reference is the tiny model itself."""
+    return write_pairs(tiny, tmp_path_factory.mktemp("pairs") / "pairs.parquet")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """Steps of a run that nobody stopped."""
+    return train(tiny, pairs, tmp_path_factory.mktemp("undisturbed"), 1, Objective(), epochs=6)
+
+
+@pytest.mark.parametrize(
+    ("zero", "before", "after"),
+    [(0, 2, 2), (2, 2, 2), (3, 2, 2), (1, 2, 1), (2, 1, 2), (3, 2, 1)],
+    ids=lambda value: str(value),
+)
+def test_killed_it_goes_on_from_the_checkpoint_also_with_another_number_of_workers(
+    zero: int, before: int, after: int, undisturbed: list[dict[str, float]], tiny: Path, pairs: Path, tmp_path: Path
+) -> None:
+    options = {"zero_stage": zero, "epochs": 6, "checkpoint_every": 3, "checkpoints_kept": 2}
+    processes = start(tiny, pairs, tmp_path, before, Objective(), **options)
+    kill_when(processes, (tmp_path / "checkpoints/step-000006/done.json").exists)
+    lines = len(steps_of(tmp_path))
+    assert 6 <= lines < 12
+    steps = train(tiny, pairs, tmp_path, after, Objective(), **options)
+    assert_same_steps(steps, undisturbed, rel=4e-3)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} == {"step-000009", "step-000012"}
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny: Path, tmp_path: Path) -> None:
+    for zero in (0, 1, 3):
+        spoiled = write_pairs(tiny, tmp_path / "pairs.parquet", {5: math.nan})
+        steps = train(tiny, spoiled, tmp_path / str(zero), 2, Objective(), zero_stage=zero)
+        # Row 5 comes once an epoch of two steps; the others go on and stay finite.
+        assert [("skipped" in step) for step in steps].count(True) == 2
+        assert all(math.isfinite(step["loss"]) == ("skipped" not in step) for step in steps)
+
+
+def test_three_in_a_row_stop_training_with_the_rows_and_the_last_good_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    spoiled = write_pairs(tiny, tmp_path / "pairs.parquet", dict.fromkeys(range(14), math.inf) | {3: -5.0})
+    for process in start(tiny, spoiled, tmp_path, 2, Objective(), batch_size=2, epochs=1, checkpoint_every=1):
+        process.join()
+        assert process.exitcode == 0
+    error = json.loads((tmp_path / "failure.json").read_text())["error"]
+    assert "not finite in 3 steps in a row, up to step 3" in error and "row-" in error and "row-3," not in error
+    assert "there is no checkpoint yet" in error and not (tmp_path / "policy").exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    train(tiny, pairs, tmp_path, 1, Objective(), checkpoint_every=2)
+    done = tmp_path / "checkpoints/step-000004/done.json"
+    done.write_text(done.read_text().replace('"llama"', '"gpt2"'))
+    with pytest.raises(AssertionError, match=r"is a checkpoint of .*gpt2.*remove it"):
+        train(tiny, pairs, tmp_path, 1, Objective(), checkpoint_every=2)

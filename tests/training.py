@@ -1,0 +1,107 @@
+"""Real training processes on tiny models, without Ray around them."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from actors.learner.batches import Example
+from actors.scorer import Scorer
+from actors.settings import Objective, Scoring, Training
+
+ROWS = 14
+SIDES = ("real", "generated", "mismatched")
+
+
+def write_pairs(model: Path, path: Path, spoil: dict[int, float] | None = None) -> Path:
+    """Pairs whose reference is the model itself; `spoil` replaces reference log-probs of real responses by row."""
+    draw = np.random.default_rng(0)
+
+    def ids(length: int) -> list[int]:
+        return [int(token) for token in draw.integers(6, 280, length)]
+
+    rows = [(ids(5 + i % 3), [*ids(3 + i % 7), 1], ids(4 + i % 5)) for i in range(ROWS)]
+    rows = [(*row, rows[(i + 1) % ROWS][1 + i % 2]) for i, row in enumerate(rows)]  # type: ignore[misc]
+    logps = Scorer(str(model), Scoring(), Training())([Example(str(i), row[0], row[1:]) for i, row in enumerate(rows)])
+    columns: dict[str, Any] = {"id": [f"row-{i}" for i in range(ROWS)], "prompt_ids": [row[0] for row in rows]}
+    for k, side in enumerate(SIDES):
+        columns |= {f"{side}_ids": [row[k + 1] for row in rows], f"ref_logp_{side}": [values[k] for values in logps]}
+    for row, value in (spoil or {}).items():
+        columns["ref_logp_real"][row] = value
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def _worker(rank: int, world: int, port: int, job: dict[str, Any]) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo")
+    from actors.learner.worker import run
+
+    run(job)
+    torch.distributed.destroy_process_group()
+
+
+def start(model: Path, data: Path, output: Path, world: int, objective: Objective, **settings: Any) -> list[SpawnProcess]:
+    """Starts `world` workers."""
+    options = {"workers": world, "batch_size": 8, "epochs": 2, "learning_rate": 1e-3, "micro_batch_tokens": 64, "checkpoint_every": 0}
+    files = {"train": [str(data)], "held_out": [str(data)], "output": str(output)}
+    job = {"name": "test/training", "weights": str(model), "tokenizer": str(model), "objective": objective} | files
+    job["training"] = Training(**(options | settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    output.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_worker, args=(rank, world, port, job)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def train(model: Path, data: Path, output: Path, world: int, objective: Objective, **settings: Any) -> list[dict[str, float]]:
+    """Trains in `world` real processes and returns the metrics of the steps."""
+    processes = start(model, data, output, world, objective, **settings)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * world
+    assert not (output / "failure.json").exists(), (output / "failure.json").read_text()
+    return steps_of(output)
+
+
+def kill_when(processes: list[SpawnProcess], condition: Callable[[], bool]) -> None:
+    """SIGKILL to all workers as soon as `condition` holds."""
+    while not condition():
+        assert all(process.is_alive() for process in processes), "the workers ended before they could be killed"
+        time.sleep(0.01)
+    for process in processes:
+        assert process.pid
+        os.kill(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.join()
+
+
+def steps_of(output: Path) -> list[dict[str, float]]:
+    """The metrics of a stage."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_steps(ours: list[dict[str, float]], theirs: list[dict[str, float]], rel: float = 1e-3) -> None:
+    """Two runs took the same steps, to rounding."""
+    assert [step["step"] for step in ours] == [step["step"] for step in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for key in ("loss", "reward_real", "reward_generated", "grad_norm", "logps_real"):
+            if key in b:
+                close = abs(a[key] - b[key]) <= 1e-4 + rel * abs(b[key])
+                assert close, f"step {a['step']}: {key} is {a[key]}, not {b[key]}"
