@@ -109,7 +109,7 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
         tokenizer = AutoTokenizer.from_pretrained(**source)
         config = AutoConfig.from_pretrained(**source)
     except (OSError, ValueError) as error:
-        raise StageError(f"model.path={model.path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise StageError(f"model.path={model.path!r} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from None
     if model.chat_template:
         tokenizer.chat_template = model.chat_template
     plain = tokenizer.chat_template is None

@@ -165,7 +165,7 @@ def _read_hub(name: str, subset: str | None, split: str) -> Iterator[RawRow]:
         # The hub client raises many kinds; all mean the same to the reader.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StageError(
-            f"hub data set {name!r} (subset {subset!r}, split {split!r}) cannot be loaded: {first}. "
+            f"hub data set {name!r} (subset {subset!r}, split {split!r}) cannot be loaded: {first.rstrip('.')}. "
             "Check the name and the network, or give a local path"
         ) from None
     for number, row in enumerate(rows, start=1):
