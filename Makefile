@@ -1,5 +1,5 @@
 # make run    sets everything up and runs the main job on its embedded default
-# make test   sets everything up and passes the tests
+# make test   sets everything up and passes the tests; make test-slow runs those that take many minutes
 # make lint   ruff and mypy over the whole tree
 # make lock   resolves pyproject.toml to requirements/{cpu,gpu}.txt
 # DEVICE=gpu or DEVICE=cpu chooses the locked set; by default a GPU is taken where an NVIDIA driver answers.
@@ -28,7 +28,10 @@ run: setup
 	$(BIN)/python jobs/gsil_iterative.py --config $(CONFIG) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests -m "not slow" $(ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest tests -m slow $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -280,6 +280,10 @@ class Training(Settings):
             raise ValueError(f"batch_size={self.batch_size} does not divide among workers={self.workers}")
         return self
 
+    def targets(self) -> list[str]:
+        """`lora_targets`, name by name."""
+        return [name.strip() for name in self.lora_targets.split(",")]
+
     def demand(self) -> str:
         """For a person: what the stage asks Ray for."""
         count = f"{self.workers}" if self.min_workers is None else f"{self.min_workers}-{self.workers}"

@@ -17,16 +17,33 @@ from typing import Any, Generic, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
-from actors.settings import Engine, Negatives, Objective, Scoring, Settings, SftTraining, Tracking, Training
-from pipelines.settings import Demonstrations, Evaluation, Iterations, Model, RaySettings, RunSettings
+from actors.settings import Engine, Negatives, Objective, Pool, Scoring, Settings, SftTraining, Tracking, Training
+from pipelines.settings import Demonstrations, Evaluation, Iterations, Model, Preferences, RaySettings, RunSettings
 
 
-class GsilConfig(Settings):
-    """Everything that `jobs/gsil_iterative.py` reads."""
+class JobConfig(Settings):
+    """What every job reads."""
 
     run: RunSettings = RunSettings()
     ray: RaySettings = RaySettings()
     model: Model = Model()
+
+    def demands(self) -> dict[str, tuple[float, float]]:
+        """Least (CPUs, GPUs) that must be free at one time, by the section that asks."""
+        found = {}
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if isinstance(section, Pool):
+                found[name] = (section.min_actors * section.num_cpus, section.min_actors * section.num_gpus)
+            elif isinstance(section, Training):
+                workers = section.min_workers or section.workers
+                found[name] = (workers * section.cpus_per_worker, workers * section.gpus_per_worker)
+        return found
+
+
+class GsilConfig(JobConfig):
+    """Everything that `jobs/gsil_iterative.py` reads."""
+
     demonstrations: Demonstrations = Demonstrations()
     sft: SftTraining = SftTraining()
     iterations: Iterations = Iterations()
@@ -58,13 +75,40 @@ class GsilConfig(Settings):
             "demonstrations.max_tokens": self.demonstrations.max_tokens,
         }
 
-    def demands(self) -> dict[str, tuple[float, float]]:
-        """Least (CPUs, GPUs) that must be free at one time, by the section that asks."""
-        pools = {"engine": self.engine, "scoring": self.scoring}
-        trainings = {"sft": self.sft, "training": self.training}
-        return {name: (p.min_actors * p.num_cpus, p.min_actors * p.num_gpus) for name, p in pools.items()} | {
-            name: (t.workers * t.cpus_per_worker, t.workers * t.gpus_per_worker) for name, t in trainings.items()
-        }
+
+class DilConfig(JobConfig):
+    """Everything that `jobs/dil.py` reads."""
+
+    run: RunSettings = RunSettings(name="dil")
+    demonstrations: Preferences = Preferences()
+    sft: SftTraining = SftTraining()
+    objective: Objective = Objective(name="dil_lsif")
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation(metric="none")
+    engine: Engine = Engine()
+    scoring: Scoring = Scoring()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        # A section that is given in part keeps this job's defaults for the rest.
+        if not isinstance(given, dict):
+            return given
+        defaults = {"run": {"name": "dil"}, "objective": {"name": "dil_lsif"}, "evaluation": {"metric": "none"}}
+        return given | {key: value | given[key] for key, value in defaults.items() if isinstance(given.get(key), dict)}
+
+    @model_validator(mode="after")
+    def _needs_pairs(self) -> "DilConfig":
+        if self.demonstrations.path in ("", "arithmetic"):
+            raise ValueError("demonstrations.path must name preference pairs: a file, directory, glob, URI or hub id")
+        return self
+
+    def longest(self) -> dict[str, int]:
+        """Longest sequences that the model meets, tokens, by the settings that ask for them."""
+        answers = self.demonstrations.max_prompt_tokens + self.evaluation.max_new_tokens
+        answered = {"demonstrations.max_prompt_tokens + evaluation.max_new_tokens": answers} if self.evaluation.metric != "none" else {}
+        return answered | {"demonstrations.max_tokens": self.demonstrations.max_tokens}
 
 
 C = TypeVar("C", bound=Settings)

@@ -13,15 +13,14 @@ The same command continues a run that was stopped, and redoes only what a change
 """
 
 import logging
-import signal
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from jobs.config import GsilConfig, parse, to_yaml
-from pipelines import base_model, cluster, demonstrations, evaluation, generation, policy_training, reference, summary
-from pipelines.artifacts import Run, Stage, locked, write_json
+from jobs import runner
+from jobs.config import GsilConfig
+from pipelines import base_model, demonstrations, evaluation, generation, policy_training, reference, summary
+from pipelines.artifacts import Run, Stage
 
 log = logging.getLogger("gsil")
 
@@ -105,7 +104,7 @@ def align(config: GsilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     result = Result(config, graph, run)
 
     run.do(base_model.prepare(config.model), graph.base_model)
-    base_model.check_context(run, graph.base_model, config.longest())
+    base_model.check(run, graph.base_model, config.longest(), {"sft": config.sft, "training": config.training})
     run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
     run.do(sample, graph.base.samples)
     run.do(evaluation.evaluate, graph.base.evaluation)
@@ -178,74 +177,11 @@ class Result:
         evaluations = {p.name: self.run.numbers(p.evaluation) for p in (self.graph.base, *self.trained)}
         best = max(self.trained, key=lambda p: (evaluations[p.name]["accuracy"] or 0.0, self.trained.index(p)))
         chosen = best if self.config.evaluation.metric != "none" else self.trained[-1]
-        content = {
-            "run": self.config.run.name,
-            "policies": {name: {key: numbers[key] for key in ("accuracy", "stderr", "n")} for name, numbers in evaluations.items()},
-            "iterations": self.iterations,
-            "final": chosen.name,
-            "stopped": self.stopped if len(self.iterations) < self.config.iterations.count else None,
-            "warnings": self.warnings,
-            "demonstrations": self.run.numbers(self.graph.demonstrations),
-            "stages": self.run.log,
-            "total_seconds": round(sum(stage["seconds"] for stage in self.run.log), 1),
-        }
-        summary.write_final(
-            self.run, chosen.name, chosen.weights, summary.model_card(self.config.model_dump(mode="json"), content, chosen.name)
-        )
-        write_json(self.run.root / "summary.json", content)
-        return content
-
-
-def dry_run(config: GsilConfig, graph: Graph, root: Path) -> None:
-    """Prints the resolved config and the stages; starts nothing."""
-    run = Run(root)
-    print(to_yaml(config))
-    print(f"stages of {root}:")
-    for stage in graph.stages():
-        state = "done" if run.manifest(stage) else "to do"
-        print(f"  {stage.fingerprint}  {state:5}  {stage.name:24}  {stage.demand}")
-
-
-def main(argv: list[str]) -> int:
-    """Runs the job; returns the exit status."""
-    asked = parse(GsilConfig, argv, usage=__doc__ or "")
-    config = asked.config
-    root = config.run.directory()
-    try:
-        graph = plan(config)
-        if asked.dry_run:
-            dry_run(config, graph, root)
-            return 0
-        with locked(root):
-            execute(config, graph, root)
-        return 0
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: the same command continues {root}", file=sys.stderr)
-        return 130
-    except Exception as error:
-        known = cluster.person_can_mend(error)
-        if known is None:
-            raise
-        print(f"error: {known}", file=sys.stderr)
-        return 1
-
-
-def execute(config: GsilConfig, graph: Graph, root: Path) -> None:
-    """Connects to Ray and runs the job in its directory with a display."""
-    from pipelines.progress import Terminal, chatter_to, print_result, set_up_logs
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    (root / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    summary.remove_stale_summary(root)
-    with chatter_to(root / "logs" / "driver.log") as console, Terminal(console) as display:
-        set_up_logs(root / "logs", display)
-        display.say(f"{config.run.name}: {root}")
-        with cluster.connected(config.ray) as logs:
-            display.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
-            cluster.check_fits(config.ray.address, config.demands())
-            result = align(config, graph, Run(root, display))
-    print_result(result, root)
+        stopped = self.stopped if len(self.iterations) < self.config.iterations.count else None
+        data = self.run.numbers(self.graph.demonstrations)
+        content = summary.content(self.run, evaluations, self.iterations, chosen.name, stopped, self.warnings, data)
+        return summary.write(self.run, self.config.model_dump(mode="json"), content, chosen.weights)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(runner.main(GsilConfig, sys.argv[1:], __doc__ or "", plan, align))

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from actors.settings import Training
 from pipelines.artifacts import Run, Stage, StageError, write_json
 from pipelines.chat import PLAIN_TEMPLATE, Chat
 from pipelines.settings import Model
@@ -33,21 +34,28 @@ def _files(path: str) -> dict[str, list[int]]:
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
-def check_context(run: Run, base: Stage, asked: dict[str, int]) -> None:
-    """Stops before an engine or a worker would find out that sequences do not fit the model.
+def check(run: Run, base: Stage, longest: dict[str, int], trainings: dict[str, Training]) -> None:
+    """Stops before an engine or a worker would find out that settings do not fit the model.
 
     Args:
         run: the run.
         base: the base model's finished stage.
-        asked: longest sequence in tokens, by the settings that ask for it.
+        longest: longest sequence in tokens, by the settings that ask for it.
+        trainings: training settings by section.
 
     Raises:
-        StageError: one of them is longer than the model's context.
+        StageError: a sequence is longer than the model's context, or LoRA targets match none of its modules.
     """
-    context = run.numbers(base)["context"]
-    for settings, tokens in asked.items():
-        if context is not None and tokens > context:
-            raise StageError(f"{settings} = {tokens} tokens, but the context of the model is {context}: lower what asks for it")
+    numbers = run.numbers(base)
+    for settings, tokens in longest.items():
+        if numbers["context"] is not None and tokens > numbers["context"]:
+            raise StageError(f"{settings} = {tokens} tokens, but the context of the model is {numbers['context']}: lower what asks for it")
+    for section, training in trainings.items():
+        for target in training.targets() if training.lora_r else []:
+            if target not in ("all-linear", *numbers["modules"]):
+                raise StageError(
+                    f"{section}.lora_targets: {target!r} matches no module of the model; it has {', '.join(numbers['modules'])}"
+                )
 
 
 def weights(run: Run, stage: Stage) -> str:
@@ -98,7 +106,8 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
         directory: of the stage.
 
     Returns:
-        whether the plain template was taken, the tokens that end a response, and the model's context in tokens (None: no limit known).
+        whether the plain template was taken, the tokens that end a response, the model's context in tokens (None: no limit known), and
+        the names of its linear modules.
 
     Raises:
         StageError: the model cannot be loaded.
@@ -125,7 +134,22 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
     generation.eos_token_id = sorted({*chat.stop_ids, *(declared if isinstance(declared, list) else [declared])} - {None})
     generation.save_pretrained(directory / "tokenizer")
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return {"plain_chat_template": plain, "stop_ids": generation.eos_token_id, "context": context}
+    modules = _linear_modules(config, model.trust_remote_code)
+    return {"plain_chat_template": plain, "stop_ids": generation.eos_token_id, "context": context, "modules": modules}
+
+
+def _linear_modules(config: Any, trust_remote_code: bool) -> list[str]:
+    """Last names of the modules that can get a low-rank adapter, without loading a weight."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    head = model.get_output_embeddings()
+    return sorted(
+        {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head}
+    )
 
 
 def _convert(gguf: Path, directory: Path) -> None:

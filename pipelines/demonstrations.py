@@ -3,6 +3,8 @@
 files --flat_map(read)--> raw rows --map_batches(tokenize)--> rows --driver: duplicates, split--> shards
 INPUT  source, row (JSON text), reason
 OUTPUT demonstrations/{train,held_out}/00000.parquet (DEMONSTRATION), rejected.parquet (REJECTED)
+
+Preference pairs go the same way, with the response that was not chosen beside the chosen one (PREFERENCE).
 """
 
 import functools
@@ -16,8 +18,8 @@ from typing import Any
 from pipelines import arithmetic, base_model, layouts, sources
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.chat import Chat
-from pipelines.records import DEMONSTRATION, REJECTED, write_rows
-from pipelines.settings import Demonstrations
+from pipelines.records import DEMONSTRATION, PREFERENCE, REJECTED, write_rows
+from pipelines.settings import Demonstrations, Preferences
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "held_out")
@@ -34,7 +36,7 @@ def plan(settings: Demonstrations, base: Stage) -> Stage:
     identity = settings.identity() | {"content": {split: _identity(settings, split) for split in SPLITS}}
     # Where the data lies is not what it is.
     del identity["path"], identity["held_out_path"]
-    return Stage("demonstrations", identity, {"base": base})
+    return Stage("demonstrations", identity | {"pairs": isinstance(settings, Preferences)}, {"base": base})
 
 
 def prepare(settings: Demonstrations, trust_remote_code: bool) -> Any:
@@ -167,9 +169,15 @@ def demonstration(row: dict[str, Any], source: str, settings: Demonstrations, ch
         raise layouts.RowError(f"the chat template refuses the conversation: {error}") from None
     if len(prompt_ids) > settings.max_prompt_tokens:
         raise layouts.RowError(f"the prompt has {len(prompt_ids)} tokens, more than max_prompt_tokens={settings.max_prompt_tokens}")
-    key = json.dumps([prompt, response], ensure_ascii=False).encode()
     room = settings.max_tokens - len(prompt_ids)
-    return {
+    other: dict[str, Any] = {}
+    if isinstance(settings, Preferences):
+        text = layouts.rejected(row, layout)
+        other = {"rejected": text, "rejected_ids": chat.response_ids(prompt, text)[:room]}
+        if other["rejected_ids"] == response_ids[:room]:
+            raise layouts.RowError(f"the two responses are equal up to max_tokens={settings.max_tokens}")
+    key = json.dumps([prompt, response, *([other["rejected"]] if other else [])], ensure_ascii=False).encode()
+    return other | {
         "id": hashlib.sha256(key).hexdigest()[:16],
         "source": source,
         "prompt": prompt,
@@ -185,6 +193,7 @@ class _Writer:
 
     def __init__(self, directory: Path, settings: Demonstrations):
         self.directory, self.settings = directory, settings
+        self.schema = PREFERENCE if isinstance(settings, Preferences) else DEMONSTRATION
         self.ids: set[bytes] = set()
         self.buffers: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self.rows = dict.fromkeys(SPLITS, 0)
@@ -247,7 +256,7 @@ class _Writer:
         if self.buffers[split]:
             folder = self.directory / split
             folder.mkdir(exist_ok=True)
-            write_rows(folder / f"{self.written[split]:05d}.parquet", self.buffers[split], DEMONSTRATION)
+            write_rows(folder / f"{self.written[split]:05d}.parquet", self.buffers[split], self.schema)
             self.written[split] += 1
             self.buffers[split] = []
 

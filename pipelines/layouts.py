@@ -69,6 +69,33 @@ def turns(row: Mapping[str, Any], layout: str) -> Turns:
     return prompt, response.strip()
 
 
+def rejected(row: Mapping[str, Any], layout: str) -> str:
+    """The other side of a preference pair: the response that was not chosen, to the same prompt.
+
+    Raises:
+        RowError: the layout has no such side, it cannot be read, or it answers another prompt.
+    """
+    if layout not in OTHER_SIDE:
+        raise RowError(f"the layout {layout!r} has one response a row: pairs need {', '.join(OTHER_SIDE)}")
+    chosen, other = OTHER_SIDE[layout]
+    if row.get(other) is None:
+        raise RowError(f"'{other}' is missing")
+    prompt, response = turns(row, layout)
+    try:
+        other_prompt, other_response = turns({**row, chosen: row[other]}, layout)
+    except RowError as error:
+        raise RowError(f"the side '{other}' cannot be read: {error}") from None
+    if other_prompt != prompt:
+        raise RowError(f"'{chosen}' and '{other}' answer different prompts")
+    if other_response == response:
+        raise RowError(f"'{chosen}' and '{other}' are equal")
+    return other_response
+
+
+OTHER_SIDE = {"preference": ("chosen", "rejected"), "hh": ("chosen", "rejected"), "spin": ("real", "generated")}
+"""By layout: the columns of the two sides of a pair."""
+
+
 def _prompt_completion(row: Mapping[str, Any]) -> Turns:
     return _prompt(row, "prompt"), _response(row, "completion")
 

@@ -15,6 +15,7 @@ MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])
 DEMONSTRATION = pa.schema(
     {"id": pa.string(), "source": pa.string(), "prompt": MESSAGES, "response": pa.string(), "prompt_ids": IDS, "response_ids": IDS}
 )
+PREFERENCE = DEMONSTRATION.append(pa.field("rejected", pa.string())).append(pa.field("rejected_ids", IDS))
 REJECTED = pa.schema({"source": pa.string(), "reason": pa.string(), "row": pa.string()})
 SAMPLE = pa.schema(
     {

@@ -36,7 +36,8 @@ def plan(
     Args:
         name: of the stage.
         demonstrations: the real side.
-        negatives: the generated side, this iteration's last; held-out pairs are made of these alone.
+        negatives: the generated side, this iteration's last; held-out pairs are made of these alone. Without any, the demonstrations
+            are preference pairs and bring it with them.
         reference: the policy in the denominator.
         truncated: "keep" or "drop" pairs whose sample was cut.
         training: the log-probs are computed in its precision.
@@ -61,9 +62,7 @@ def score(scoring: Scoring, training: Training, trust_remote_code: bool) -> Any:
         }
         options = {"drop_truncated": stage.settings["truncated"] == "drop", "mismatched": stage.settings["mismatched"]}
         tasks = [
-            Shard(
-                stage, inputs, run.directory(stage) / split / Path(inputs[0]).name, options, rows=sum_counts(map(Path, inputs[1:]))["rows"]
-            )
+            Shard(stage, inputs, run.directory(stage) / split / Path(inputs[0]).name, options, rows=sum_counts(map(Path, inputs))["rows"])
             for split in SPLITS
             for inputs in _aligned(run, stage, split)
         ]
@@ -95,14 +94,18 @@ class ScoreShards:
     def __call__(self, inputs: list[str], output: str, options: dict[str, Any]) -> None:
         """Pairs and scores one shard.
 
-        INPUT  DEMONSTRATION rows; SAMPLE rows, one file or more
+        INPUT  DEMONSTRATION rows and SAMPLE rows, one file or more; or PREFERENCE rows alone
         OUTPUT PAIR rows; counts of `identical` and `dropped` (cut) samples
         """
         from actors.learner.batches import Example
 
-        real = {row["id"]: row for row in pq.read_table(inputs[0], columns=["id", "prompt_ids", "response_ids"]).to_pylist()}
+        table = pq.read_table(inputs[0])
+        real = {row["id"]: row for row in table.select(["id", "prompt_ids", "response_ids"]).to_pylist()}
         columns = ["id", "iteration", "sample", "response_ids", "finish_reason"]
         samples = [row for path in inputs[1:] for row in pq.read_table(path, columns=columns).to_pylist()]
+        if not inputs[1:]:
+            rejected = table.select(["id", "rejected_ids"]).rename_columns(["id", "response_ids"]).to_pylist()
+            samples = [row | {"iteration": 0, "sample": 0, "finish_reason": "stop"} for row in rejected]
         pairs, identical, dropped = [], 0, 0
         for sample in samples:
             row = real[sample["id"]]

@@ -87,6 +87,15 @@ class Demonstrations(Settings):
         return self
 
 
+class Preferences(Demonstrations):
+    """Preference pairs: a prompt, a chosen and a rejected response."""
+
+    path: str = ""
+    """file, directory, glob or URI of jsonl, json, parquet, arrow or csv; or a hub id"""
+    sft_first: bool = False
+    """fine-tune on the chosen responses first; else training starts from the base model"""
+
+
 class Iterations(Settings):
     """The self-play loop."""
 

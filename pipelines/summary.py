@@ -10,7 +10,8 @@ from pipelines.artifacts import Run, Stage, versions, write_json
 
 
 def iteration_numbers(pairs: dict[str, Any], negatives: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
-    """One entry of `iterations` in the summary, from the numbers in the manifests of the three stages.
+    """One entry of `iterations` in the summary, from the numbers in the manifests of the three stages (of pairs that were given,
+    `negatives` has their number alone).
 
     Rewards (beta * rho, nats x beta), margin and classification accuracy are the trained policy's on held-out pairs.
     """
@@ -49,12 +50,53 @@ def indistinguishable(numbers: dict[str, Any]) -> bool:
 def table(policies: dict[str, dict[str, Any]], iterations: list[dict[str, Any]]) -> list[list[str]]:
     """Rows of the final table, the header first."""
     rows = [["policy", "accuracy", "+-", "n", "reward real", "generated", "told apart"]]
+    trained_on_pairs = dict(zip([name for name in policies if name not in ("base", "sft")], iterations, strict=True))
     for name, numbers in policies.items():
-        trained = iterations[int(name.rpartition("-")[2]) - 1] if name.startswith("iteration-") else {}
+        trained = trained_on_pairs.get(name, {})
         cells = [numbers["accuracy"], numbers["stderr"]]
         extra = [trained.get("reward_real"), trained.get("reward_generated"), trained.get("classification_accuracy")]
         rows.append([name, *(_cell(c) for c in cells), str(numbers["n"]), *(_cell(c) for c in extra)])
     return rows
+
+
+def content(
+    run: Run,
+    evaluations: dict[str, dict[str, Any]],
+    iterations: list[dict[str, Any]],
+    final: str,
+    stopped: str | None,
+    warnings: list[str],
+    demonstrations: dict[str, Any],
+) -> dict[str, Any]:
+    """What summary.json holds.
+
+    Args:
+        run: the run, with all stages done.
+        evaluations: numbers of the evaluation stage by policy, in the order of the policies.
+        iterations: `iteration_numbers` of every training on pairs.
+        final: the policy that was chosen.
+        stopped: why the job stopped before all its iterations.
+        warnings: for a person.
+        demonstrations: numbers of the stage that read the data.
+    """
+    return {
+        "run": run.root.name,
+        "policies": {name: {key: numbers[key] for key in ("accuracy", "stderr", "n")} for name, numbers in evaluations.items()},
+        "iterations": iterations,
+        "final": final,
+        "stopped": stopped,
+        "warnings": warnings,
+        "demonstrations": demonstrations,
+        "stages": run.log,
+        "total_seconds": round(sum(stage["seconds"] for stage in run.log), 1),
+    }
+
+
+def write(run: Run, config: dict[str, Any], content: dict[str, Any], policy: Stage) -> dict[str, Any]:
+    """Writes final/ with its model card, and summary.json; returns what is in it."""
+    write_final(run, content["final"], policy, model_card(config, content))
+    write_json(run.root / "summary.json", content)
+    return content
 
 
 def write_final(run: Run, name: str, policy: Stage, card: str) -> None:
@@ -68,23 +110,25 @@ def write_final(run: Run, name: str, policy: Stage, card: str) -> None:
     building.replace(final)
 
 
-def model_card(config: dict[str, Any], summary: dict[str, Any], chosen: str) -> str:
+def model_card(config: dict[str, Any], summary: dict[str, Any]) -> str:
     """README.md of final/: what it was made from, how, and what it scored."""
     results = "\n".join("| " + " | ".join(row) + " |" for row in _ruled(table(summary["policies"], summary["iterations"])))
     software = "\n".join(f"- {package} {version}" for package, version in versions().items())
-    hyper = json.dumps({key: config[key] for key in ("sft", "iterations", "objective", "training", "negatives")}, indent=1)
+    sections = ("sft", "iterations", "objective", "training", "negatives")
+    hyper = json.dumps({key: config[key] for key in sections if key in config}, indent=1)
+    chosen, objective = summary["final"], config["objective"]
     warnings = "".join(f"\n- Warning: {text}" for text in summary["warnings"])
     return f"""---
 base_model: {config["model"]["path"]}
 pipeline_tag: text-generation
-tags: [gsil, self-imitation-learning, imitation-learning]
+tags: [imitation-learning, {objective["name"].partition("_")[0]}]
 ---
 # {summary["run"]}: {chosen}
 
 - Base model: `{config["model"]["path"]}`
 - Demonstrations: `{config["demonstrations"]["path"]}`, {summary["demonstrations"]["train"]} for training, \
 {summary["demonstrations"]["held_out"]} held out, {summary["demonstrations"]["rejected"]} rejected
-- Objective: GSIL (arXiv 2410.10093) {config["objective"]["name"]}, beta {config["objective"]["beta"]}, gamma {config["objective"]["gamma"]}
+- Objective: {objective["name"]}, beta {objective["beta"]}, gamma {objective["gamma"]}
 - This policy: {chosen}{warnings}
 
 ## Results on held-out prompts

@@ -24,7 +24,7 @@ def finished(root: Path, accuracies: dict[str, float], argv: tuple[str, ...] = (
     config = build(GsilConfig, argv)
     graph, run = plan(config), Run(root)
     usual: dict[str, Any] = {
-        "model": {"stop_ids": [1], "context": None},
+        "model": {"stop_ids": [1], "context": None, "modules": []},
         "demonstrations": {"train": 10, "held_out": 10, "rejected": 0},
         "pairs": {"train": {"rows": 10, "identical": 2, "dropped": 1}},
         "negatives": {"rows": 13, "truncated": 4},

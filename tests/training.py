@@ -7,7 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def _worker(rank: int, world: int, port: int, job: dict[str, Any]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def start(model: Path, data: Path, output: Path, world: int, objective: Objective, **settings: Any) -> list[SpawnProcess]:
+def start(model: Path, data: Path, output: Path, world: int, objective: Objective, **settings: Any) -> list[BaseProcess]:
     """Starts `world` workers."""
     options = {"workers": world, "batch_size": 8, "epochs": 2, "learning_rate": 1e-3, "micro_batch_tokens": 64, "checkpoint_every": 0}
     files = {"train": [str(data)], "held_out": [str(data)], "output": str(output)}
@@ -63,8 +63,10 @@ def start(model: Path, data: Path, output: Path, world: int, objective: Objectiv
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     output.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_worker, args=(rank, world, port, job)) for rank in range(world)]
+    # Imports take seconds: one server makes them once, workers are its forks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["actors.learner.worker", "deepspeed", "peft"])
+    processes: list[BaseProcess] = [context.Process(target=_worker, args=(rank, world, port, job)) for rank in range(world)]
     for process in processes:
         process.start()
     return processes
@@ -80,7 +82,7 @@ def train(model: Path, data: Path, output: Path, world: int, objective: Objectiv
     return steps_of(output)
 
 
-def kill_when(processes: list[SpawnProcess], condition: Callable[[], bool]) -> None:
+def kill_when(processes: list[BaseProcess], condition: Callable[[], bool]) -> None:
     """SIGKILL to all workers as soon as `condition` holds."""
     while not condition():
         assert all(process.is_alive() for process in processes), "the workers ended before they could be killed"

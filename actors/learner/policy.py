@@ -45,11 +45,11 @@ def trainable(model: PreTrainedModel, settings: Training) -> PreTrainedModel:
 def _adapted(model: PreTrainedModel, settings: Training) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    targets = settings.lora_targets
+    targets = settings.targets()
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
-        target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
     )
     # In the model's own precision: DeepSpeed keeps float32 masters of what is trained.

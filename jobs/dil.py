@@ -1,0 +1,92 @@
+"""Align a language model from preference pairs (DIL, ICLR 2025: imitation learning of the chosen responses by density ratios).
+
+    python jobs/dil.py --demonstrations.path PAIRS [--objective.name dil_lsif | dil_ukl | dil_bce | dpo | ...] [--section.key value ...]
+
+    pairs ----> [SFT on the chosen] --> log pi_ref(chosen), (rejected) --> training --> policy
+                 demonstrations.sft_first      Ray Data                    Ray Train + DeepSpeed
+
+A row has a prompt, a chosen and a rejected response, in any of the usual layouts: prompt/chosen/rejected, whole conversations that
+share their start, HH text. The same command continues a run that was stopped, and redoes only what a changed setting touches.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from jobs import runner
+from jobs.config import DilConfig
+from pipelines import base_model, demonstrations, evaluation, generation, policy_training, reference, summary
+from pipelines.artifacts import Run, Stage
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All stages of the job."""
+
+    base_model: Stage
+    demonstrations: Stage
+    sft: Stage | None
+    pairs: Stage
+    training: Stage
+    evaluations: dict[str, tuple[Stage, Stage]]
+    """samples and evaluation of each policy, where a metric was asked for"""
+
+    def stages(self) -> list[Stage]:
+        """In the order in which they run."""
+        trained = [*([self.sft] if self.sft else []), self.pairs, self.training]
+        return [self.base_model, self.demonstrations, *trained, *(stage for pair in self.evaluations.values() for stage in pair)]
+
+
+def plan(config: DilConfig) -> Graph:
+    """The job graph with all fingerprints; nothing runs."""
+    base = base_model.plan(config.model)
+    data = demonstrations.plan(config.demonstrations, base)
+    sft = None
+    if config.demonstrations.sft_first:
+        sft = policy_training.plan("sft/training", base, base, data, config.sft, config.sft.objective())
+    start = sft or base
+    pairs = reference.plan("dil/pairs", data, (), start, "keep", config.training, config.objective, config.scoring)
+    training = policy_training.plan("dil/training", start, base, pairs, config.training, config.objective)
+    evaluations = {}
+    if config.evaluation.metric != "none":
+        for name, weights in {"base": base, "sft": sft, "dil": training}.items():
+            if weights:
+                sampling = config.evaluation.sampling()
+                samples = generation.plan(f"{name}/samples", weights, base, data, sampling, config.engine, 0, {"held_out": None})
+                evaluations[name] = (samples, evaluation.plan(f"{name}/evaluation", samples, data, config.evaluation))
+    return Graph(base, data, sft, pairs, training, evaluations)
+
+
+def align(config: DilConfig, graph: Graph, run: Run) -> dict[str, Any]:
+    """Runs the job.
+
+    Returns:
+        what went into summary.json.
+    """
+    trust = config.model.trust_remote_code
+    run.do(base_model.prepare(config.model), graph.base_model)
+    base_model.check(run, graph.base_model, config.longest(), {"sft": config.sft, "training": config.training})
+    run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
+    if graph.sft:
+        run.do(policy_training.train(config.sft, config.sft.objective(), config.tracking, trust), graph.sft)
+    run.do(reference.score(config.scoring, config.training, trust), graph.pairs)
+    run.do(policy_training.train(config.training, config.objective, config.tracking, trust), graph.training)
+    for samples, score in graph.evaluations.values():
+        run.do(generation.sample(config.engine, max(config.longest().values()), trust), samples)
+        run.do(evaluation.evaluate, score)
+    return _summary(config, graph, run)
+
+
+def _summary(config: DilConfig, graph: Graph, run: Run) -> dict[str, Any]:
+    unknown = {"accuracy": None, "stderr": None, "n": 0}
+    names = ["base", *(["sft"] if graph.sft else []), "dil"]
+    scores = {name: run.numbers(graph.evaluations[name][1]) if name in graph.evaluations else unknown for name in names}
+    pairs, training = run.numbers(graph.pairs), run.numbers(graph.training)
+    numbers = summary.iteration_numbers(pairs, {"rows": pairs["train"]["rows"]}, training)
+    warnings = summary.reward_warnings("dil", training, config.objective.gamma)
+    content = summary.content(run, scores, [numbers], "dil", None, warnings, run.numbers(graph.demonstrations))
+    return summary.write(run, config.model_dump(mode="json"), content, graph.training)
+
+
+if __name__ == "__main__":
+    sys.exit(runner.main(DilConfig, sys.argv[1:], __doc__ or "", plan, align))

@@ -1,0 +1,83 @@
+"""What every job does around its stages: parse, plan, lock, connect to Ray, show how it goes, say what went wrong."""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from jobs.config import JobConfig, parse, to_yaml
+from pipelines import cluster, summary
+from pipelines.artifacts import Run, Stage, locked
+
+
+class Plan(Protocol):
+    """The job graph of a job: all stages with their fingerprints."""
+
+    def stages(self) -> list[Stage]:
+        """In the order in which they run."""
+        ...
+
+
+C = TypeVar("C", bound=JobConfig)
+P = TypeVar("P", bound=Plan)
+
+
+def main(schema: type[C], argv: Sequence[str], usage: str, plan: Callable[[C], P], work: Callable[[C, P, Run], dict[str, Any]]) -> int:
+    """Runs a job.
+
+    Args:
+        schema: its config.
+        argv: without the program's name.
+        usage: the first lines of `--help`.
+        plan: makes the job graph; starts nothing.
+        work: runs it and returns what went into summary.json.
+
+    Returns:
+        the exit status.
+    """
+    asked = parse(schema, argv, usage)
+    config = asked.config
+    root = config.run.directory()
+    try:
+        graph = plan(config)
+        if asked.dry_run:
+            _dry_run(config, graph, root)
+            return 0
+        with locked(root):
+            _execute(config, graph, root, work)
+        return 0
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: the same command continues {root}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        known = cluster.person_can_mend(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        return 1
+
+
+def _dry_run(config: JobConfig, graph: Plan, root: Path) -> None:
+    run = Run(root)
+    print(to_yaml(config))
+    print(f"stages of {root}:")
+    for stage in graph.stages():
+        state = "done" if run.manifest(stage) else "to do"
+        print(f"  {stage.fingerprint}  {state:5}  {stage.name:24}  {stage.demand}")
+
+
+def _execute(config: C, graph: P, root: Path, work: Callable[[C, P, Run], dict[str, Any]]) -> None:
+    from pipelines.progress import Terminal, chatter_to, print_result, set_up_logs
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    (root / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    summary.remove_stale_summary(root)
+    with chatter_to(root / "logs" / "driver.log") as console, Terminal(console) as display:
+        set_up_logs(root / "logs", display)
+        display.say(f"{config.run.name}: {root}")
+        with cluster.connected(config.ray) as logs:
+            display.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
+            cluster.check_fits(config.ray.address, config.demands())
+            result = work(config, graph, Run(root, display))
+    print_result(result, root)

@@ -1,0 +1,172 @@
+"""Preference pairs: the two sides of a row in every layout, and `jobs/dil.py` as a whole on a tiny model."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from training import train, write_pairs
+
+from actors.settings import PRESETS, Objective
+from jobs.config import ConfigError, DilConfig, GsilConfig, build
+from pipelines.layouts import RowError, detect, rejected, turns
+
+ROOT = Path(__file__).resolve().parents[1]
+USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (("user", "Hi?"), ("assistant", "Hello!"), ("assistant", "Go away.")))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi?", "chosen": "Hello!", "rejected": "Go away."},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "Hi?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello!", "rejected": "\n\nHuman: Hi?\n\nAssistant: Go away."},
+        {"real": [USER, GOOD], "generated": [USER, BAD]},
+    ],
+)
+def test_both_sides_of_a_pair(row: dict[str, Any]) -> None:
+    layout = detect(row)
+    assert layout
+    assert turns(row, layout) == ([USER], "Hello!") and rejected(row, layout) == "Go away."
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Hi?", "chosen": "Hello!"}, "'rejected' is missing"),
+        ({"prompt": "Hi?", "chosen": "Hello!", "rejected": " "}, "'rejected' cannot be read: the response is empty"),
+        ({"prompt": "Hi?", "chosen": "Hello!", "rejected": "Hello! "}, "are equal"),
+        ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "Ho?"}, BAD]}, "answer different prompts"),
+        ({"question": "Hi?", "answer": "Hello!"}, "one response a row: pairs need preference, hh, spin"),
+    ],
+)
+def test_a_row_that_is_no_pair_says_why(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        rejected(row, detect(row) or "")
+
+
+def test_the_config_keeps_its_own_defaults_beside_what_is_given() -> None:
+    config = build(DilConfig, ["--demonstrations.path", "pairs.jsonl", "--objective.beta", "0.5", "--evaluation.max_new_tokens", "9"])
+    assert (config.objective.name, config.objective.beta, config.objective.length_normalised) == ("dil_lsif", 0.5, True)
+    assert config.evaluation.metric == "none" and config.run.name == "dil"
+    with pytest.raises(ConfigError, match=r"demonstrations\.path must name preference pairs"):
+        build(DilConfig, [])
+    with pytest.raises(ConfigError, match=r"objective\.name='dil_lsiv'.*dil_lsif"):
+        build(DilConfig, ["--objective.name", "dil_lsiv"])
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_objective_trains(name: str, tiny: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tiny, tmp_path / "pairs.parquet")
+    steps = train(tiny, pairs, tmp_path / "out", 1, Objective(name=name), epochs=4)
+    assert all(math.isfinite(value) for step in steps for value in step.values())
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HH text: 40 good pairs, and one of equal sides."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    sides = [(f"{i} + {i + 1} = {2 * i + 1}\n#### {2 * i + 1}", f"maybe {3 * i + 5}") for i in range(40)] + [("same", "same")]
+    rows = []
+    for i, (good, bad) in enumerate(sides):
+        start = f"\n\nHuman: What is {i} and {i + 1}?\n\nAssistant: "
+        rows.append(json.dumps({"chosen": start + good, "rejected": start + bad}))
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def dil(model: Path, data: Path, root: Path, *extra: str) -> list[str]:
+    """The flags of a small job."""
+    options = {
+        "run.root": root,
+        "ray.num_cpus": 2,
+        "model.path": model,
+        "demonstrations.path": data,
+        "demonstrations.max_rejected_fraction": 0.1,
+        "demonstrations.held_out_fraction": 0.3,
+        "demonstrations.max_prompt_tokens": 96,
+        "demonstrations.max_tokens": 160,
+        "demonstrations.shard_rows": 16,
+        "sft.epochs": 1,
+        "training.workers": 2,
+        "training.learning_rate": 1e-3,
+        "evaluation.max_new_tokens": 8,
+        "engine.num_cpus": 2,
+        "engine.kv_cache_gib": 1,
+    }
+    return [*(part for key, value in options.items() for part in (f"--{key}", str(value))), *extra]
+
+
+def finish(argv: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "jobs/dil.py", *argv], cwd=ROOT, text=True, capture_output=True, timeout=400)
+
+
+def test_the_job_on_preference_pairs(tiny: Path, preferences: Path, tmp_path: Path) -> None:
+    run = tmp_path / "dil"
+    first = dil(tiny, preferences, tmp_path, "--demonstrations.sft_first", "true", "--evaluation.metric", "exact_answer")
+    done = finish(first)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["policies"]) == {"base", "sft", "dil"} and summary["final"] == "dil"
+    (numbers,) = summary["iterations"]
+    assert numbers["negatives"] == summary["demonstrations"]["train"] and 0 <= numbers["classification_accuracy"] <= 1
+    (bad,) = pq.read_table(run / "demonstrations/rejected.parquet").to_pylist()
+    assert bad["source"] == "pairs.jsonl:41" and "are equal" in bad["reason"]
+    rows = {r["id"]: r for p in sorted((run / "demonstrations/train").glob("*")) for r in pq.read_table(p).to_pylist()}
+    pairs = [r for p in sorted((run / "dil/pairs/train").glob("*")) for r in pq.read_table(p).to_pylist()]
+    assert [pair["id"] for pair in pairs] == list(rows)
+    for pair in pairs:
+        row = rows[pair["id"]]
+        assert (pair["real_ids"], pair["generated_ids"]) == (row["response_ids"], row["rejected_ids"]) and row["rejected_ids"][-1] == 1
+    steps = [json.loads(line) for line in (run / "dil/training/metrics.jsonl").read_text().splitlines()]
+    assert steps[0]["loss"] == pytest.approx(-0.5, abs=1e-3), "-exp(0) + exp(0) / 2 at the reference"
+
+    # Another objective on the same pairs; KTO wants a third response a row, so its pairs are made anew.
+    for objective, again in (("dpo", {"dil/training"}), ("kto", {"dil/pairs", "dil/training"})):
+        done = finish([*first, "--objective.name", objective, "--evaluation.metric", "none"])
+        assert done.returncode == 0, done.stdout + done.stderr
+        stages = json.loads((run / "summary.json").read_text())["stages"]
+        assert {stage["name"] for stage in stages if not stage["skipped"]} == again
+    assert {p["mismatched_ids"] is None for p in pq.read_table(next((run / "dil/pairs/train").glob("*"))).to_pylist()} == {False}
+
+
+def test_targets_that_match_nothing_stop_the_job_before_a_model_loads(tiny: Path, preferences: Path, tmp_path: Path) -> None:
+    done = finish(dil(tiny, preferences, tmp_path, "--training.lora_r", "4", "--training.lora_targets", "q_proj,wqkv"))
+    assert done.returncode == 1 and not (tmp_path / "dil/demonstrations").exists()
+    assert "training.lora_targets: 'wqkv' matches no module of the model; it has down_proj, gate_proj, k_proj" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    """One local Ray for many jobs."""
+    from pipelines.cluster import connected
+    from pipelines.settings import RaySettings
+
+    with connected(RaySettings(num_cpus=2)):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_preset_from_data_to_policy(
+    name: str, one_ray: None, tiny: Path, preferences: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from jobs import dil as job
+    from pipelines.artifacts import Run
+
+    root = tmp_path_factory.getbasetemp() / "presets"
+    config = build(DilConfig, dil(tiny, preferences, root, "--objective.name", name))
+    summary = job.align(config, job.plan(config), Run(root / "dil"))
+    assert summary["iterations"][0]["held_out_pairs"] > 0 and (root / "dil/final/model.safetensors").exists()
+
+
+def test_gsil_takes_every_preset_too() -> None:
+    assert {build(GsilConfig, ["--objective.name", name]).objective.name for name in PRESETS} == set(PRESETS)
