@@ -81,6 +81,8 @@ def prepare(model: Model) -> Any:
         if numbers["plain_chat_template"]:
             # Said here: what a worker logs does not reach the job's log.
             log.warning("%s has no chat template: a plain one is used (User: ... Assistant: ...)", model.path)
+        if not numbers["shares_prompt"]:
+            log.warning("%s cannot share a prompt between responses: every response gets a row of its own, with the same loss", model.path)
         return {stages[0].name: numbers}
 
     return work
@@ -106,13 +108,15 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
         directory: of the stage.
 
     Returns:
-        whether the plain template was taken, the tokens that end a response, the model's context in tokens (None: no limit known), and
-        the names of its linear modules.
+        whether the plain template was taken, the tokens that end a response, the model's context in tokens (None: no limit known), the
+        names of its linear modules, and whether responses can share their prompt.
 
     Raises:
         StageError: the model cannot be loaded.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    from actors.learner.batches import shares_prompt
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -135,7 +139,8 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
     generation.save_pretrained(directory / "tokenizer")
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     modules = _linear_modules(config, model.trust_remote_code)
-    return {"plain_chat_template": plain, "stop_ids": generation.eos_token_id, "context": context, "modules": modules}
+    found = {"plain_chat_template": plain, "stop_ids": generation.eos_token_id, "context": context, "modules": modules}
+    return found | {"shares_prompt": shares_prompt(config)}
 
 
 def _linear_modules(config: Any, trust_remote_code: bool) -> list[str]:

@@ -20,9 +20,10 @@ from pipelines.records import shards
 from pipelines.shards import last_words
 
 log = logging.getLogger(__name__)
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(32 * 2**30), "MALLOC_TOP_PAD_": str(256 * 2**20)}
-"""glibc keeps large freed blocks: giving them back makes every step fault gradients and optimizer copies in again, which took half
-of the time of a step on a CPU (6.9 s with, 3.2 s without; SmolLM2-135M, 8 rows of 85 tokens, one thread)."""
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(32 * 2**30)}
+"""glibc keeps freed blocks below 128 MiB: giving them back makes every step fault activations, gradients and logits in again, which
+took half of the time of a step on a CPU (6.9 s with, 3.2 s without; SmolLM2-135M, 8 rows of 85 tokens, one thread). Larger ones (the
+optimizer's flat copies) are made once and go back."""
 
 
 def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, objective: Objective) -> Stage:

@@ -6,7 +6,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -47,6 +49,12 @@ def config(family: str, vocab_size: int) -> PreTrainedConfig:
         return GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=512, **ids)
     if family == "mistral_window":
         return MistralConfig(**SIZES, **ids, max_position_embeddings=512, sliding_window=8)
+    if family == "gpt_neox":
+        return GPTNeoXConfig(
+            hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512, **ids
+        )
+    if family == "gemma":
+        return GemmaConfig(**SIZES, **ids, head_dim=32, max_position_embeddings=512)
     kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config}
     return kinds[family](**SIZES, **ids, max_position_embeddings=512)
 

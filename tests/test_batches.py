@@ -9,15 +9,21 @@ import torch
 from models import config, write_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from actors.learner import policy
+from actors.learner.attention import BRANCHING, branching_attention
 from actors.learner.batches import Example, batch_order, collate, deal, shares_prompt
-from actors.learner.logprobs import CHUNK_TOKENS, ResponseLogProbs
+from actors.learner.logprobs import CHUNK_TOKENS, ResponseLogProbs, SelectedLogSoftmax
 from actors.scorer import batches_by_length
+from actors.settings import Training
 
 EXAMPLES = [
     Example("a", [0, 10, 11, 12], ([20, 21, 1], [30, 31, 32, 33, 1])),
     Example("b", [0, 13], ([22, 1], [34])),
     Example("c", [0, 14, 15, 16, 17, 18], ([23, 24, 25, 26, 1], [35, 36, 1])),
 ]
+
+
+FAMILIES = ["llama", "qwen2", "gpt2", "gpt_neox", "gemma", "mistral_window"]
 
 
 def plain_logp(model: torch.nn.Module, prompt: list[int], response: list[int]) -> float:
@@ -28,25 +34,27 @@ def plain_logp(model: torch.nn.Module, prompt: list[int], response: list[int]) -
     return sum(table[len(prompt) - 1 + k, token].item() for k, token in enumerate(response))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mistral_window"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("share", [True, False])
 def test_log_probs_equal_a_plain_float64_computation(family: str, share: bool, tmp_path: Path) -> None:
     directory = write_tiny(tmp_path / family, family, std=0.2)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="sdpa").eval()
-    share = share and shares_prompt(model.config)
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager").eval()
+    share = share and shares_prompt(plain.config)
+    attention = BRANCHING if share else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation=attention).eval()
     got = ResponseLogProbs(model)(collate(EXAMPLES, pad_id=1, share_prompt=share))[0].tolist()
-    want = [plain_logp(model, list(e.prompt_ids), list(r)) for e in EXAMPLES for r in e.responses]
+    want = [plain_logp(plain, list(e.prompt_ids), list(r)) for e in EXAMPLES for r in e.responses]
     assert got == pytest.approx(want, abs=1e-4)
 
 
 def test_which_families_share_a_prompt(tmp_path: Path) -> None:
-    kinds = {family: shares_prompt(config(family, 300)) for family in ("llama", "qwen2", "gpt2", "mistral_window")}
-    assert kinds == {"llama": True, "qwen2": True, "gpt2": True, "mistral_window": False}
+    kinds = {family: shares_prompt(config(family, 300)) for family in FAMILIES}
+    assert kinds == dict.fromkeys(FAMILIES, True) | {"mistral_window": False}
     assert not shares_prompt(AutoConfig.for_model("mamba"))
 
 
 def test_occupancy_counts_token_k_of_t_as_t_minus_k_over_t(tiny: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64, attn_implementation=BRANCHING).eval()
     prompt, response = [0, 10, 11], [20, 21, 1]
     tokens = [plain_logp(model, prompt, response[: k + 1]) - plain_logp(model, prompt, response[:k]) for k in range(3)]
     got = ResponseLogProbs(model)(collate([Example("a", prompt, (response,))], pad_id=1, share_prompt=True))[1]
@@ -54,7 +62,7 @@ def test_occupancy_counts_token_k_of_t_as_t_minus_k_over_t(tiny: Path) -> None:
 
 
 def test_padding_and_company_change_nothing(tiny: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64, attn_implementation=BRANCHING).eval()
     module = ResponseLogProbs(model)
     together = module(collate(EXAMPLES, pad_id=1, share_prompt=True))[0].tolist()
     for pad_id in (0, 2, model.config.vocab_size - 1):
@@ -63,25 +71,55 @@ def test_padding_and_company_change_nothing(tiny: Path) -> None:
     assert alone == pytest.approx(together, abs=1e-5)
 
 
-def test_gradients_do_not_depend_on_the_layout_or_the_chunks(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    grads = []
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_do_not_depend_on_the_layout_or_the_chunks(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write_tiny(tmp_path / family, family, std=0.2)
+    values, grads = [], []
     for share, chunk in ((True, CHUNK_TOKENS), (False, CHUNK_TOKENS), (True, 3)):
         monkeypatch.setattr("actors.learner.logprobs.CHUNK_TOKENS", chunk)
-        model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, attn_implementation="sdpa")
-        (ResponseLogProbs(model)(collate(EXAMPLES, 1, share))[0] * torch.arange(1.0, 7.0)).sum().backward()
+        model = policy.load(str(directory), Training(), False)
+        logps_R = ResponseLogProbs(model)(collate(EXAMPLES, 1, share and shares_prompt(model.config)))[0]
+        loss = (logps_R * torch.arange(1.0, 7.0)).sum()
+        loss.backward()
+        values.append(loss.item())
         grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert values[1:] == pytest.approx(values[:1] * 2, rel=1e-5)
     for other in grads[1:]:
         for name, grad in grads[0].items():
             torch.testing.assert_close(other[name], grad, atol=2e-4, rtol=1e-3)
 
 
-def test_the_mask_lets_a_response_see_the_prompt_and_itself() -> None:
-    batch = collate([Example("a", [5, 6], ([7, 8], [9]))], pad_id=0, share_prompt=True)
-    rows = ["10000", "11000", "11100", "11110", "11001"]
-    assert ["".join(str(int(v)) for v in row) for row in batch.attention_mask[0, 0]] == rows
-    assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 2]]
-    assert batch.sources_N.tolist() == [1, 2, 1] and batch.targets_N.tolist() == [7, 8, 9] and batch.owners_N.tolist() == [0, 0, 1]
-    assert batch.tokens == 5 and batch.responses == 2
+def test_a_response_sees_its_prompt_and_itself() -> None:
+    batch = collate([Example("a", [5, 6], ([7, 8], [9])), Example("b", [4], ([3],))], pad_id=0, share_prompt=True)
+    assert batch.branches
+    at = torch.arange(7)
+    rows = ["1000000", "1100000", "1110000", "1111000", "1100100", "0000010", "0000011"]
+    assert ["".join(str(int(v)) for v in row) for row in batch.branches.rule()(0, 0, at[:, None], at[None, :])] == rows
+    assert batch.input_ids_BT.tolist() == [[5, 6, 7, 8, 9, 4, 3]] and batch.positions_BT.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert batch.sources_N.tolist() == [1, 2, 1, 5] and batch.targets_N.tolist() == [7, 8, 9, 3] and batch.owners_N.tolist() == [0, 0, 1, 2]
+    assert batch.branches.bounds == ((0, 2, 4, 5), (5, 6, 7)) and (batch.tokens, batch.responses) == (7, 3)
+
+
+def test_the_rule_for_gpus_is_the_one_for_cpus() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    branches = collate(EXAMPLES, pad_id=0, share_prompt=True).branches
+    assert branches
+    length = len(branches.row_T)
+    query, key, value = (torch.randn(1, heads, length, 16) for heads in (4, 2, 2))
+    ours, _ = branching_attention(torch.nn.Module(), query, key, value, None, branches=branches)
+    mask = create_block_mask(branches.rule(), None, None, length, length, device="cpu")
+    flex = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(ours, flex.transpose(1, 2), atol=1e-5, rtol=1e-4)
+
+
+def test_log_softmax_of_targets_and_its_gradient() -> None:
+    logits, targets = torch.randn(5, 7, dtype=torch.float64).requires_grad_(), torch.tensor([0, 6, 3, 3, 1])
+    weights = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])
+    (SelectedLogSoftmax.apply(logits, targets) * weights).sum().backward()
+    ours, logits.grad = logits.grad, None
+    (logits.log_softmax(1)[torch.arange(5), targets] * weights).sum().backward()
+    torch.testing.assert_close(ours, logits.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_every_epoch_sees_every_row_once_in_its_own_order() -> None:

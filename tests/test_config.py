@@ -9,7 +9,7 @@ import pytest
 
 from actors.learner.deepspeed_config import deepspeed_config
 from actors.settings import Training
-from jobs.config import ConfigError, GsilConfig, build, help_text, to_yaml
+from jobs.config import ConfigError, DilConfig, GsilConfig, JobConfig, build, help_text, to_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
@@ -23,9 +23,10 @@ def refused(*argv: str) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
-    config = build(GsilConfig, ["--config", str(path)])
+    schema = DilConfig if path.stem.startswith("dil") else GsilConfig
+    config = build(schema, ["--config", str(path)])
     (tmp_path / "again.yaml").write_text(to_yaml(config))
-    assert build(GsilConfig, ["--config", str(tmp_path / "again.yaml")]) == config
+    assert build(schema, ["--config", str(tmp_path / "again.yaml")]) == config
 
 
 def test_overrides_win_over_files_and_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
@@ -59,9 +60,10 @@ def test_mistakes_are_named(argv: list[str], words: list[str]) -> None:
     assert all(word in message for word in words), message
 
 
-def test_help_names_every_key_with_its_meaning() -> None:
-    text = help_text(GsilConfig, "usage")
-    for section, field in GsilConfig.model_fields.items():
+@pytest.mark.parametrize("schema", [GsilConfig, DilConfig])
+def test_help_names_every_key_with_its_meaning(schema: type[JobConfig]) -> None:
+    text = help_text(schema, "usage")
+    for section, field in schema.model_fields.items():
         for key, option in field.annotation.model_fields.items():  # type: ignore[union-attr]
             assert f"--{section}.{key}  " in text
             assert option.description, f"{section}.{key} has no description"

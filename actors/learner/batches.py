@@ -1,18 +1,20 @@
 """From rows of token ids to batches of tensors, and the order in which rows are seen.
 
-A row is one prompt with its responses. The prompt is computed once: the row reads [prompt, response 1, response 2, ...], every
-response sees the prompt and itself, and its positions continue the prompt's. Models whose attention cannot be given as a mask
-(`shares_prompt`) get one row a response instead, with the same result.
+A row is one prompt with its responses. Where the model allows it (`shares_prompt`), the prompt is computed once and rows are packed one
+after the other without padding: [prompt, response 1, response 2][prompt, ...]; every response sees its prompt and itself, and its
+positions continue the prompt's. Other models get one padded row a response, with the same result.
 
-Shapes: B rows, T positions, N response tokens of a batch, R responses of a batch.
+Shapes: B rows of the model's input (1 where packed), T positions, N response tokens of a batch, R responses of a batch.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
+
+from actors.learner.attention import Branches
 
 TokenIds = Sequence[int] | np.ndarray
 
@@ -39,8 +41,10 @@ class Batch:
 
     input_ids_BT: torch.Tensor
     positions_BT: torch.Tensor
-    attention_mask: torch.Tensor
-    """`[B, 1, T, T]` bool where responses share a prompt, else `[B, T]` of 0 and 1"""
+    attention_mask: torch.Tensor | None
+    """`[B, T]` of 0 and 1 where rows are padded"""
+    branches: Branches | None
+    """where rows are packed"""
     sources_N: torch.Tensor
     """flat index into B * T of the position that predicts a response token"""
     targets_N: torch.Tensor
@@ -56,12 +60,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)}
-        return replace(self, **tensors)
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: v.to(device) for name, v in values.items() if isinstance(v, torch.Tensor | Branches)}
+        return Batch(**(values | moved))
 
 
 def shares_prompt(config: Any) -> bool:
-    """Whether a model's attention can be given as a `[B, 1, T, T]` mask.
+    """Whether a model's responses can share their prompt in a packed row.
 
     Args:
         config: a transformers config. Sliding windows, recurrent layers and position biases depend on a token's place in the
@@ -77,63 +82,66 @@ def shares_prompt(config: Any) -> bool:
 
 
 def collate(examples: Sequence[Example], pad_id: int, share_prompt: bool) -> Batch:
-    """Lays rows out in tensors, padded on the right.
+    """Lays rows out in tensors.
 
     Args:
-        examples: B rows; the batch's responses are theirs in order: row 0's, then row 1's, ...
+        examples: the batch's responses are theirs in order: those of the first row, then those of the second, ...
         pad_id: fills up rows; any valid token id, its value never matters.
-        share_prompt: one row a prompt, with a mask; else one row a response.
+        share_prompt: pack rows and compute each prompt once; else one row a response, padded on the right.
     """
-    rows = [(e.prompt_ids, e.responses) for e in examples]
-    if not share_prompt:
-        rows = [(prompt, (response,)) for prompt, responses in rows for response in responses]
-    # A mask is needed only where a row branches; without one transformers takes its fastest causal path.
-    branching = any(len(responses) > 1 for _, responses in rows)
-    width = max(len(prompt) + sum(len(r) for r in responses) for prompt, responses in rows)
-    input_ids_BT = np.full((len(rows), width), pad_id, dtype=np.int64)
-    positions_BT = np.zeros((len(rows), width), dtype=np.int64)
-    branch_BT = np.full((len(rows), width), -1, dtype=np.int64)
+    # (place in the flat input of the prompt and of each response)
+    if share_prompt:
+        starts = np.cumsum([0, *(example.tokens for example in examples)])
+        shape = (1, int(starts[-1]))
+        places = [(int(start), _ends(int(start), e)[:-1]) for start, e in zip(starts, examples, strict=False)]
+    else:
+        width = max(len(e.prompt_ids) + len(r) for e in examples for r in e.responses)
+        shape = (sum(len(e.responses) for e in examples), width)
+        places = []
+    ids_T, positions_T = np.full(shape, pad_id, dtype=np.int64).ravel(), np.zeros(shape, dtype=np.int64).ravel()
+    row_T, branch_T = np.zeros(shape, dtype=np.int64).ravel(), np.full(shape, -1, dtype=np.int64).ravel()
     sources, targets, owners, occupancy = [], [], [], []
     owner = 0
-    for b, (prompt, responses) in enumerate(rows):
-        end = len(prompt)
-        input_ids_BT[b, :end] = prompt
-        positions_BT[b, :end] = np.arange(end)
-        branch_BT[b, :end] = 0
-        for branch, response in enumerate(responses, start=1):
-            start, end = end, end + len(response)
-            input_ids_BT[b, start:end] = response
-            positions_BT[b, start:end] = len(prompt) + np.arange(len(response))
-            branch_BT[b, start:end] = branch
+    for number, example in enumerate(examples):
+        length = len(example.prompt_ids)
+        for branch, response in enumerate(example.responses, start=1):
+            prompt, start = (places[number][0], places[number][1][branch - 1]) if share_prompt else (owner * width, owner * width + length)
+            if branch == 1 or not share_prompt:
+                ids_T[prompt : prompt + length] = example.prompt_ids
+                positions_T[prompt : prompt + length] = np.arange(length)
+                row_T[prompt : prompt + length], branch_T[prompt : prompt + length] = number, 0
+            end = start + len(response)
+            ids_T[start:end] = response
+            positions_T[start:end] = length + np.arange(len(response))
+            row_T[start:end], branch_T[start:end] = number, branch
             # The first token is predicted by the prompt's last, the others by the one before.
-            source = np.concatenate([[len(prompt) - 1], np.arange(start, end - 1)])[: len(response)]
-            sources.append(b * width + source)
+            sources.append(np.concatenate([[prompt + length - 1], np.arange(start, end - 1)])[: len(response)])
             targets.append(np.asarray(response, dtype=np.int64))
             owners.append(np.full(len(response), owner))
             occupancy.append(1 - np.arange(len(response), dtype=np.float32) / max(1, len(response)))
             owner += 1
-    real_BT = branch_BT >= 0
+    branches = None
+    if share_prompt:
+        bounds = tuple((start, *_ends(start, e)) for (start, _), e in zip(places, examples, strict=True))
+        branches = Branches(bounds, torch.from_numpy(row_T), torch.from_numpy(branch_T))
     return Batch(
-        input_ids_BT=torch.from_numpy(input_ids_BT),
-        positions_BT=torch.from_numpy(positions_BT),
-        attention_mask=_branch_mask(branch_BT) if branching else torch.from_numpy(real_BT.astype(np.int64)),
+        input_ids_BT=torch.from_numpy(ids_T.reshape(shape)),
+        positions_BT=torch.from_numpy(positions_T.reshape(shape)),
+        attention_mask=None if share_prompt else torch.from_numpy((branch_T >= 0).astype(np.int64).reshape(shape)),
+        branches=branches,
         sources_N=torch.from_numpy(np.concatenate(sources).astype(np.int64)),
         targets_N=torch.from_numpy(np.concatenate(targets)),
         owners_N=torch.from_numpy(np.concatenate(owners).astype(np.int64)),
         occupancy_N=torch.from_numpy(np.concatenate(occupancy)),
         responses=owner,
-        tokens=int(real_BT.sum()),
+        tokens=int((branch_T >= 0).sum()),
     )
 
 
-def _branch_mask(branch_BT: np.ndarray) -> torch.Tensor:
-    """`[B, 1, T, T]`: a token sees what stands before it in the prompt (branch 0) and in its own branch."""
-    branch = torch.from_numpy(branch_BT)
-    same_BTT = branch[:, :, None] == branch[:, None, :]
-    prompt_BTT = branch[:, None, :] == 0
-    causal_TT = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool).tril()
-    # Padding sees padding (branch -1), so that no row of the softmax is empty.
-    return ((same_BTT | prompt_BTT) & causal_TT)[:, None]
+def _ends(start: int, example: Example) -> tuple[int, ...]:
+    """Where a packed row's prompt and each of its responses end."""
+    lengths = [len(example.prompt_ids), *(len(response) for response in example.responses)]
+    return tuple(int(end) for end in start + np.cumsum(lengths))
 
 
 def batch_order(rows: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:

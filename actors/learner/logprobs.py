@@ -6,6 +6,8 @@ log ratio come from the same arithmetic.
 Shapes: B rows, T positions, N response tokens of a batch, R responses of a batch, D hidden size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -49,19 +51,15 @@ class ResponseLogProbs(torch.nn.Module):
             attention_mask=batch.attention_mask,
             position_ids=batch.positions_BT,
             use_cache=False,
+            **({"branches": batch.branches} if batch.branches else {}),
         ).last_hidden_state
         source_ND = hidden_BTD.flatten(0, 1)[batch.sources_N]
-        logps = [
-            checkpoint(
-                self._token_logps,
-                source_ND[start : start + CHUNK_TOKENS],
-                batch.targets_N[start : start + CHUNK_TOKENS],
-                use_reentrant=False,
-            )
-            if torch.is_grad_enabled()
-            else self._token_logps(source_ND[start : start + CHUNK_TOKENS], batch.targets_N[start : start + CHUNK_TOKENS])
-            for start in range(0, len(batch.targets_N), CHUNK_TOKENS)
-        ]
+        starts = range(0, len(batch.targets_N), CHUNK_TOKENS)
+        chunks = [(source_ND[start : start + CHUNK_TOKENS], batch.targets_N[start : start + CHUNK_TOKENS]) for start in starts]
+        # The last chunk's logits are the first that the backward pass needs: kept, they cost no memory that recomputing would not.
+        recomputed = len(chunks) - 1 if torch.is_grad_enabled() else 0
+        logps = [checkpoint(self._token_logps, *chunk, use_reentrant=False) for chunk in chunks[:recomputed]]
+        logps += [self._token_logps(*chunk) for chunk in chunks[recomputed:]]
         sums_2R = torch.zeros(2, batch.responses, dtype=torch.float32, device=hidden_BTD.device)
         if not logps:
             return sums_2R
@@ -69,9 +67,33 @@ class ResponseLogProbs(torch.nn.Module):
         return sums_2R.index_add(1, batch.owners_N, torch.stack([logps_N, logps_N * batch.occupancy_N]))
 
     def _token_logps(self, source_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        logits_NV = self.model.get_output_embeddings()(source_ND).float()
+        logits_NV = self.model.get_output_embeddings()(source_ND)
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap:
             logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
-        return logits_NV.gather(1, targets_N[:, None]).squeeze(1) - logits_NV.logsumexp(dim=1)
+        return SelectedLogSoftmax.apply(logits_NV, targets_N)
+
+
+class SelectedLogSoftmax(torch.autograd.Function):
+    """log softmax(logits)[target] of every row, in float32, with one buffer of the size of the logits in the backward pass.
+
+    Autograd's own way through gather and logsumexp makes five of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """Args: logits `[N, V]`, targets `[N]`. Returns `[N]` float32."""
+        norms_N = torch.logsumexp(logits_NV.float(), dim=1)
+        ctx.save_for_backward(logits_NV, targets_N, norms_N)
+        return logits_NV.gather(1, targets_N[:, None]).squeeze(1).float() - norms_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """d/d logits = grad * (1[target] - softmax)."""
+        logits_NV, targets_N, norms_N = ctx.saved_tensors
+        grad_N = grads[0].float()
+        # softmax times -grad in place: exp(logits - norm), then a scale.
+        result_NV = (logits_NV.float() - norms_N[:, None]).exp_().mul_(-grad_N[:, None])
+        result_NV.scatter_add_(1, targets_N[:, None], grad_N[:, None])
+        return result_NV.to(logits_NV.dtype), None

@@ -7,13 +7,15 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from actors.learner.attention import BRANCHING
+from actors.learner.batches import shares_prompt
 from actors.settings import Training
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load(weights: str, settings: Training, trust_remote_code: bool) -> PreTrainedModel:
-    """Loads a policy to train or score it. Attention takes an explicit mask, dropout stays off (log ratios must start at 0)."""
+    """Loads a policy to train or score it. Dropout stays off: log ratios must start at 0."""
     config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     for key, value in text.to_dict().items():
@@ -23,7 +25,7 @@ def load(weights: str, settings: Training, trust_remote_code: bool) -> PreTraine
         weights,
         config=config,
         dtype=DTYPES[settings.precision],
-        attn_implementation="sdpa",
+        attn_implementation=BRANCHING if shares_prompt(config) else "sdpa",
         trust_remote_code=trust_remote_code,
     )
 

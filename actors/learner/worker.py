@@ -138,7 +138,7 @@ def _optimizer(groups: list[dict[str, Any]], settings: Training) -> torch.optim.
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=settings.learning_rate, adamw_mode=True)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 
 
 def architecture(model: Any) -> dict[str, Any]:
