@@ -79,7 +79,7 @@ def test_a_split_of_a_hub_data_set_is_read(split: str, inside: Inside) -> None:
 
 def test_a_model_is_read_from_the_hub(inside: Inside, tmp_path: Path) -> None:
     numbers, weights = inside(_base, "someone/tiny", tmp_path)
-    assert numbers == {"plain_chat_template": False, "stop_ids": [1], "context": 512}
+    assert numbers | {"plain_chat_template": False, "stop_ids": [1], "context": 512, "shares_prompt": True} == numbers
     assert (tmp_path / "base" / "model" / "tokenizer" / "tokenizer.json").exists()
     # Engines and workers load the weights, by the same id.
     assert weights == "someone/tiny" and inside(_parameters, weights) > 0

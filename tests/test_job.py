@@ -324,6 +324,10 @@ def test_a_job_submitted_to_a_running_cluster(tiny: Path, demonstrations: Path, 
             time.sleep(2)
         assert done.returncode == 0, done.stdout + done.stderr
         assert set(json.loads((tmp_path / "job" / "summary.json").read_text())["policies"]) == {"base", "sft"}
+        # The same job by hand, told where the cluster is: all of it is done already.
+        done = finish([*job, "--ray.address", f"127.0.0.1:{port}"], env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert all(stage["skipped"] for stage in json.loads((tmp_path / "job" / "summary.json").read_text())["stages"])
     finally:
         cluster.send_signal(signal.SIGTERM)
         cluster.wait(timeout=60)

@@ -1,0 +1,84 @@
+"""A training stage under real Ray Train: a killed worker, fewer workers than wanted, rows that spoil everything."""
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from training import assert_same_steps, steps_of, write_pairs
+
+from actors.settings import Objective, Tracking, Training
+from pipelines import base_model, policy_training
+from pipelines.artifacts import Run, Stage, StageError
+from pipelines.settings import Model
+
+
+def run_stage(root: Path, model: Path, spoil: dict[int, float] | None = None, **settings: Any) -> Path:
+    """Runs a training stage on pairs of the tiny model; returns its directory."""
+
+    def write(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        for split in ("train", "held_out"):
+            (run.directory(stages[0]) / split).mkdir()
+            write_pairs(model, run.directory(stages[0]) / split / "00000.parquet", spoil)
+        return {}
+
+    run, base, data = Run(root), base_model.plan(Model(path=str(model))), Stage("pairs", {"spoil": str(spoil)})
+    training = Training(**({"epochs": 20, "learning_rate": 1e-4, "checkpoint_every": 5, "zero_stage": 2} | settings))
+    stage = policy_training.plan("gsil/training", base, base, data, training, Objective())
+    run.do(base_model.prepare(Model(path=str(model))), base)
+    run.do(write, data)
+    run.do(policy_training.train(training, Objective(), Tracking(), False), stage)
+    return run.directory(stage)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local_ray: None, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """Steps of a stage whose workers all lived."""
+    return steps_of(run_stage(tmp_path_factory.mktemp("undisturbed"), tiny, workers=2))
+
+
+def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Acts in the background as soon as `condition` holds."""
+
+    def wait() -> None:
+        while not condition():
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_only(
+    undisturbed: Any, local_ray: None, tiny: Path, tmp_path: Path
+) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        mine = psutil.Process().children(recursive=True)
+        workers = [p.pid for p in mine if p.name().startswith("ray::RayTrain") or "RayTrainWorker" in " ".join(p.cmdline())]
+        killed.append(workers[0])
+        os.kill(workers[0], signal.SIGKILL)
+
+    watcher = when((tmp_path / "gsil/training/checkpoints/step-000010/done.json").exists, kill)
+    stage = run_stage(tmp_path, tiny, workers=2)
+    watcher.join()
+    assert killed and not psutil.pid_exists(killed[0])
+    assert_same_steps(steps_of(stage), undisturbed, rel=4e-3)
+
+
+def test_with_too_few_free_places_it_trains_with_fewer_workers(undisturbed: Any, local_ray: None, tiny: Path, tmp_path: Path) -> None:
+    stage = run_stage(tmp_path, tiny, workers=4, min_workers=1)
+    assert_same_steps(steps_of(stage), undisturbed, rel=4e-3)
+
+
+def test_rows_that_are_not_finite_fail_the_stage_once_with_their_ids(local_ray: None, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"gsil/training: the loss .* not finite in 3 steps in a row, up to step 3, on the rows row-"):
+        run_stage(tmp_path, tiny, dict.fromkeys(range(14), math.inf), workers=1)
