@@ -215,6 +215,7 @@ def trl(job: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         per_device_train_batch_size=job["batch_size"],
         num_train_epochs=1,
         learning_rate=5e-7,
+        lr_scheduler_type="constant",
         beta=0.1,
         max_length=None,
         use_cpu=True,

@@ -76,7 +76,7 @@ class ResponseLogProbs(torch.nn.Module):
 
 
 class SelectedLogSoftmax(torch.autograd.Function):
-    """log softmax(logits)[target] of every row, in float32, with one buffer of the size of the logits in the backward pass.
+    """log softmax(logits)[target] of every row, in float32, with one buffer of the size of the logits.
 
     Autograd's own way through gather and logsumexp makes five of them.
     """
@@ -84,16 +84,17 @@ class SelectedLogSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         """Args: logits `[N, V]`, targets `[N]`. Returns `[N]` float32."""
-        norms_N = torch.logsumexp(logits_NV.float(), dim=1)
-        ctx.save_for_backward(logits_NV, targets_N, norms_N)
-        return logits_NV.gather(1, targets_N[:, None]).squeeze(1).float() - norms_N
+        logps_NV = torch.log_softmax(logits_NV, dim=1, dtype=torch.float32)
+        ctx.save_for_backward(logps_NV, targets_N)
+        ctx.dtype = logits_NV.dtype
+        return logps_NV.gather(1, targets_N[:, None]).squeeze(1)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """d/d logits = grad * (1[target] - softmax)."""
-        logits_NV, targets_N, norms_N = ctx.saved_tensors
+        """d/d logits = grad * (1[target] - softmax), written over the saved log softmax."""
+        logps_NV, targets_N = ctx.saved_tensors
         grad_N = grads[0].float()
-        # softmax times -grad in place: exp(logits - norm), then a scale.
-        result_NV = (logits_NV.float() - norms_N[:, None]).exp_().mul_(-grad_N[:, None])
+        result_NV = logps_NV.exp_().mul_(-grad_N[:, None])
         result_NV.scatter_add_(1, targets_N[:, None], grad_N[:, None])
-        return result_NV.to(logits_NV.dtype), None
+        return result_NV.to(ctx.dtype), None
