@@ -6,7 +6,9 @@ A finished output shard is never made again: that is resume within a stage. Item
 engine start serves all of them.
 """
 
+import itertools
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +73,7 @@ def map_shards(
             for _ in done.iter_rows():
                 pass
         except RayError as error:
-            log.info("%s", error)
+            log.info("an actor failed", exc_info=error)
             raise StageError(f"{pending[0].stage.name}: an actor failed: {last_words(error)} (logs/job.log has all of it)") from error
     missing = [shard for shard in work if not shard.output.exists()]
     if missing:
@@ -95,7 +97,16 @@ class Adapter:
         return {"output": batch["output"]}
 
 
+RAISED = re.compile(r"(?!ray\.exceptions)([a-zA-Z_]\w*\.)*[A-Z]\w*(Error|Exception|Interrupt|Exit): ")
+"""The line of a traceback that says what was raised, unless by Ray itself."""
+FOLLOWS = ("The above exception", "During handling", "Traceback", "ray.exceptions", "To change retry attempts")
+
+
 def last_words(error: BaseException) -> str:
-    """What a worker said last: Ray's exceptions carry the worker's whole traceback as text."""
+    """What a worker said last, on one line: Ray's exceptions carry the worker's traceback as text, and words of Ray's own around it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    raised = [number for number, line in enumerate(lines) if RAISED.match(line)]
+    if not raised:
+        return lines[-1] if lines else type(error).__name__
+    said = itertools.takewhile(lambda line: not line.startswith(FOLLOWS), lines[raised[-1] :])
+    return " ".join(said)[:500]

@@ -33,9 +33,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "tokenizer"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """A local Ray instance for tests of single stages."""
+    """A local Ray instance for tests of single stages. It ends with its module: beside it no job can be submitted to another cluster."""
     from pipelines.cluster import connected
     from pipelines.settings import RaySettings
 

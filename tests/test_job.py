@@ -1,10 +1,12 @@
 """The whole job with the real Ray, vLLM and DeepSpeed on a tiny random model: files, resume, refusal, leftovers."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -114,6 +116,15 @@ def wait_until_gone(root: Path, seconds: float = 30) -> None:
 
 def start(argv: list[str], root: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(argv, cwd=ROOT, env=os.environ | {"GSIL_TEST": str(root)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with contextlib.ExitStack() as open_ones:
+        sockets = [open_ones.enter_context(socket.socket()) for _ in range(count)]
+        for held in sockets:
+            held.bind(("127.0.0.1", 0))
+        return [held.getsockname()[1] for held in sockets]
 
 
 def stop_when(process: subprocess.Popen[bytes], condition: Callable[[], bool], how: signal.Signals) -> None:
@@ -303,9 +314,13 @@ def test_a_prompt_that_cannot_fit_the_model_is_refused_before_an_engine_starts(t
 
 def test_a_job_submitted_to_a_running_cluster(tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
     binaries = Path(sys.executable).parent
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "GSIL_TEST": str(tmp_path)}
-    port, dashboard = "26379", "28265"
+    # A local instance that ran in this process before leaves variables behind that are not meant for another cluster.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = inherited | {"RAY_AUTH_MODE": "disabled", "GSIL_TEST": str(tmp_path)}
+    port, dashboard, agent = free_ports(3)
     head = [str(binaries / "ray"), "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--block"]
+    # Jobs are submitted through the agent; those of other local instances hold its default port.
+    head += [f"--dashboard-agent-listen-port={agent}"]
     # Paths of Unix sockets are short: not below pytest's folders.
     temporary = tempfile.mkdtemp(prefix="ray-")
     cluster = subprocess.Popen(
@@ -314,7 +329,7 @@ def test_a_job_submitted_to_a_running_cluster(tiny: Path, demonstrations: Path, 
     try:
         submit = [str(binaries / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--"]
         job = command(tiny, demonstrations, tmp_path, "--iterations.count", "0")
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while True:
             done = finish([*submit, *job], env=environment)
             # The job server answers before it has found its agent: both come up some seconds after the head node.

@@ -40,6 +40,14 @@ def test_killed_it_goes_on_from_the_checkpoint_also_with_another_number_of_worke
     assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} == {"step-000009", "step-000012"}
 
 
+def test_low_rank_adapters_go_on_too(tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    options = {"epochs": 6, "checkpoint_every": 3, "lora_r": 4, "lora_targets": "q_proj,v_proj", "zero_stage": 2}
+    whole = train(tiny, pairs, tmp_path / "whole", 1, Objective(), **options)
+    processes = start(tiny, pairs, tmp_path, 2, Objective(), **options)
+    kill_when(processes, (tmp_path / "checkpoints/step-000006/done.json").exists)
+    assert_same_steps(train(tiny, pairs, tmp_path, 2, Objective(), **options), whole, rel=4e-3)
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny: Path, tmp_path: Path) -> None:
     for zero in (0, 1, 3):
         spoiled = write_pairs(tiny, tmp_path / "pairs.parquet", {5: math.nan})

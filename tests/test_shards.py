@@ -1,14 +1,19 @@
 """The pool of actors: what a person reads when an actor fails, and what stays."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 
 from actors.settings import Pool
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.shards import Shard, map_shards
+
+# Ray's workers cannot import a test: the class travels with the task.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class Writes:

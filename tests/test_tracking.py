@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.learner.tracking import Tracker
+from actors.learner.tracking import Tracker, require
 from actors.settings import Tracking
 
 STEPS = [{"step": 1, "steps": 2, "loss": 1.5}, {"step": 2, "steps": 2, "loss": 0.5}]
@@ -16,6 +16,13 @@ def track(output: Path, tracking: Tracking) -> None:
     for step in STEPS:
         tracker.log(step)
     tracker.close()
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    require(Tracking(wandb_project="alignment", mlflow_uri="http://tracking"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"tracking\.mlflow_uri is set, but mlflow is not installed .* install the extra 'mlflow'"):
+        require(Tracking(mlflow_uri="http://tracking"))
 
 
 def test_lines_and_tensorboard(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Where training metrics go: metrics.jsonl always, TensorBoard, Weights & Biases and MLflow by config."""
 
+import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,6 @@ class Tracker:
         tracking: which trackers.
         config: the stage's settings, for trackers that keep them.
         done: steps that a checkpoint has behind it; what was recorded of later ones is taken back.
-
-    Raises:
-        ValueError: a tracker was asked for whose package is not installed.
     """
 
     def __init__(self, output: Path, name: str, tracking: Tracking, config: dict[str, Any], done: int = 0):
@@ -37,9 +36,9 @@ class Tracker:
                 stale.unlink()
             self.board = SummaryWriter(str(output), purge_step=done + 1 if done else None)
         if tracking.wandb_project:
-            self.wandb = _import("wandb", "tracking.wandb_project").init(project=tracking.wandb_project, name=name, config=config)
+            self.wandb = importlib.import_module("wandb").init(project=tracking.wandb_project, name=name, config=config)
         if tracking.mlflow_uri:
-            self.mlflow = _import("mlflow", "tracking.mlflow_uri")
+            self.mlflow = importlib.import_module("mlflow")
             self.mlflow.set_tracking_uri(tracking.mlflow_uri)
             self.mlflow.set_experiment(name.partition("/")[0])
             self.mlflow.start_run(run_name=name)
@@ -70,13 +69,16 @@ class Tracker:
             self.mlflow.end_run()
 
 
-def _import(package: str, key: str) -> Any:
-    import importlib
+def require(tracking: Tracking) -> None:
+    """Looks, on every worker, whether the trackers that were asked for are installed: one that stopped alone would leave the others
+    waiting.
 
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ValueError(f"{key} is set, but {package} is not installed on the workers: install the extra {package!r}") from None
+    Raises:
+        ValueError: one is not.
+    """
+    for package, key, asked in (("wandb", "wandb_project", tracking.wandb_project), ("mlflow", "mlflow_uri", tracking.mlflow_uri)):
+        if asked and importlib.util.find_spec(package) is None:
+            raise ValueError(f"tracking.{key} is set, but {package} is not installed on the workers: install the extra {package!r}")
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

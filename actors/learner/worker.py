@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from actors.learner import policy
+from actors.learner import policy, tracking
 from actors.learner.batches import batch_order
 from actors.learner.checkpoint import Checkpoints
 from actors.learner.data import Examples
@@ -65,9 +65,11 @@ def train(job: TrainJob) -> None:
         job: the same on every worker. `torch.distributed` must be initialised.
 
     Raises:
+        ValueError: the settings do not fit the model, the checkpoint or the worker.
         TrainingError: losses stay infinite, or the policy on disk is not the one that was trained.
     """
     settings, output = job.training, Path(job.output)
+    tracking.require(job.tracking)
     torch.manual_seed(settings.seed)
     examples = Examples(job.train)
     order = list(batch_order(len(examples), settings.batch_size, settings.epochs, settings.seed))
