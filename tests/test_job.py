@@ -1,24 +1,20 @@
 """The whole job with the real Ray, vLLM and DeepSpeed on a tiny random model: files, resume, refusal, leftovers."""
 
-import contextlib
-import hashlib
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from running import ROOT, command, content, finish, free_ports, rows_of, start, stop_when, wait_until_gone
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGES = [
     "base/model",
     "demonstrations",
@@ -44,95 +40,6 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("\n".join([*rows[:7], '{"question": "What', *rows[7:]]) + "\n")
     return path
-
-
-def command(model: Path, data: Path, root: Path, *extra: str) -> list[str]:
-    options = {
-        "run.name": "job",
-        "run.root": root,
-        "ray.num_cpus": 2,
-        "model.path": model,
-        "demonstrations.path": data,
-        "demonstrations.held_out_fraction": 0.4,
-        "demonstrations.max_rejected_fraction": 0.1,
-        "demonstrations.shard_rows": 8,
-        "demonstrations.max_prompt_tokens": 96,
-        "demonstrations.max_tokens": 160,
-        "sft.workers": 2,
-        "sft.epochs": 1,
-        "sft.learning_rate": 1e-3,
-        "training.learning_rate": 1e-3,
-        "iterations.count": 1,
-        "negatives.max_new_tokens": 24,
-        "evaluation.max_new_tokens": 24,
-        "engine.num_cpus": 2,
-        "engine.kv_cache_gib": 1,
-    }
-    flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    return [sys.executable, "jobs/gsil_iterative.py", *flags, *extra]
-
-
-def finish(argv: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(argv, cwd=ROOT, text=True, capture_output=True, timeout=400, **options)
-
-
-def content(run: Path) -> dict[str, Any]:
-    """What a run made: rows of parquet, bytes of weights and scores."""
-    found: dict[str, Any] = {}
-    for path in sorted(run.rglob("*")):
-        name = str(path.relative_to(run))
-        if path.suffix == ".parquet":
-            found[name] = pq.read_table(path).to_pylist()
-        elif path.suffix == ".safetensors" or path.name == "held_out.json":
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
-
-
-RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Ray's own: they hold no model and end by themselves a minute after their raylet was killed."""
-
-
-def ours_alive(root: Path) -> list[str]:
-    """Processes of a run by their environment: the driver, Ray's node, engines, workers."""
-    alive = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().decode(errors="replace")
-                environment = (entry / "environ").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if f"GSIL_TEST={root}" in environment and words and not words.startswith(RAY_AGENTS):
-                alive.append(words.replace("\0", " ")[:120])
-    return alive
-
-
-def wait_until_gone(root: Path, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while left := ours_alive(root):
-        assert time.monotonic() < deadline, f"still alive: {left}"
-        time.sleep(0.5)
-
-
-def start(argv: list[str], root: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(argv, cwd=ROOT, env=os.environ | {"GSIL_TEST": str(root)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with contextlib.ExitStack() as open_ones:
-        sockets = [open_ones.enter_context(socket.socket()) for _ in range(count)]
-        for held in sockets:
-            held.bind(("127.0.0.1", 0))
-        return [held.getsockname()[1] for held in sockets]
-
-
-def stop_when(process: subprocess.Popen[bytes], condition: Callable[[], bool], how: signal.Signals) -> None:
-    while process.poll() is None and not condition():
-        time.sleep(0.05)
-    assert process.poll() is None, "the job ended before it could be stopped"
-    process.send_signal(how)
-    process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -260,11 +167,6 @@ def test_ctrl_c_leaves_nothing_behind_and_says_how_to_go_on(tiny: Path, demonstr
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command continues" in errors
     wait_until_gone(tmp_path)
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """All rows of a folder of shards."""
-    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
 def test_a_window_of_two_an_initial_reference_and_several_samples(
