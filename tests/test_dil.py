@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from running import finish, rows_of
 from training import train, write_pairs
 
 from actors.settings import PRESETS, Objective
 from jobs.config import ConfigError, DilConfig, GsilConfig, build
 from pipelines.layouts import RowError, detect, rejected, turns
 
-ROOT = Path(__file__).resolve().parents[1]
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (("user", "Hi?"), ("assistant", "Hello!"), ("assistant", "Go away.")))
 
 
@@ -105,14 +104,13 @@ def dil(model: Path, data: Path, root: Path, *extra: str) -> list[str]:
     return [*(part for key, value in options.items() for part in (f"--{key}", str(value))), *extra]
 
 
-def finish(argv: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "jobs/dil.py", *argv], cwd=ROOT, text=True, capture_output=True, timeout=400)
+SCRIPT = [sys.executable, "jobs/dil.py"]
 
 
 def test_the_job_on_preference_pairs(tiny: Path, preferences: Path, tmp_path: Path) -> None:
     run = tmp_path / "dil"
     first = dil(tiny, preferences, tmp_path, "--demonstrations.sft_first", "true")
-    done = finish(first)
+    done = finish([*SCRIPT, *first])
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["policies"]) == {"base", "sft", "dil"} and summary["final"] == "dil"
@@ -120,8 +118,8 @@ def test_the_job_on_preference_pairs(tiny: Path, preferences: Path, tmp_path: Pa
     assert numbers["negatives"] == summary["demonstrations"]["train"] and 0 <= numbers["classification_accuracy"] <= 1
     (bad,) = pq.read_table(run / "demonstrations/rejected.parquet").to_pylist()
     assert bad["source"] == "pairs.jsonl:41" and "are equal" in bad["reason"]
-    rows = {r["id"]: r for p in sorted((run / "demonstrations/train").glob("*")) for r in pq.read_table(p).to_pylist()}
-    pairs = [r for p in sorted((run / "dil/pairs/train").glob("*")) for r in pq.read_table(p).to_pylist()]
+    rows = {row["id"]: row for row in rows_of(run / "demonstrations/train")}
+    pairs = rows_of(run / "dil/pairs/train")
     assert [pair["id"] for pair in pairs] == list(rows)
     for pair in pairs:
         row = rows[pair["id"]]
@@ -130,7 +128,7 @@ def test_the_job_on_preference_pairs(tiny: Path, preferences: Path, tmp_path: Pa
     assert steps[0]["loss"] == pytest.approx(-0.5, abs=1e-3), "-exp(0) + exp(0) / 2 at the reference"
 
     # KTO wants a third response a row, so its pairs are made anew, and nothing before them.
-    done = finish([*first, "--objective.name", "kto"])
+    done = finish([*SCRIPT, *first, "--objective.name", "kto"])
     assert done.returncode == 0, done.stdout + done.stderr
     stages = json.loads((run / "summary.json").read_text())["stages"]
     assert {stage["name"] for stage in stages if not stage["skipped"]} == {"dil/pairs", "dil/training"}
@@ -138,7 +136,7 @@ def test_the_job_on_preference_pairs(tiny: Path, preferences: Path, tmp_path: Pa
 
 
 def test_targets_that_match_nothing_stop_the_job_before_a_model_loads(tiny: Path, preferences: Path, tmp_path: Path) -> None:
-    done = finish(dil(tiny, preferences, tmp_path, "--training.lora_r", "4", "--training.lora_targets", "q_proj,wqkv"))
+    done = finish(SCRIPT + dil(tiny, preferences, tmp_path, "--training.lora_r", "4", "--training.lora_targets", "q_proj,wqkv"))
     assert done.returncode == 1 and not (tmp_path / "dil/demonstrations").exists()
     assert "training.lora_targets: 'wqkv' matches no module of the model; it has down_proj, gate_proj, k_proj" in done.stderr
 
@@ -155,7 +153,7 @@ def one_ray() -> Iterator[None]:
 
 @pytest.mark.slow
 def test_the_policies_of_the_job_are_evaluated(tiny: Path, preferences: Path, tmp_path: Path) -> None:
-    done = finish(dil(tiny, preferences, tmp_path, "--demonstrations.sft_first", "true", "--evaluation.metric", "exact_answer"))
+    done = finish(SCRIPT + dil(tiny, preferences, tmp_path, "--demonstrations.sft_first", "true", "--evaluation.metric", "exact_answer"))
     assert done.returncode == 0, done.stdout + done.stderr
     policies = json.loads((tmp_path / "dil/summary.json").read_text())["policies"]
     assert set(policies) == {"base", "sft", "dil"} and all(numbers["n"] > 0 for numbers in policies.values())
