@@ -40,6 +40,16 @@ def test_killed_it_goes_on_from_the_checkpoint_also_with_another_number_of_worke
     assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} == {"step-000009", "step-000012"}
 
 
+@pytest.mark.parametrize("after", [2, 1])
+def test_so_does_bfloat16_with_its_float32_sums(after: int, tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    options = {"epochs": 6, "checkpoint_every": 3, "precision": "bfloat16", "micro_batch_tokens": 40}
+    whole = train(tiny, pairs, tmp_path / "whole", 2, Objective(), **options)
+    processes = start(tiny, pairs, tmp_path, 2, Objective(), **options)
+    kill_when(processes, (tmp_path / "checkpoints/step-000006/done.json").exists)
+    # One worker rounds in another order than two.
+    assert_same_steps(train(tiny, pairs, tmp_path, after, Objective(), **options), whole, rel=1e-4 if after == 2 else 0.1)
+
+
 def test_low_rank_adapters_go_on_too(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     options = {"epochs": 6, "checkpoint_every": 3, "lora_r": 4, "lora_targets": "q_proj,v_proj", "zero_stage": 2}
     whole = train(tiny, pairs, tmp_path / "whole", 1, Objective(), **options)
@@ -49,9 +59,9 @@ def test_low_rank_adapters_go_on_too(tiny: Path, pairs: Path, tmp_path: Path) ->
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny: Path, tmp_path: Path) -> None:
-    for zero in (0, 1, 3):
-        spoiled = write_pairs(tiny, tmp_path / "pairs.parquet", {5: math.nan})
-        steps = train(tiny, spoiled, tmp_path / str(zero), 2, Objective(), zero_stage=zero)
+    spoiled = write_pairs(tiny, tmp_path / "pairs.parquet", {5: math.nan})
+    for zero, precision in ((0, "float32"), (1, "float32"), (1, "bfloat16"), (3, "float32")):
+        steps = train(tiny, spoiled, tmp_path / f"{zero}-{precision}", 2, Objective(), zero_stage=zero, precision=precision)
         # Row 5 comes once an epoch of two steps; the others go on and stay finite.
         assert [("skipped" in step) for step in steps].count(True) == 2
         assert all(math.isfinite(step["loss"]) == ("skipped" not in step) for step in steps)

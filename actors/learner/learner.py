@@ -101,7 +101,7 @@ class Learner:
 
     def _update(self) -> float:
         """Applies the gradients if they are finite; returns their norm before clipping."""
-        if hasattr(self.engine.optimizer, "_global_grad_norm"):
+        if self.engine.zero_optimization():
             # ZeRO leaves out a step whose gradients are not finite, on all workers alike.
             self.engine.step()
             return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else float("inf")

@@ -7,6 +7,7 @@ Every worker runs `train` with the same order. The order depends on nothing but 
 behind the last checkpoint as if nothing had happened.
 """
 
+import functools
 import json
 import os
 import time
@@ -22,7 +23,7 @@ from actors.learner import policy, tracking
 from actors.learner.batches import batch_order
 from actors.learner.checkpoint import Checkpoints
 from actors.learner.data import Examples
-from actors.learner.deepspeed_config import deepspeed_config
+from actors.learner.deepspeed_config import ELEMENTS_AT_ONCE, deepspeed_config
 from actors.learner.learner import Learner
 from actors.learner.logprobs import ResponseLogProbs
 from actors.learner.tracking import Tracker
@@ -114,6 +115,7 @@ def start_engine(model: Any, settings: Training, universal: bool) -> Any:
         universal: whether a converted checkpoint will be loaded into it.
     """
     import deepspeed
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     # Compiles C++ at the first start and serves inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -129,6 +131,10 @@ def start_engine(model: Any, settings: Training, universal: bool) -> Any:
     if universal:
         config["checkpoint"] = {"load_universal": True}
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=_optimizer(groups, settings), config=config)
+    if not engine.zero_optimization() or isinstance(engine.optimizer, BF16_Optimizer):
+        # There DeepSpeed reduces in one piece, a second copy of all gradients, also where one worker has nothing to reduce.
+        engine.enable_backward_allreduce = dist.get_world_size() > 1
+        engine.allreduce_gradients = functools.partial(engine.allreduce_gradients, bucket_size=ELEMENTS_AT_ONCE)
     return engine
 
 
