@@ -10,6 +10,8 @@ SHELL := /bin/bash
 
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 CONFIG ?= jobs/configs/quickstart.yaml
+# Laid over the config where there is a GPU.
+OVERLAY ?= $(if $(filter gpu,$(DEVICE)),--config jobs/configs/one_gpu.yaml)
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/$(DEVICE).txt
@@ -25,7 +27,7 @@ COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --python-versi
 .PHONY: run test test-slow lint format lock setup clean
 
 run: setup
-	$(BIN)/python jobs/gsil_iterative.py --config $(CONFIG) $(ARGS)
+	$(BIN)/python jobs/gsil_iterative.py --config $(CONFIG) $(OVERLAY) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest tests -m "not slow" $(ARGS)

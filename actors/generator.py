@@ -1,5 +1,6 @@
 """A vLLM engine: prompts as token ids in, responses as token ids out."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ class Generator:
         self.llm.reset_prefix_cache()
         # The CPU engine draws from torch's generator and cannot take a seed a request; a GPU engine can.
         torch.manual_seed(seed)
-        params = [self._params(sampling, seed + row if self.gpu else None) for row in range(len(prompts))]
+        params = [self._params(sampling, _mixed(seed, row) if self.gpu else None) for row in range(len(prompts))]
         outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False)
         return [[self._response(list(sample.token_ids), sample.finish_reason) for sample in output.outputs] for output in outputs]
 
@@ -103,3 +104,8 @@ class Generator:
         if stopped != (bool(ids) and ids[-1] in self.stop_ids):
             raise RuntimeError(f"the engine says finish_reason={reason!r} of a response that ends in token {ids[-1:]}")
         return Response(ids, reason)
+
+
+def _mixed(seed: int, row: int) -> int:
+    """31 bits for one row: seeds that follow each other would meet those of other shards, and of a row's further samples."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{row}".encode()).digest()[:4], "big") >> 1

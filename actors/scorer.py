@@ -10,7 +10,7 @@ import torch
 from actors.learner import policy
 from actors.learner.batches import Example, collate, shares_prompt
 from actors.learner.logprobs import ResponseLogProbs
-from actors.settings import Scoring, Training
+from actors.settings import Scoring
 
 
 class Scorer:
@@ -19,18 +19,19 @@ class Scorer:
     Args:
         weights: directory or hub id of the policy.
         scoring: settings of the pool.
-        training: of the stage that reads the log-probs; its precision is used here too.
+        precision: of the training stage that reads the log-probs.
+        longest: no prompt with one of its responses is longer, tokens.
         trust_remote_code: run Python code that comes with the model.
     """
 
-    def __init__(self, weights: str, scoring: Scoring, training: Training, trust_remote_code: bool = False):
+    def __init__(self, weights: str, scoring: Scoring, precision: str, longest: int | None = None, trust_remote_code: bool = False):
         self.max_batch_tokens = scoring.max_batch_tokens
         self.device = "cuda" if scoring.num_gpus else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(max(1, int(scoring.num_cpus)))
-        model = policy.load(weights, training, trust_remote_code)
+        model = policy.load(weights, precision, longest, trust_remote_code)
         self.module = ResponseLogProbs(model).to(self.device).eval()
-        self.share_prompt = shares_prompt(model.config)
+        self.share_prompt = shares_prompt(model.config, longest)
 
     def __call__(self, examples: Sequence[Example]) -> list[list[float]]:
         """Scores rows.
@@ -40,7 +41,7 @@ class Scorer:
         """
         results: list[list[float]] = [[] for _ in examples]
         with torch.no_grad():
-            for rows in batches_by_length([example.tokens for example in examples], self.max_batch_tokens):
+            for rows in batches_by_length([example.cost(self.share_prompt) for example in examples], self.max_batch_tokens):
                 batch = collate([examples[row] for row in rows], pad_id=0, share_prompt=self.share_prompt)
                 values = iter(self.module(batch.to(self.device))[0].tolist())
                 for row in rows:

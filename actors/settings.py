@@ -6,7 +6,7 @@ A field marked with `placement(...)` says where and how fast work runs, not what
 fingerprint: the same run continues on a larger machine.
 """
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -140,29 +140,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Names for a function of the table in actors/learner/objectives.py and its numbers."""
 
-PresetName = Literal[
-    "gsil_logistic",
-    "gsil_hinge",
-    "gsil_brier",
-    "gsil_exponential",
-    "gsil_kliep",
-    "gsil_lsif",
-    "dil_lsif",
-    "dil_ukl",
-    "dil_bce",
-    "spin",
-    "dpo",
-    "fdpo_reverse_kl",
-    "fdpo_forward_kl",
-    "fdpo_js",
-    "fdpo_alpha",
-    "ipo",
-    "slic",
-    "cpo",
-    "simpo",
-    "kto",
-    "sft",
-]
+if TYPE_CHECKING:
+    PresetName: TypeAlias = str
+else:
+    PresetName = Literal[tuple(PRESETS)]
+
+POINTWISE = ("logistic", "hinge", "brier", "exponential", "kliep", "lsif")
+SMOOTHED = ("logistic", "dpo", "fdpo_forward_kl", "fdpo_js", "fdpo_alpha", "cpo", "simpo")
+READ_BY = {
+    "gamma": (*POINTWISE, "simpo"),
+    "length_normalised": (*POINTWISE, "kto", "dpo", "fdpo_forward_kl", "fdpo_js", "fdpo_alpha", "ipo"),
+    "label_smoothing": SMOOTHED,
+    "alpha": ("fdpo_alpha",),
+    "delta": ("slic",),
+}
+"""The functions that read a number; beta, which scales rewards in the metrics too, and the SFT term belong to all."""
 
 
 class Objective(Settings):
@@ -197,19 +189,23 @@ class Objective(Settings):
         return {key: value for key, value in preset.items() if key != "function"} | given
 
     @model_validator(mode="after")
-    def _smoothing_is_read(self) -> "Objective":
-        if self.label_smoothing and self.function not in SMOOTHED:
-            raise ValueError(f"label_smoothing={self.label_smoothing:g} means nothing to {self.name}: only to {', '.join(SMOOTHED)}")
+    def _all_is_read(self) -> "Objective":
+        for number, readers in READ_BY.items():
+            value = getattr(self, number)
+            if self.function not in readers and value != type(self).model_fields[number].default:
+                names = ", ".join(name for name, preset in PRESETS.items() if preset["function"] in readers)
+                raise ValueError(f"{number}={value} means nothing to {self.name}: only to {names}")
         return self
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each response is classified by its own score beta * rho + gamma."""
+        return self.function in POINTWISE
 
     @property
     def function(self) -> str:
         """Its key in the table of functions."""
         return PRESETS[self.name]["function"]
-
-
-SMOOTHED = ("logistic", "dpo", "fdpo_forward_kl", "fdpo_js", "fdpo_alpha", "cpo", "simpo")
-"""Functions that read label_smoothing."""
 
 
 class Training(Settings):

@@ -131,7 +131,7 @@ def ours_reference(job: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str,
     from actors.scorer import Scorer
     from actors.settings import Scoring
 
-    scorer = Scorer(job["model"], Scoring(num_cpus=job["threads"], max_batch_tokens=job["micro_batch_tokens"]), training(job))
+    scorer = Scorer(job["model"], Scoring(num_cpus=job["threads"], max_batch_tokens=job["micro_batch_tokens"]), job["precision"])
     started = time.monotonic()
     logps = scorer([Example(str(i), r["prompt_ids"], (r["real_ids"], r["generated_ids"])) for i, r in enumerate(rows)])
     seconds = time.monotonic() - started
@@ -164,7 +164,7 @@ def ours(job: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     dist.init_process_group("gloo")
     with contextlib.redirect_stdout(sys.stderr):
-        engine = start_engine(policy.trainable(policy.load(job["model"], settings, False), settings), settings, False)
+        engine = start_engine(policy.trainable(policy.load(job["model"], settings.precision, None, False), settings), settings)
     learner = Learner(engine, Objective(name="dpo"), settings)
     order = list(batch_order(len(examples), settings.batch_size, 1, 0))
     profiler: Any = torch.profiler.profile() if job["profile"] else contextlib.nullcontext()

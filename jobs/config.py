@@ -70,10 +70,8 @@ class GsilConfig(JobConfig):
     def longest(self) -> dict[str, int]:
         """Longest sequences that the model meets, tokens, by the settings that ask for them."""
         longer = "negatives" if self.negatives.max_new_tokens >= self.evaluation.max_new_tokens else "evaluation"
-        return {
-            f"demonstrations.max_prompt_tokens + {longer}.max_new_tokens": self.max_model_len(),
-            "demonstrations.max_tokens": self.demonstrations.max_tokens,
-        }
+        sampled = {f"demonstrations.max_prompt_tokens + {longer}.max_new_tokens": self.max_model_len()}
+        return sampled | longest_given(self.demonstrations, self.objective)
 
 
 class DilConfig(JobConfig):
@@ -108,7 +106,14 @@ class DilConfig(JobConfig):
         """Longest sequences that the model meets, tokens, by the settings that ask for them."""
         answers = self.demonstrations.max_prompt_tokens + self.evaluation.max_new_tokens
         answered = {"demonstrations.max_prompt_tokens + evaluation.max_new_tokens": answers} if self.evaluation.metric != "none" else {}
-        return answered | {"demonstrations.max_tokens": self.demonstrations.max_tokens}
+        return answered | longest_given(self.demonstrations, self.objective)
+
+
+def longest_given(data: Demonstrations, objective: Objective) -> dict[str, int]:
+    """Longest sequence of the data itself; KTO also puts a response behind another prompt."""
+    if objective.function == "kto":
+        return {"demonstrations.max_prompt_tokens + demonstrations.max_tokens": data.max_prompt_tokens + data.max_tokens}
+    return {"demonstrations.max_tokens": data.max_tokens}
 
 
 C = TypeVar("C", bound=Settings)
@@ -157,7 +162,7 @@ def build(schema: type[C], argv: Sequence[str]) -> C:
             _check_keys(schema, layer := _read_yaml(value), where=value)
             _merge(merged, layer)
         else:
-            overrides.append((flag, _scalar(value)))
+            overrides.append((flag, value if _is_text(schema, flag) else _scalar(value)))
     for dotted, value in overrides:
         layer = value
         for key in reversed(dotted.split(".")):
@@ -194,6 +199,13 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must hold sections (run:, model:, ...), not {type(content).__name__}")
     return content
+
+
+def _is_text(schema: type[BaseModel], dotted: str) -> bool:
+    """Whether a key holds text, which YAML must not take for a number or a date; "null" is no text."""
+    section, _, key = dotted.partition(".")
+    found = _section(schema.model_fields[section].annotation) if section in schema.model_fields else None
+    return found is not None and key in found.model_fields and found.model_fields[key].annotation is str
 
 
 def _scalar(text: str) -> Any:

@@ -63,16 +63,16 @@ def align(config: DilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     Returns:
         what went into summary.json.
     """
-    trust = config.model.trust_remote_code
+    trust, longest = config.model.trust_remote_code, max(config.longest().values())
     run.do(base_model.prepare(config.model), graph.base_model)
     base_model.check(run, graph.base_model, config.longest(), {"sft": config.sft, "training": config.training})
     run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
     if graph.sft:
-        run.do(policy_training.train(config.sft, config.sft.objective(), config.tracking, trust), graph.sft)
-    run.do(reference.score(config.scoring, config.training, trust), graph.pairs)
-    run.do(policy_training.train(config.training, config.objective, config.tracking, trust), graph.training)
+        run.do(policy_training.train(config.sft, config.sft.objective(), config.tracking, longest, trust), graph.sft)
+    run.do(reference.score(config.scoring, config.training.precision, longest, trust), graph.pairs)
+    run.do(policy_training.train(config.training, config.objective, config.tracking, longest, trust), graph.training)
     for samples, score in graph.evaluations.values():
-        run.do(generation.sample(config.engine, max(config.longest().values()), trust), samples)
+        run.do(generation.sample(config.engine, longest, trust), samples)
         run.do(evaluation.evaluate, score)
     return _summary(config, graph, run)
 
@@ -83,7 +83,7 @@ def _summary(config: DilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     scores = {name: run.numbers(graph.evaluations[name][1]) if name in graph.evaluations else unknown for name in names}
     pairs, training = run.numbers(graph.pairs), run.numbers(graph.training)
     numbers = summary.iteration_numbers(pairs, {"rows": pairs["train"]["rows"]}, training)
-    warnings = summary.reward_warnings("dil", training, config.objective.gamma)
+    warnings = summary.reward_warnings("dil", training, config.objective)
     content = summary.content(run, scores, [numbers], "dil", None, warnings, run.numbers(graph.demonstrations))
     return summary.write(run, config.model_dump(mode="json"), content, graph.training)
 

@@ -100,7 +100,8 @@ def align(config: GsilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     """
     trust = config.model.trust_remote_code
     sample = generation.sample(config.engine, config.max_model_len(), trust)
-    score = reference.score(config.scoring, config.training, trust)
+    longest = max(config.longest().values())
+    score = reference.score(config.scoring, config.training.precision, longest, trust)
     result = Result(config, graph, run)
 
     run.do(base_model.prepare(config.model), graph.base_model)
@@ -108,7 +109,7 @@ def align(config: GsilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
     run.do(sample, graph.base.samples)
     run.do(evaluation.evaluate, graph.base.evaluation)
-    run.do(policy_training.train(config.sft, config.sft.objective(), config.tracking, trust), graph.sft.weights)
+    run.do(policy_training.train(config.sft, config.sft.objective(), config.tracking, longest, trust), graph.sft.weights)
     policy = graph.sft
     for step in graph.iterations:
         run.do(sample, policy.samples, step.negatives)
@@ -118,7 +119,7 @@ def align(config: GsilConfig, graph: Graph, run: Run) -> dict[str, Any]:
         run.do(score, step.pairs)
         if result.nothing_left(step):
             break
-        run.do(policy_training.train(config.training, config.objective, config.tracking, trust), step.policy.weights)
+        run.do(policy_training.train(config.training, config.objective, config.tracking, longest, trust), step.policy.weights)
         result.add(step)
         policy = step.policy
     run.do(sample, policy.samples)
@@ -143,7 +144,7 @@ class Result:
         pairs, negatives, training = (self.run.numbers(stage) for stage in stages)
         self.trained.append(step.policy)
         self.iterations.append(summary.iteration_numbers(pairs, negatives, training))
-        for text in summary.reward_warnings(step.policy.name, training, self.config.objective.gamma):
+        for text in summary.reward_warnings(step.policy.name, training, self.config.objective):
             self.warn(text)
 
     def should_stop(self, policy: Policy) -> bool:

@@ -149,6 +149,8 @@ class Run:
         started = directory / "started.json"
         made = [path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file() and path != started]
         files = {str(path): (directory / path).stat().st_size for path in made if path.parts[0] != ATTEMPT}
+        if not files:
+            raise StageError(f"{stage.name}: nothing is in {directory}: is run.root on storage that every node mounts?")
         manifest = {
             "name": stage.name,
             "fingerprint": stage.fingerprint,
@@ -173,8 +175,12 @@ def locked(root: Path) -> Iterator[None]:
     Raises:
         StageError: another process holds it.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("a+", encoding="utf-8") as file:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise StageError(f"the run directory {root} cannot be written: {error.strerror}; choose another --run.root") from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

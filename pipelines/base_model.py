@@ -24,11 +24,15 @@ def plan(model: Model) -> Stage:
     settings = model.identity() | {"files": _files(model.path)}
     if model.chat_template:
         settings["chat_template"] = _template(model.chat_template)
-    return Stage("base/model", settings, version=2)
+    return Stage("base/model", settings, version=3)
 
 
 def _files(path: str) -> dict[str, list[int]]:
-    """Size and time of change of every file of a local model: an edited model is another one. Empty for a hub id or a package."""
+    """Size and time of change of every file of a local model: an edited model is another one. Of a package the size alone, which is the
+    same wherever it is installed; nothing for a hub id."""
+    if path.startswith("package:"):
+        file = gguf_file(path)
+        return {file.name: [file.stat().st_size]} if file else {}
     place = Path(path)
     files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place] if place.is_file() else []
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
@@ -47,6 +51,8 @@ def check(run: Run, base: Stage, longest: dict[str, int], trainings: dict[str, T
         StageError: a sequence is longer than the model's context, or LoRA targets match none of its modules.
     """
     numbers = run.numbers(base)
+    if not numbers["shares_prompt"] or (numbers["window"] or max(longest.values())) < max(longest.values()):
+        log.warning("this model cannot share a prompt between responses: every response gets a row of its own, with the same loss")
     for settings, tokens in longest.items():
         if numbers["context"] is not None and tokens > numbers["context"]:
             raise StageError(f"{settings} = {tokens} tokens, but the context of the model is {numbers['context']}: lower what asks for it")
@@ -81,8 +87,6 @@ def prepare(model: Model) -> Any:
         if numbers["plain_chat_template"]:
             # Said here: what a worker logs does not reach the job's log.
             log.warning("%s has no chat template: a plain one is used (User: ... Assistant: ...)", model.path)
-        if not numbers["shares_prompt"]:
-            log.warning("%s cannot share a prompt between responses: every response gets a row of its own, with the same loss", model.path)
         return {stages[0].name: numbers}
 
     return work
@@ -109,7 +113,7 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
 
     Returns:
         whether the plain template was taken, the tokens that end a response, the model's context in tokens (None: no limit known), the
-        names of its linear modules, and whether responses can share their prompt.
+        names of its linear modules, whether responses can share their prompt, and the window in tokens up to which (None: any length).
 
     Raises:
         StageError: the model cannot be loaded.
@@ -121,6 +125,7 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         config = AutoConfig.from_pretrained(**source)
+        modules = _linear_modules(config, model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise StageError(f"model.path={model.path!r} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from None
     if model.chat_template:
@@ -134,13 +139,19 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
         generation = GenerationConfig.from_pretrained(source["pretrained_model_name_or_path"])
     except OSError:
         generation = GenerationConfig.from_model_config(config)
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        # A model's habits of sampling may contradict each other, and then cannot be saved; the tokens stay.
+        tokens = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        generation = GenerationConfig(**tokens)
     declared = generation.eos_token_id
     generation.eos_token_id = sorted({*chat.stop_ids, *(declared if isinstance(declared, list) else [declared])} - {None})
     generation.save_pretrained(directory / "tokenizer")
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    modules = _linear_modules(config, model.trust_remote_code)
     found = {"plain_chat_template": plain, "stop_ids": generation.eos_token_id, "context": context, "modules": modules}
-    return found | {"shares_prompt": shares_prompt(config)}
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return found | {"shares_prompt": shares_prompt(config, 1), "window": window if not shares_prompt(config) else None}
 
 
 def _linear_modules(config: Any, trust_remote_code: bool) -> list[str]:

@@ -53,6 +53,10 @@ class Chat:
         # A template that rewrites the last turn, or a tokenizer that merges across its start.
         return [*self.tokenizer(response, add_special_tokens=False).input_ids, self.end_id]
 
+    def special_in(self, text: str) -> str | None:
+        """A special token that stands in a text as words: the tokenizer would take it for the token itself."""
+        return next((token for token in self.tokenizer.all_special_tokens if token in text), None)
+
     def text(self, ids: Sequence[int]) -> str:
         """A response as a person reads it, without the token that ends it."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)

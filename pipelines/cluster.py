@@ -9,6 +9,8 @@ from pathlib import Path
 from pipelines.artifacts import StageError
 from pipelines.settings import RaySettings
 
+log = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
 def connected(settings: RaySettings) -> Iterator[str]:
@@ -68,7 +70,7 @@ def check_fits(address: str | None, demands: Mapping[str, tuple[float, float]]) 
     """Stops before a local instance would wait for ever for CPUs or GPUs that it does not have.
 
     Args:
-        address: of a running cluster, which may grow; nothing is checked then.
+        address: of a running cluster, which may grow: there it is a warning.
         demands: least (CPUs, GPUs) that must be free at one time, by the setting that asks for them.
 
     Raises:
@@ -76,12 +78,14 @@ def check_fits(address: str | None, demands: Mapping[str, tuple[float, float]]) 
     """
     import ray
 
-    if address or os.environ.get("RAY_ADDRESS"):
-        return
+    may_grow = bool(address or os.environ.get("RAY_ADDRESS"))
     has = ray.cluster_resources()
     for setting, (cpus, gpus) in demands.items():
         for kind, asked in (("CPU", cpus), ("GPU", gpus)):
-            if asked > has.get(kind, 0):
+            here = has.get(kind, 0)
+            if asked > here and may_grow:
+                log.warning("%s asks for %g %ss at once, the cluster has %g now: the stage waits for more", setting, asked, kind, here)
+            elif asked > here:
                 raise StageError(
-                    f"{setting} asks for {asked:g} {kind}s at once, this machine has {has.get(kind, 0):g}: lower it, or raise ray.num_cpus"
+                    f"{setting} asks for {asked:g} {kind}s at once, this machine has {here:g}: lower it, or raise ray.num_cpus"
                 )

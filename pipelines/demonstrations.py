@@ -20,6 +20,7 @@ from pipelines.artifacts import Run, Stage, StageError
 from pipelines.chat import Chat
 from pipelines.records import DEMONSTRATION, PREFERENCE, REJECTED, write_rows
 from pipelines.settings import Demonstrations, Preferences
+from pipelines.shards import last_words
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "held_out")
@@ -61,12 +62,17 @@ def _origin(settings: Demonstrations, split: str) -> tuple[list[str], str] | Non
     """(files, split name) of a split; None where it is cut from the training data or absent."""
     if settings.path == "arithmetic":
         return ["arithmetic"], split
-    if split == "train":
-        return sources.find(settings.path, settings.split), settings.split
+    train = sources.find(settings.path, settings.split, must=settings.split != "train")
     if settings.held_out_path is None and settings.held_out_split is None:
-        return None
+        return (train, settings.split) if split == "train" else None
     name = settings.held_out_split or settings.split
-    return sources.find(settings.held_out_path or settings.path, name), name
+    held_out = sources.find(settings.held_out_path or settings.path, name, must=settings.held_out_split is not None)
+    if not sources.is_hub(train[0]):
+        if held_out == train:
+            # One file for both: held-out rows are cut from it.
+            return (train, settings.split) if split == "train" else None
+        train = [file for file in train if file not in held_out]
+    return (train, settings.split) if split == "train" else (held_out, name)
 
 
 def _identity(settings: Demonstrations, split: str) -> Any:
@@ -78,6 +84,7 @@ def _identity(settings: Demonstrations, split: str) -> Any:
 
 def _rows(settings: Demonstrations, split: str, tokenizer: str, trust_remote_code: bool) -> Iterator[dict[str, Any]]:
     import ray
+    from ray.exceptions import RayError
 
     origin = _origin(settings, split)
     assert origin
@@ -87,10 +94,14 @@ def _rows(settings: Demonstrations, split: str, tokenizer: str, trust_remote_cod
     tasks = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
     raw = tasks.flat_map(lambda task: _read(task["file"], settings, name))
     options = {"settings": settings, "tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
-    for row in raw.map_batches(tokenize, batch_size=1024, fn_kwargs=options).iter_rows():
-        if row["fatal"]:
-            raise StageError(row["fatal"])
-        yield row
+    try:
+        for row in raw.map_batches(tokenize, batch_size=1024, fn_kwargs=options).iter_rows():
+            if row["fatal"]:
+                raise StageError(row["fatal"])
+            yield row
+    except RayError as error:
+        log.info("a reading task failed", exc_info=error)
+        raise StageError(f"demonstrations: a reading task failed: {last_words(error)} (logs/job.log has all of it)") from error
 
 
 def _read(file: str, settings: Demonstrations, split: str) -> Iterator[sources.RawRow]:
@@ -162,6 +173,10 @@ def demonstration(row: dict[str, Any], source: str, settings: Demonstrations, ch
     prompt, response = layouts.turns(row, layout)
     if settings.system_prompt and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": settings.system_prompt}, *prompt]
+    other = {"rejected": layouts.rejected(row, layout)} if isinstance(settings, Preferences) else {}
+    for text in (*(message["content"] for message in prompt), response, *other.values()):
+        if token := chat.special_in(text):
+            raise layouts.RowError(f"the special token {token!r} stands in the text: the model would read it as a control token")
     try:
         prompt_ids, response_ids = chat.prompt_ids(prompt), chat.response_ids(prompt, response)
     except Exception as error:  # noqa: BLE001
@@ -170,22 +185,23 @@ def demonstration(row: dict[str, Any], source: str, settings: Demonstrations, ch
     if len(prompt_ids) > settings.max_prompt_tokens:
         raise layouts.RowError(f"the prompt has {len(prompt_ids)} tokens, more than max_prompt_tokens={settings.max_prompt_tokens}")
     room = settings.max_tokens - len(prompt_ids)
-    other: dict[str, Any] = {}
-    if isinstance(settings, Preferences):
-        text = layouts.rejected(row, layout)
-        other = {"rejected": text, "rejected_ids": chat.response_ids(prompt, text)[:room]}
-        if other["rejected_ids"] == response_ids[:room]:
-            raise layouts.RowError(f"the two responses are equal up to max_tokens={settings.max_tokens}")
-    key = json.dumps([prompt, response, *([other["rejected"]] if other else [])], ensure_ascii=False).encode()
-    return other | {
-        "id": hashlib.sha256(key).hexdigest()[:16],
-        "source": source,
-        "prompt": prompt,
-        "response": response,
-        "prompt_ids": prompt_ids,
-        "response_ids": response_ids[:room],
-        "truncated": len(response_ids) > room,
-    }
+    other_ids = {f"{side}_ids": chat.response_ids(prompt, text)[:room] for side, text in other.items()}
+    if response_ids[:room] in other_ids.values():
+        raise layouts.RowError(f"the two responses are equal up to max_tokens={settings.max_tokens}")
+    key = json.dumps([prompt, response, *other.values()], ensure_ascii=False).encode()
+    return (
+        other
+        | other_ids
+        | {
+            "id": hashlib.sha256(key).hexdigest()[:16],
+            "source": source,
+            "prompt": prompt,
+            "response": response,
+            "prompt_ids": prompt_ids,
+            "response_ids": response_ids[:room],
+            "truncated": len(response_ids) > room,
+        }
+    )
 
 
 class _Writer:
@@ -217,6 +233,9 @@ class _Writer:
                 self._reject(row, "the same prompt and response stand in an earlier row")
                 continue
             split = self._split(source_split, record["id"])
+            if split == "held_out" and self._cuts(source_split) and self._full(split):
+                # Enough are held out: the others are there to learn from.
+                split = "train"
             if not self._full(split):
                 self.ids.add(key)
                 self._add(split, record)

@@ -7,12 +7,13 @@ OUTPUT policy/ (Hugging Face directory; with LoRA also adapter/), metrics.jsonl,
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.learner.deepspeed_config import deepspeed_config
+from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
 from actors.settings import Objective, Tracking, Training
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
@@ -39,17 +40,26 @@ def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, 
     """
     steps = training.identity()
     if training.deepspeed:
-        # A contradiction stops here, before anything runs; what the file says is part of the stage.
+        # What the file says is part of the stage; a contradiction stops here, before anything runs.
         try:
-            steps["deepspeed"] = deepspeed_config(training, training.workers)
+            steps["deepspeed"] = read_deepspeed(training.deepspeed)
+            deepspeed_config(training, training.workers, steps["deepspeed"])
         except ValueError as error:
             raise StageError(str(error)) from None
     settings = {"training": steps, "objective": objective.identity()}
-    return Stage(name, settings, {"start": start, "base": base, "data": data}, demand=training.demand(), version=2)
+    return Stage(name, settings, {"start": start, "base": base, "data": data}, demand=training.demand(), version=3)
 
 
-def train(training: Training, objective: Objective, tracking: Tracking, trust_remote_code: bool) -> Any:
-    """Returns the work of a training stage."""
+def train(training: Training, objective: Objective, tracking: Tracking, longest: int, trust_remote_code: bool) -> Any:
+    """Returns the work of a training stage.
+
+    Args:
+        training: settings.
+        objective: what it minimises.
+        tracking: where metrics go.
+        longest: no prompt with one of its responses is longer, tokens.
+        trust_remote_code: run Python code that comes with the model.
+    """
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         stage = stages[0]
@@ -68,16 +78,18 @@ def train(training: Training, objective: Objective, tracking: Tracking, trust_re
             "training": training,
             "objective": objective,
             "tracking": tracking,
+            "deepspeed": stage.settings["training"]["deepspeed"],
+            "longest": longest,
             "trust_remote_code": trust_remote_code,
         }
-        metrics, failure = directory / "metrics.jsonl", directory / "failure.json"
-        failure.unlink(missing_ok=True)
+        metrics, failed = directory / "metrics.jsonl", directory / "failed"
+        shutil.rmtree(failed, ignore_errors=True)
         rows = sum(pq.read_metadata(path).num_rows for path in data["train"])
         run.display.follow(math.ceil(rows / training.batch_size) * training.epochs, "steps", lambda: count_lines(metrics))
         try:
             _fit(run, job, training)
         finally:
-            if failure.exists():
+            for failure in sorted(failed.glob("*.json")):
                 raise StageError(f"{job['name']}: {json.loads(failure.read_text())['error']}")
         return {stage.name: _numbers(directory)}
 
@@ -102,6 +114,9 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
     gpu = training.gpus_per_worker > 0
     threads = max(1, int(training.cpus_per_worker))
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | KEEP_MEMORY
+    if not gpu:
+        # Ray hides no GPU from a worker that asked for none, and DeepSpeed takes what it sees.
+        env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     trainer = TorchTrainer(
         worker,
         train_loop_config=job,
@@ -130,9 +145,9 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
 def _numbers(directory: Path) -> dict[str, Any]:
     """The last step's metrics, the tail's mean reward of real responses, and the held-out scores."""
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    tail = steps[-max(1, len(steps) // 4) :]
+    tail = [step for step in steps[-max(1, len(steps) // 4) :] if "skipped" not in step]
     numbers: dict[str, Any] = {"steps": len(steps), "skipped": sum("skipped" in step for step in steps), "last": steps[-1]}
-    if "reward_real" in steps[-1]:
+    if "reward_real" in steps[-1] and tail:
         numbers["tail_reward_real"] = sum(step["reward_real"] for step in tail) / len(tail)
     held_out = directory / "held_out.json"
     return numbers | ({"held_out": json.loads(held_out.read_text())} if held_out.exists() else {})

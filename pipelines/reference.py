@@ -49,15 +49,23 @@ def plan(
     return Stage(name, settings, inputs, demand=scoring.demand())
 
 
-def score(scoring: Scoring, training: Training, trust_remote_code: bool) -> Any:
-    """Returns the work of the stage."""
+def score(scoring: Scoring, precision: str, longest: int, trust_remote_code: bool) -> Any:
+    """Returns the work of the stage.
+
+    Args:
+        scoring: the pool.
+        precision: of the training that reads the log-probs.
+        longest: no prompt with one of its responses is longer, tokens.
+        trust_remote_code: run Python code that comes with the model.
+    """
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         stage = stages[0]
         arguments = {
             "weights": base_model.weights(run, stage.inputs["reference"]),
             "scoring": scoring,
-            "training": training,
+            "precision": precision,
+            "longest": longest,
             "trust_remote_code": trust_remote_code,
         }
         options = {"drop_truncated": stage.settings["truncated"] == "drop", "mismatched": stage.settings["mismatched"]}
@@ -117,11 +125,26 @@ class ScoreShards:
                 ids = {"prompt_ids": row["prompt_ids"], "real_ids": row["response_ids"], "generated_ids": sample["response_ids"]}
                 pairs.append({"id": sample["id"], "iteration": sample["iteration"], "sample": sample["sample"]} | ids)
         names = ["real", "generated"]
-        if options["mismatched"] and pairs:
+        if options["mismatched"]:
             names.append("mismatched")
-            for k, pair in enumerate(pairs):
-                # Of the next row, its real and its generated response in turn.
-                pair["mismatched_ids"] = pairs[(k + 1) % len(pairs)][f"{names[k % 2]}_ids"]
+            pairs, alone = mismatched(pairs)
+            dropped += alone
         logps = self.scorer([Example(p["id"], p["prompt_ids"], tuple(p[f"{name}_ids"] for name in names)) for p in pairs])
         rows = [pair | {f"ref_logp_{name}": v for name, v in zip(names, row, strict=True)} for pair, row in zip(pairs, logps, strict=True)]
         write_rows(Path(output), rows, PAIR, {"identical": identical, "dropped": dropped})
+
+
+def mismatched(pairs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Gives every pair a response to another prompt, of the next row that has one: its real and its generated response in turn.
+
+    Returns:
+        the pairs with `mismatched_ids`, and how many were left out because all pairs have the same prompt.
+    """
+    firsts = [k for k, pair in enumerate(pairs) if pair["prompt_ids"] != pairs[k - 1]["prompt_ids"]]
+    if not firsts:
+        return [], len(pairs)
+    found = []
+    for k, pair in enumerate(pairs):
+        other = pairs[next((first for first in firsts if first > k), firsts[0])]
+        found.append(pair | {"mismatched_ids": other["real_ids" if k % 2 == 0 else "generated_ids"]})
+    return found, 0

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from actors.settings import Sampling, Settings
+from actors.settings import Sampling, Settings, placement
 
 
 class RunSettings(Settings):
@@ -15,6 +15,13 @@ class RunSettings(Settings):
     """the run is runs/NAME; the same name continues it"""
     root: str = "runs"
     """where run directories live; on a cluster, storage that every node mounts"""
+
+    @field_validator("root")
+    @classmethod
+    def _is_a_path(cls, root: str) -> str:
+        if "://" in root:
+            raise ValueError(f"root={root!r} must be a path on storage that every node mounts, not a URI")
+        return root
 
     def directory(self) -> Path:
         """The run directory in full. A job submitted to Ray runs in a copy of its working directory that Ray throws away:
@@ -73,7 +80,7 @@ class Demonstrations(Settings):
     """a row with a longer prompt is rejected"""
     max_tokens: int = Field(1024, ge=2)
     """prompt and response; a longer response is cut and loses its EOS"""
-    max_rejected_fraction: float = Field(0.01, ge=0, le=1)
+    max_rejected_fraction: float = placement(0.01, ge=0, le=1)
     """more bad rows than this stop the job"""
     shard_rows: int = Field(1024, ge=1)
     """rows a shard: the unit of work and of resume in every later stage"""

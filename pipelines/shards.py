@@ -18,6 +18,8 @@ from actors.settings import Pool
 from pipelines.artifacts import Run, Stage, StageError
 
 log = logging.getLogger(__name__)
+DEATHS = 3
+"""Times that an actor may die and start again."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ def map_shards(
             compute=ray.data.ActorPoolStrategy(min_size=min(pool.min_actors, len(pending)), max_size=min(pool.max_actors, len(pending))),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus or None,
+            # An engine that dies on a shard again and again must not do so all night.
+            max_restarts=DEATHS,
+            max_task_retries=DEATHS,
             runtime_env={"env_vars": env},
         )
         try:

@@ -19,12 +19,18 @@ HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 RawRow = dict[str, str]
 
 
-def find(path: str, split: str) -> list[str]:
+def is_hub(file: str) -> bool:
+    """Whether a name that `find` gave is a hub data set."""
+    return file.startswith("hub:")
+
+
+def find(path: str, split: str, must: bool = False) -> list[str]:
     """The files behind a path.
 
     Args:
         path: a file, directory, glob or URI.
         split: in a directory with a file or folder of that name, only that one is taken.
+        must: among several files there has to be one of that name.
 
     Returns:
         full paths or URIs, sorted; `["hub:ID"]` for a hub data set.
@@ -47,6 +53,9 @@ def find(path: str, split: str) -> list[str]:
     named = [file for file in files if split in (Path(file).name.split(".")[0].split("-")[0], Path(file).parent.name)]
     if not files:
         raise StageError(f"demonstrations.path={path!r} holds no file that ends in {', '.join(SUFFIXES)} (or one of them with .gz)")
+    if must and len(files) > 1 and not named:
+        names = ", ".join(Path(file).name for file in files[:9])
+        raise StageError(f"demonstrations.path={path!r} holds no file or folder of the split {split!r}, but {names}")
     return [str(fs.unstrip_protocol(file)) if "://" in path else str(Path(file).resolve()) for file in named or files]
 
 
@@ -56,7 +65,7 @@ def identity(files: list[str], subset: str | None, split: str) -> list[Any]:
 
     marks: list[Any] = []
     for file in files:
-        if file.startswith("hub:"):
+        if is_hub(file):
             marks.append([file, subset, split])
         elif "://" in file:
             fs, path = fsspec.core.url_to_fs(file)
@@ -73,7 +82,7 @@ def read(file: str, subset: str | None = None, split: str = "train") -> Iterator
     Raises:
         StageError: the file as a whole cannot be read; the text names it.
     """
-    if file.startswith("hub:"):
+    if is_hub(file):
         yield from _read_hub(file.removeprefix("hub:"), subset, split)
         return
     readers = {".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet, ".arrow": _read_arrow, ".csv": _read_csv}

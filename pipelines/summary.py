@@ -1,11 +1,13 @@
 """What a run found: summary.json, the table, warnings, and final/ with its model card."""
 
+import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from actors.settings import Objective
 from pipelines.artifacts import Run, Stage, versions, write_json
 
 
@@ -28,9 +30,9 @@ def iteration_numbers(pairs: dict[str, Any], negatives: dict[str, Any], training
     }
 
 
-def reward_warnings(name: str, training: dict[str, Any], gamma: float) -> list[str]:
+def reward_warnings(name: str, training: dict[str, Any], objective: Objective) -> list[str]:
     """Warns when the reward of real responses fell below zero and stayed, or heads for -gamma (METHODS, the pitfall)."""
-    reward = training.get("tail_reward_real")
+    reward, gamma = training.get("tail_reward_real"), objective.gamma if objective.pointwise else 0.0
     if reward is None or reward >= 0:
         return []
     if gamma > 0 and reward < -0.5 * gamma:
@@ -100,7 +102,7 @@ def write(run: Run, config: dict[str, Any], content: dict[str, Any], policy: Sta
 
 
 def write_final(run: Run, name: str, policy: Stage, card: str) -> None:
-    """Puts a policy with its model card at final/; the files are hard links where the disk allows it."""
+    """Puts a policy with its model card at final/; the weights are hard links where the disk allows it."""
     final, building = run.root / "final", run.root / ".final.tmp"
     shutil.rmtree(building, ignore_errors=True)
     shutil.copytree(run.directory(policy) / "policy", building, copy_function=_link)
@@ -156,10 +158,12 @@ def _cell(value: float | None) -> str:
 
 
 def _link(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    # Small files are copied: people edit them, and a stage's own must stay what its manifest says.
+    if source.endswith(".safetensors"):
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return target
+    shutil.copy2(source, target)
     return target
 
 

@@ -49,7 +49,9 @@ def test_an_interrupted_stage_keeps_the_files_of_its_own_settings_only(tmp_path:
         raise KeyboardInterrupt
 
     def sees(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
-        return {stages[0].name: {"kept": (run.directory(stages[0]) / "shard-0").exists()}}
+        kept = (run.directory(stages[0]) / "shard-0").exists()
+        (run.directory(stages[0]) / "shard-1").write_text("done")
+        return {stages[0].name: {"kept": kept}}
 
     for changed, kept in ((1, True), (2, False)):
         with pytest.raises(KeyboardInterrupt):
@@ -57,6 +59,13 @@ def test_an_interrupted_stage_keeps_the_files_of_its_own_settings_only(tmp_path:
         run, stage = Run(tmp_path / str(changed)), Stage("a", {"x": changed})
         run.do(sees, stage)
         assert run.numbers(stage) == {"kept": kept}
+
+
+def test_a_stage_that_left_nothing_is_not_done(tmp_path: Path) -> None:
+    run, stage = Run(tmp_path), Stage("a", {})
+    with pytest.raises(StageError, match=r"a: nothing is in .* storage that every node mounts"):
+        run.do(lambda run, stages: {}, stage)
+    assert run.manifest(stage) is None
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]"])

@@ -14,7 +14,6 @@ from actors.learner.attention import BRANCHING, branching_attention
 from actors.learner.batches import Example, batch_order, collate, deal, shares_prompt
 from actors.learner.logprobs import CHUNK_TOKENS, ResponseLogProbs, SelectedLogSoftmax
 from actors.scorer import batches_by_length
-from actors.settings import Training
 
 EXAMPLES = [
     Example("a", [0, 10, 11, 12], ([20, 21, 1], [30, 31, 32, 33, 1])),
@@ -51,6 +50,8 @@ def test_which_families_share_a_prompt(tmp_path: Path) -> None:
     kinds = {family: shares_prompt(config(family, 300)) for family in FAMILIES}
     assert kinds == dict.fromkeys(FAMILIES, True) | {"mistral_window": False}
     assert not shares_prompt(AutoConfig.for_model("mamba"))
+    window = config("mistral_window", 300)
+    assert shares_prompt(window, 8) and not shares_prompt(window, 9), "a window as long as the longest row hides nothing"
 
 
 def test_occupancy_counts_token_k_of_t_as_t_minus_k_over_t(tiny: Path) -> None:
@@ -77,7 +78,7 @@ def test_loss_and_gradients_do_not_depend_on_the_layout_or_the_chunks(family: st
     values, grads = [], []
     for share, chunk in ((True, CHUNK_TOKENS), (False, CHUNK_TOKENS), (True, 3)):
         monkeypatch.setattr("actors.learner.logprobs.CHUNK_TOKENS", chunk)
-        model = policy.load(str(directory), Training(), False)
+        model = policy.load(str(directory), "float32", None, False)
         logps_R = ResponseLogProbs(model)(collate(EXAMPLES, 1, share and shares_prompt(model.config)))[0]
         loss = (logps_R * torch.arange(1.0, 7.0)).sum()
         loss.backward()

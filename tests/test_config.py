@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.learner.deepspeed_config import deepspeed_config
+from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
 from actors.settings import Training
 from jobs.config import ConfigError, DilConfig, GsilConfig, JobConfig, build, help_text, to_yaml
 
@@ -33,6 +33,8 @@ def test_overrides_win_over_files_and_numbers_are_read_as_people_write_them(tmp_
     (tmp_path / "a.yaml").write_text("training: {learning_rate: 1.0e-4, epochs: 3}\n")
     config = build(GsilConfig, ["--training.learning_rate", "5e-7", "--config", str(tmp_path / "a.yaml"), "--iterations.count=5"])
     assert (config.training.learning_rate, config.training.epochs, config.iterations.count) == (5e-7, 3, 5)
+    assert build(GsilConfig, ["--run.name", "2026-05-01"]).run.name == "2026-05-01", "text stays text"
+    assert build(GsilConfig, ["--ray.address", "null", "--demonstrations.subset", "main"]).ray.address is None
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,9 @@ def test_overrides_win_over_files_and_numbers_are_read_as_people_write_them(tmp_
         (["training.epochs", "1"], ["'training.epochs'", "--section.key"]),
         (["--training.epochs"], ["needs a value"]),
         (["--training", "1"], ["'training' is a section"]),
+        (["--run.root", "s3://bucket/runs"], ["s3://bucket/runs", "every node mounts"]),
+        (["--objective.name", "spin", "--objective.gamma", "1"], ["gamma=1.0 means nothing to spin", "gsil_logistic"]),
+        (["--objective.delta", "2"], ["delta=2.0 means nothing to gsil_logistic: only to slic"]),
         (["--training.epochs", "many"], ["training.epochs", "many"]),
     ],
 )
@@ -90,7 +95,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 def test_a_users_deepspeed_json_is_laid_over_ours(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 1, "overlap_comm": true}, "train_batch_size": "auto", "wall_clock_breakdown": true}')
-    merged = deepspeed_config(Training(deepspeed=str(path)), world=1)
+    merged = deepspeed_config(Training(deepspeed=str(path)), 1, read_deepspeed(str(path)))
     assert merged["zero_optimization"]["stage"] == 1 and merged["zero_optimization"]["overlap_comm"] is True
     assert merged["train_batch_size"] == 1 and merged["wall_clock_breakdown"] is True
 
@@ -101,7 +106,7 @@ def test_a_users_deepspeed_json_is_laid_over_ours(tmp_path: Path) -> None:
         ('{"zero_optimization": {"stage": 3}}', ["zero_optimization.stage=3", "1", "zero_stage"]),
         ('{"train_batch_size": 64}', ["train_batch_size=64", "8", "batch_size"]),
         ('{"bf16": {"enabled": true}}', ["bf16.enabled=True", "False", "precision"]),
-        ('{"optimizer": {"type": "Adam"}}', ["optimizer", "learning_rate"]),
+        ('{"optimizer": {"type": "Adam"}}', ["optimizer=", "Adam", "optimizer=adamw", "learning_rate=1e-05"]),
         ("[1]", ["JSON object"]),
         ("{", ["ds.json"]),
     ],
@@ -110,5 +115,5 @@ def test_a_contradiction_with_deepspeed_json_names_both_values(text: str, words:
     path = tmp_path / "ds.json"
     path.write_text(text)
     with pytest.raises(ValueError) as error:
-        deepspeed_config(Training(deepspeed=str(path)), world=1)
+        deepspeed_config(Training(deepspeed=str(path)), 1, read_deepspeed(str(path)))
     assert all(word in str(error.value) for word in words), error.value

@@ -64,6 +64,8 @@ def test_directories_globs_splits_and_uris(tmp_path: Path) -> None:
     assert [Path(f).name for f in sources.find(str(tmp_path), "test")] == ["test.jsonl"]
     assert [Path(f).name for f in sources.find(str(tmp_path), "validation")] == ["test.jsonl", "train.jsonl"]
     assert [Path(f).name for f in sources.find(f"{tmp_path}/t*.jsonl", "-")] == ["test.jsonl", "train.jsonl"]
+    with pytest.raises(StageError, match=r"no file or folder of the split 'validation', but test\.jsonl, train\.jsonl"):
+        sources.find(str(tmp_path), "validation", must=True)
     (uri,) = sources.find(f"file://{tmp_path}/train.jsonl", "train")
     assert len(list(sources.read(uri))) == 20
     assert sources.find("openai/gsm8k", "train") == ["hub:openai/gsm8k"]
@@ -116,6 +118,8 @@ def test_rows_become_shards_and_bad_ones_are_set_aside(tiny: Path, tmp_path: Pat
         ROWS[0],
         {"prompt": 3, "completion": "x"},
         {"prompt": "only"},
+        {"prompt": "Strike <s>this</s>.", "completion": "x"},
+        {"prompt": "Strike this.", "completion": "<s>this</s>"},
     ]
     path = write(tmp_path / "a.jsonl", [*ROWS, *bad])
     run, stage, numbers = prepare(tmp_path, tiny, path=str(path), held_out_fraction=0.3, max_rejected_fraction=0.5)
@@ -126,9 +130,11 @@ def test_rows_become_shards_and_bad_ones_are_set_aside(tiny: Path, tmp_path: Pat
     assert all(len(pq.read_table(p)) == 8 for p in shards(run.directory(stage) / "train")[:-1])
     rejected = pq.read_table(run.directory(stage) / "rejected.parquet").to_pylist()
     reasons = [row["reason"] for row in rejected]
-    assert len(reasons) == 5 == numbers["rejected"]
+    assert len(reasons) == 7 == numbers["rejected"]
     for reason, words in zip(
-        reasons, ["prompt is empty", "more than max_prompt_tokens=64", "earlier row", "a number", "missing"], strict=True
+        reasons,
+        ["prompt is empty", "more than max_prompt_tokens=64", "earlier row", "a number", "missing", "token '<s>'", "token '<s>'"],
+        strict=True,
     ):
         assert words in reason
     assert rejected[0]["source"] == "a.jsonl:31" and json.loads(rejected[0]["row"]) == bad[0]
@@ -172,3 +178,19 @@ def test_columns_system_prompt_cut_responses_and_limits(tiny: Path, tmp_path: Pa
         assert row["prompt"][0] == {"role": "system", "content": "Be brief."}
         # Cut at max_tokens: no EOS, as nothing ended.
         assert len(row["prompt_ids"]) + len(row["response_ids"]) == 96 and 1 not in row["response_ids"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_no_row_is_lost_between_the_splits(tiny: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    _, _, numbers = prepare(tmp_path / "limited", tiny, path=str(path), held_out_fraction=0.5, held_out_limit=3)
+    assert (numbers["train"], numbers["held_out"]) == (27, 3), "what is not held out any more is there to train on"
+    _, _, numbers = prepare(tmp_path / "one", tiny, path=str(path), held_out_split="test", held_out_fraction=0.5, held_out_limit=4)
+    assert (numbers["train"], numbers["held_out"], numbers["rejected"]) == (26, 4, 0), "one file for both is cut"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "first.jsonl", ROWS[:10])
+    write(folder / "second.jsonl", ROWS[10:20])
+    write(folder / "test.jsonl", ROWS[20:])
+    _, _, numbers = prepare(tmp_path / "several", tiny, path=str(folder), held_out_split="test")
+    assert (numbers["train"], numbers["held_out"], numbers["rejected"]) == (20, 10, 0)

@@ -15,6 +15,7 @@ from training import train, write_pairs
 from actors.settings import PRESETS, Objective
 from jobs.config import ConfigError, DilConfig, GsilConfig, build
 from pipelines.layouts import RowError, detect, rejected, turns
+from pipelines.reference import mismatched
 
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (("user", "Hi?"), ("assistant", "Hello!"), ("assistant", "Go away.")))
 
@@ -59,6 +60,13 @@ def test_the_config_keeps_its_own_defaults_beside_what_is_given() -> None:
         build(DilConfig, [])
     with pytest.raises(ConfigError, match=r"objective\.name='dil_lsiv'.*dil_lsif"):
         build(DilConfig, ["--objective.name", "dil_lsiv"])
+
+
+def test_a_mismatched_response_is_one_to_another_prompt() -> None:
+    rows = [{"prompt_ids": [prompt], "real_ids": [prompt, 1], "generated_ids": [prompt, 2 + k]} for k, prompt in enumerate([7, 7, 8, 9, 9])]
+    found, alone = mismatched(rows)
+    assert alone == 0 and [row["mismatched_ids"] for row in found] == [[8, 1], [8, 4], [9, 1], [7, 2], [7, 1]]
+    assert mismatched(rows[:2]) == ([], 2) and mismatched([]) == ([], 0)
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

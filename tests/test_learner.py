@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.learner.batches import Example
 from actors.scorer import Scorer
-from actors.settings import Objective, Scoring, Training
+from actors.settings import Objective, Scoring
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +52,32 @@ def test_workers_micro_batches_and_zero_stages_take_the_same_steps(
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-3, abs=1e-3)
 
 
+def test_zero_3_gathers_the_head_once_however_many_chunks_a_worker_has(tiny: Path, tmp_path: Path) -> None:
+    # 700 and 300 response tokens are two chunks and one; weights as small as these stay with every worker unless DeepSpeed is told.
+    draw = np.random.default_rng(0)
+    ids = {name: [draw.integers(6, 280, length).tolist() for length in (350, 150)] for name in ("real", "generated")}
+    columns = {"id": ["a", "b"], "prompt_ids": [[0, 7, 8]] * 2} | {f"{name}_ids": rows for name, rows in ids.items()}
+    data = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table(columns | {"ref_logp_real": [0.0] * 2, "ref_logp_generated": [0.0] * 2}), data)
+    options = {"batch_size": 2, "micro_batch_tokens": 1, "epochs": 3, "learning_rate": 1e-5}
+    gathered = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}}
+    alone = train(tiny, data, tmp_path / "alone", 1, Objective(beta=0.001), **options)
+    both = train(tiny, data, tmp_path / "both", 2, Objective(beta=0.001), zero_stage=3, theirs=gathered, **options)
+    assert_same_steps(both, alone)
+
+
+def test_recomputed_activations_take_the_same_steps(
+    alone: tuple[list[dict[str, float]], Path], tiny: Path, pairs: Path, tmp_path: Path
+) -> None:
+    steps = train(tiny, pairs, tmp_path, 1, Objective(beta=0.1), micro_batch_tokens=10000, gradient_checkpointing=True)
+    assert_same_steps(steps, alone[0])
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_exported_policy_scores_as_the_trainer_did(precision: str, tiny: Path, pairs: Path, tmp_path: Path) -> None:
     train(tiny, pairs, tmp_path, 2, Objective(beta=0.1), precision=precision, micro_batch_tokens=40, zero_stage=2)
     table = pq.read_table(pairs).to_pylist()
-    scorer = Scorer(str(tmp_path / "policy"), Scoring(), Training(precision=precision, zero_stage=1))
+    scorer = Scorer(str(tmp_path / "policy"), Scoring(), precision)
     logps = scorer([Example(r["id"], r["prompt_ids"], (r["real_ids"], r["generated_ids"])) for r in table])
     rho = [[a - r["ref_logp_real"], b - r["ref_logp_generated"]] for (a, b), r in zip(logps, table, strict=True)]
     trainer = [[row["rho_real"], row["rho_generated"]] for row in pq.read_table(tmp_path / "held_out.parquet").to_pylist()]

@@ -33,7 +33,7 @@ def run_stage(root: Path, model: Path, spoil: dict[int, float] | None = None, **
     stage = policy_training.plan("gsil/training", base, base, data, training, Objective())
     run.do(base_model.prepare(Model(path=str(model))), base)
     run.do(write, data)
-    run.do(policy_training.train(training, Objective(), Tracking(), False), stage)
+    run.do(policy_training.train(training, Objective(), Tracking(), 64, False), stage)
     return run.directory(stage)
 
 

@@ -24,7 +24,7 @@ def finished(root: Path, accuracies: dict[str, float], argv: tuple[str, ...] = (
     config = build(GsilConfig, argv)
     graph, run = plan(config), Run(root)
     usual: dict[str, Any] = {
-        "model": {"stop_ids": [1], "context": None, "modules": []},
+        "model": {"stop_ids": [1], "context": None, "modules": [], "shares_prompt": True, "window": None},
         "demonstrations": {"train": 10, "held_out": 10, "rejected": 0},
         "pairs": {"train": {"rows": 10, "identical": 2, "dropped": 1}},
         "negatives": {"rows": 13, "truncated": 4},
@@ -34,8 +34,8 @@ def finished(root: Path, accuracies: dict[str, float], argv: tuple[str, ...] = (
     def give(run: Run, stages: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
         (stage,) = stages
         policy, _, kind = stage.name.rpartition("/")
-        if kind == "training":
-            (run.directory(stage) / "policy").mkdir()
+        (run.directory(stage) / "policy").mkdir()
+        (run.directory(stage) / "policy" / "config.json").write_text("{}")
         return {stage.name: {"accuracy": accuracies.get(policy), "stderr": 0.04, "n": 100} if kind == "evaluation" else usual.get(kind, {})}
 
     for stage in graph.stages():

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ABOVE = {"actors": {"pipelines", "jobs"}, "pipelines": {"jobs"}, "jobs": set[str]()}
-MATHEMATICS = [ROOT / "actors" / "learner" / f"{name}.py" for name in ("objectives", "logprobs", "batches", "data")]
+MATHEMATICS = [ROOT / "actors" / "learner" / f"{name}.py" for name in ("objectives", "logprobs", "batches", "attention", "data")]
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import time
@@ -33,7 +34,7 @@ def write_pairs(model: Path, path: Path, spoil: dict[int, float] | None = None) 
 
     rows = [(ids(5 + i % 3), [*ids(3 + i % 7), 1], ids(4 + i % 5)) for i in range(ROWS)]
     rows = [(*row, rows[(i + 1) % ROWS][1 + i % 2]) for i, row in enumerate(rows)]  # type: ignore[misc]
-    logps = Scorer(str(model), Scoring(), Training())([Example(str(i), row[0], row[1:]) for i, row in enumerate(rows)])
+    logps = Scorer(str(model), Scoring(), "float32")([Example(str(i), row[0], row[1:]) for i, row in enumerate(rows)])
     columns: dict[str, Any] = {"id": [f"row-{i}" for i in range(ROWS)], "prompt_ids": [row[0] for row in rows]}
     for k, side in enumerate(SIDES):
         columns |= {f"{side}_ids": [row[k + 1] for row in rows], f"ref_logp_{side}": [values[k] for values in logps]}
@@ -47,18 +48,29 @@ def _worker(rank: int, world: int, port: int, job: dict[str, Any]) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo")
+    from actors.learner import policy
     from actors.learner.worker import run
 
+    if job.pop("spoil_export"):
+        export = policy.export
+
+        def spoiled(engine: Any, settings: Training, weights: str, tokenizer: str, directory: Path, trust_remote_code: bool) -> None:
+            """Writes the policy that training started from, as a save of empty or stale weights would."""
+            export(engine, settings, weights, tokenizer, directory, trust_remote_code)
+            shutil.copy2(Path(weights) / "model.safetensors", directory)
+
+        policy.export = spoiled
     run(job)
     torch.distributed.destroy_process_group()
 
 
 def start(model: Path, data: Path, output: Path, world: int, objective: Objective, **settings: Any) -> list[BaseProcess]:
-    """Starts `world` workers."""
+    """Starts `world` workers. Beside settings: `theirs` is what a user's DeepSpeed JSON says, `spoil` makes them write another policy."""
+    theirs, spoil = settings.pop("theirs", None), settings.pop("spoil", False)
     options = {"workers": world, "batch_size": 8, "epochs": 2, "learning_rate": 1e-3, "micro_batch_tokens": 64, "checkpoint_every": 0}
     files = {"train": [str(data)], "held_out": [str(data)], "output": str(output)}
     job = {"name": "test/training", "weights": str(model), "tokenizer": str(model), "objective": objective} | files
-    job["training"] = Training(**(options | settings))
+    job |= {"training": Training(**(options | settings)), "deepspeed": theirs, "spoil_export": spoil}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -75,11 +87,23 @@ def start(model: Path, data: Path, output: Path, world: int, objective: Objectiv
 def train(model: Path, data: Path, output: Path, world: int, objective: Objective, **settings: Any) -> list[dict[str, float]]:
     """Trains in `world` real processes and returns the metrics of the steps."""
     processes = start(model, data, output, world, objective, **settings)
-    for process in processes:
-        process.join()
+    end(processes)
+    assert failure_of(output) is None, failure_of(output)
     assert [process.exitcode for process in processes] == [0] * world
-    assert not (output / "failure.json").exists(), (output / "failure.json").read_text()
     return steps_of(output)
+
+
+def end(processes: list[BaseProcess], seconds: float = 120) -> None:
+    """Waits for workers; workers that wait for each other for ever are killed."""
+    for process in processes:
+        process.join(seconds)
+        process.kill()
+        process.join()
+
+
+def failure_of(output: Path) -> str | None:
+    """Why workers gave up."""
+    return next((json.loads(path.read_text())["error"] for path in sorted((output / "failed").glob("*.json"))), None)
 
 
 def kill_when(processes: list[BaseProcess], condition: Callable[[], bool]) -> None:

@@ -34,6 +34,11 @@ class Example:
         """Tokens of the row when the prompt is counted once."""
         return len(self.prompt_ids) + sum(len(response) for response in self.responses)
 
+    def cost(self, share_prompt: bool) -> int:
+        """Tokens that go through the model: the prompt once, or as many rows as responses, padded to the longest."""
+        longest = max(len(response) for response in self.responses)
+        return self.tokens if share_prompt else len(self.responses) * (len(self.prompt_ids) + longest)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -65,20 +70,21 @@ class Batch:
         return Batch(**(values | moved))
 
 
-def shares_prompt(config: Any) -> bool:
+def shares_prompt(config: Any, longest: int | None = None) -> bool:
     """Whether a model's responses can share their prompt in a packed row.
 
     Args:
         config: a transformers config. Sliding windows, recurrent layers and position biases depend on a token's place in the
             row, not on its position id: such models get one row a response.
+        longest: no prompt with one of its responses is longer, tokens. A window as long as that hides nothing.
     """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or [])
-    windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    hides = window is not None and (longest is None or longest > window)
     # Measured by tests for these families; others take the safe way until somebody measures them.
-    return text.model_type in {"llama", "qwen2", "qwen3", "mistral", "gemma", "smollm3", "gpt2", "gpt_neox"} and not (
-        windowed or kinds - {"full_attention"}
-    )
+    known = text.model_type in {"llama", "qwen2", "qwen3", "mistral", "gemma", "smollm3", "gpt2", "gpt_neox"}
+    return known and not hides and not kinds - {"full_attention", "sliding_attention"}
 
 
 def collate(examples: Sequence[Example], pad_id: int, share_prompt: bool) -> Batch:

@@ -3,13 +3,12 @@
     checkpoints/step-000200/   weights, optimizer state, one file a worker
                 done.json      step, workers, ZeRO stage, architecture; written last
 
-With another number of workers (elastic training, or a run that continues elsewhere) they are converted with DeepSpeed's universal
-checkpointing first.
+With another number of workers or another ZeRO stage (elastic training, or a run that continues elsewhere) they are converted with
+DeepSpeed's universal checkpointing first.
 """
 
 import argparse
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from typing import Any
 import torch.distributed as dist
 
 from actors.settings import Training
-
-log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -38,7 +35,7 @@ class Checkpoints:
         """`done.json` of the newest complete checkpoint that this stage can go on from, or None.
 
         Raises:
-            ValueError: the checkpoint is of another architecture.
+            ValueError: the checkpoint is of another architecture, or of a ZeRO stage that it cannot be converted from.
         """
         complete = sorted(self.directory.glob("step-*/done.json"))
         if not complete:
@@ -48,14 +45,17 @@ class Checkpoints:
             raise ValueError(
                 f"{complete[-1].parent} is a checkpoint of {found['architecture']}, the policy is {self.architecture}: remove it"
             )
-        if found["zero_stage"] != self.settings.zero_stage:
-            log.warning("%s is of ZeRO stage %d, not %d: not used", complete[-1].parent, found["zero_stage"], self.settings.zero_stage)
-            return None
+        if found["zero_stage"] != self.settings.zero_stage and 0 in (found["zero_stage"], self.settings.zero_stage):
+            raise ValueError(
+                f"{complete[-1].parent} was written with zero_stage={found['zero_stage']} and cannot go on with "
+                f"{self.settings.zero_stage}: set it back, or remove the checkpoint to begin anew"
+            )
         return found | {"path": str(complete[-1].parent)}
 
     def convert(self, found: dict[str, Any]) -> bool:
-        """Readies a checkpoint of another number of workers; returns whether it had to. A collective."""
-        if found["world"] == self.world or self.settings.zero_stage == 0:
+        """Readies a checkpoint of another number of workers or ZeRO stage; returns whether it had to. A collective."""
+        same = found["world"] == self.world and found["zero_stage"] == self.settings.zero_stage
+        if same or self.settings.zero_stage == 0:
             return False
         source, target = Path(found["path"]), self._universal(found)
         if self.rank == 0:

@@ -28,8 +28,11 @@ class Examples:
         self.responses = ["real_ids", "generated_ids"] if "real_ids" in names else ["response_ids"]
         self.prompt_lengths = _lengths(self.table, "prompt_ids")
         """`[rows]`: tokens of each prompt"""
-        self.lengths = sum((_lengths(self.table, name) for name in self.responses), self.prompt_lengths)
+        responses = [_lengths(self.table, name) for name in self.responses]
+        self.lengths = sum(responses, self.prompt_lengths)
         """`[rows]`: tokens of each row, the prompt counted once"""
+        self.padded = len(responses) * (self.prompt_lengths + np.max(responses, axis=0))
+        """`[rows]`: the same with one row a response, as long as the longest"""
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -38,8 +41,8 @@ class Examples:
         return self._example(row, self.responses, [SIDES[name] for name in self.responses])
 
     def cost(self, share_prompt: bool) -> np.ndarray:
-        """`[rows]`: tokens that go through the model, the prompt once or once a response."""
-        return self.lengths if share_prompt else self.lengths + (len(self.responses) - 1) * self.prompt_lengths
+        """`[rows]`: tokens that go through the model, see `Example.cost`."""
+        return self.lengths if share_prompt else self.padded
 
     def mismatched(self, row: int) -> Example:
         """The row's prompt with a response to another one."""

@@ -1,6 +1,7 @@
 """The DeepSpeed JSON of a training stage: ours, with a user's own laid over it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ against 2.6 s (SmolLM2-135M, bfloat16, 8 rows of 85 tokens, two workers of one t
 CPU_BUCKETS = {"reduce_bucket_size": ELEMENTS_AT_ONCE, "allgather_bucket_size": ELEMENTS_AT_ONCE}
 
 
-def deepspeed_config(settings: Training, world: int) -> dict[str, Any]:
+def deepspeed_config(settings: Training, world: int, theirs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Builds the config that `deepspeed.initialize` gets.
 
     Args:
         settings: of the training stage.
         world: number of workers.
+        theirs: what the user's own JSON (`settings.deepspeed`) says.
 
     Raises:
         ValueError: a key of the user's JSON contradicts the settings; both values are named.
@@ -41,8 +43,8 @@ def deepspeed_config(settings: Training, world: int) -> dict[str, Any]:
             # And so do sums over micro-batches. Each gradient goes into the float32 sum as soon as it is there.
             ours |= {"data_types": {"grad_accum_dtype": "fp32"}}
             ours["bf16"]["immediate_grad_update"] = True
-    if settings.deepspeed is not None:
-        ours = _overlaid(ours | {"train_batch_size": settings.batch_size}, read_deepspeed(settings.deepspeed), settings.deepspeed)
+    if theirs is not None:
+        ours = _overlaid(ours | {"train_batch_size": settings.batch_size}, theirs, settings)
     # The learner forms micro-batches by tokens and says itself where a step ends: to DeepSpeed every row is a micro-batch.
     return ours | {"train_batch_size": world, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 
@@ -63,15 +65,15 @@ def read_deepspeed(path: str) -> dict[str, Any]:
 
 
 INSTEAD = {
-    "optimizer": "optimizer, learning_rate and weight_decay",
-    "scheduler": "schedule and warmup_ratio",
-    "fp16": "precision",
-    "train_micro_batch_size_per_gpu": "micro_batch_tokens",
-    "gradient_accumulation_steps": "micro_batch_tokens",
-    "zero_optimization.offload_optimizer": "offload",
-    "zero_optimization.offload_param": "offload",
+    "optimizer": ("optimizer", "learning_rate", "weight_decay"),
+    "scheduler": ("schedule", "warmup_ratio"),
+    "fp16": ("precision",),
+    "train_micro_batch_size_per_gpu": ("micro_batch_tokens",),
+    "gradient_accumulation_steps": ("micro_batch_tokens",),
+    "zero_optimization.offload_optimizer": ("offload",),
+    "zero_optimization.offload_param": ("offload",),
 }
-"""Keys of DeepSpeed that a setting of ours replaces."""
+"""Keys of DeepSpeed that settings of ours replace."""
 
 SETTING_OF_KEY = {
     "train_batch_size": "batch_size",
@@ -81,18 +83,20 @@ SETTING_OF_KEY = {
 }
 
 
-def _overlaid(ours: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
+def _overlaid(ours: dict[str, Any], theirs: Mapping[str, Any], settings: Training, prefix: str = "") -> dict[str, Any]:
     result = dict(ours)
     for key, value in theirs.items():
         dotted = prefix + key
-        if dotted in INSTEAD and value != "auto":
-            raise ValueError(f"deepspeed={path}: {dotted}={value!r} is set by {INSTEAD[dotted]}; remove it")
+        if value == "auto":
+            continue
+        if dotted in INSTEAD:
+            said = ", ".join(f"{name}={getattr(settings, name)}" for name in INSTEAD[dotted])
+            raise ValueError(f"deepspeed={settings.deepspeed} says {dotted}={value!r}, the config says {said}: remove it from the JSON")
         if isinstance(value, dict) and isinstance(ours.get(key), dict):
-            result[key] = _overlaid(ours[key], value, path, f"{dotted}.")
-        elif value != "auto" and dotted in SETTING_OF_KEY and value != ours.get(key):
-            raise ValueError(
-                f"deepspeed={path} says {dotted}={value!r}, the config says {ours.get(key)!r} ({SETTING_OF_KEY[dotted]}): make them agree"
-            )
-        elif value != "auto":
+            result[key] = _overlaid(ours[key], value, settings, f"{dotted}.")
+        elif dotted in SETTING_OF_KEY and value != ours.get(key):
+            said = f"{ours.get(key)!r} ({SETTING_OF_KEY[dotted]})"
+            raise ValueError(f"deepspeed={settings.deepspeed} says {dotted}={value!r}, the config says {said}: make them agree")
+        else:
             result[key] = value
     return result

@@ -43,13 +43,14 @@ class Learner:
         engine: around a `ResponseLogProbs`.
         objective: what a step minimises.
         settings: of the training stage.
+        longest: no prompt with one of its responses is longer, tokens.
     """
 
-    def __init__(self, engine: Any, objective: Objective, settings: Training):
+    def __init__(self, engine: Any, objective: Objective, settings: Training, longest: int | None = None):
         self.engine, self.objective, self.settings = engine, objective, settings
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         model = engine.module.model
-        self.share_prompt = shares_prompt(model.config)
+        self.share_prompt = shares_prompt(model.config, longest)
         self.pad_id = model.config.get_text_config().eos_token_id or 0
         if isinstance(self.pad_id, list):
             self.pad_id = self.pad_id[0]
@@ -87,7 +88,7 @@ class Learner:
             if len(rows):
                 sums += row_sums
                 bad_rows += bad
-        dist.all_reduce(sums)
+        sums = self._over_workers(sums)
         norm = self._update()
         metrics = self._metrics(sums) | {"tokens": sums[SUMS.index("tokens")].item(), "grad_norm": norm}
         if np.isfinite(norm):
@@ -143,11 +144,17 @@ class Learner:
         total = torch.zeros((), dtype=torch.float64)
         for part in parts:
             chosen = [examples.mismatched(int(row)) for row in part] or [examples.mismatched(0)]
-            logps_B = self.engine(collate(chosen, self.pad_id, self.share_prompt).to(self.device))[0]
-            rho_B = logps_B.double().cpu() - torch.tensor([e.ref_logps[0] for e in chosen], dtype=torch.float64)
-            total += self.objective.beta * rho_B.sum() * float(len(part) > 0)
-        dist.all_reduce(total)
-        return (total / rows).clamp(min=0).float().to(self.device)
+            logps_B = self.engine(collate(chosen, self.pad_id, self.share_prompt).to(self.device))[0].cpu()
+            refs_B, lengths_B = (torch.tensor(v) for v in ([e.ref_logps[0] for e in chosen], [len(e.responses[0]) for e in chosen]))
+            rho_B = ratio(Side(logps_B, refs_B, lengths_B), self.objective)
+            total += self.objective.beta * rho_B.double().sum() * float(len(part) > 0)
+        return (self._over_workers(total) / rows).clamp(min=0).float().to(self.device)
+
+    def _over_workers(self, sums: torch.Tensor) -> torch.Tensor:
+        """Adds up a CPU tensor over all workers, through the device that the backend knows. A collective."""
+        sums = sums.to(self.device)
+        dist.all_reduce(sums)
+        return sums.cpu()
 
     def _metrics(self, sums: torch.Tensor) -> dict[str, float]:
         """Means over rows, in the words of the papers. Rewards are beta * rho."""
@@ -191,7 +198,7 @@ class Learner:
             if len(rows):
                 sums += row_sums
                 mine += [(int(row), e.id, v) for row, e, v in zip(rows, chosen, values.tolist(), strict=True)]
-        dist.all_reduce(sums)
+        sums = self._over_workers(sums)
         gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, mine)
         if self.rank == 0:

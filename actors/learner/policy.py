@@ -14,8 +14,15 @@ from actors.settings import Training
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load(weights: str, settings: Training, trust_remote_code: bool) -> PreTrainedModel:
-    """Loads a policy to train or score it. Dropout stays off: log ratios must start at 0."""
+def load(weights: str, precision: str, longest: int | None, trust_remote_code: bool) -> PreTrainedModel:
+    """Loads a policy to train or score it. Dropout stays off: log ratios must start at 0.
+
+    Args:
+        weights: directory or hub id.
+        precision: "float32" or "bfloat16".
+        longest: no prompt with one of its responses is longer, tokens; see `shares_prompt`.
+        trust_remote_code: run Python code that comes with the model.
+    """
     config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     for key, value in text.to_dict().items():
@@ -24,10 +31,17 @@ def load(weights: str, settings: Training, trust_remote_code: bool) -> PreTraine
     return AutoModelForCausalLM.from_pretrained(
         weights,
         config=config,
-        dtype=DTYPES[settings.precision],
-        attn_implementation=BRANCHING if shares_prompt(config) else "sdpa",
+        dtype=DTYPES[precision],
+        attn_implementation=BRANCHING if shares_prompt(config, longest) else "sdpa",
         trust_remote_code=trust_remote_code,
     )
+
+
+def architecture(weights: str, settings: Training, trust_remote_code: bool) -> dict[str, Any]:
+    """What tells policies apart whose checkpoints cannot be mixed up; no weight is read."""
+    text = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code).get_text_config()
+    shape = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
+    return {"model_type": text.model_type, **shape, "lora_r": settings.lora_r}
 
 
 def trainable(model: PreTrainedModel, settings: Training) -> PreTrainedModel:
@@ -103,8 +117,7 @@ def _merged(
     weights: str, settings: Training, adapter: dict[str, torch.Tensor], directory: Path, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """The policy with its adapters merged, in float32 on the CPU; the adapters as peft writes them go to `directory`."""
-    full = settings.model_copy(update={"precision": "float32"})
-    adapted = _adapted(load(weights, full, trust_remote_code), full)
+    adapted = _adapted(load(weights, "float32", None, trust_remote_code), settings)
     missing = adapted.get_base_model().load_state_dict(adapter, strict=False)
     assert not missing.unexpected_keys, missing.unexpected_keys
     adapted.peft_config["default"].base_model_name_or_path = weights

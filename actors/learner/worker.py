@@ -25,12 +25,15 @@ from actors.learner.checkpoint import Checkpoints
 from actors.learner.data import Examples
 from actors.learner.deepspeed_config import ELEMENTS_AT_ONCE, deepspeed_config
 from actors.learner.learner import Learner
-from actors.learner.logprobs import ResponseLogProbs
+from actors.learner.logprobs import Head, ResponseLogProbs
 from actors.learner.tracking import Tracker
 from actors.settings import Objective, Tracking, Training
 
 BAD_STEPS = 3
 """Steps in a row with a loss or gradient that is not finite, after which training stops."""
+
+ALIKE_SECONDS = 10.0
+"""Within which workers that fail for the same reason all do."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class TrainJob:
     training: Training
     objective: Objective
     tracking: Tracking = field(default_factory=Tracking)
+    deepspeed: dict[str, Any] | None = None
+    """what the user's own DeepSpeed JSON says"""
+    longest: int | None = None
+    """no prompt with one of its responses is longer, tokens; see `shares_prompt`"""
     trust_remote_code: bool = False
 
 
@@ -73,14 +80,14 @@ def train(job: TrainJob) -> None:
     tracking.require(job.tracking)
     torch.manual_seed(settings.seed)
     examples = Examples(job.train)
-    order = list(batch_order(len(examples), settings.batch_size, settings.epochs, settings.seed))
-    model = policy.trainable(policy.load(job.weights, settings, job.trust_remote_code), settings)
-    checkpoints = Checkpoints(output / "checkpoints", settings, architecture(model))
+    checkpoints = Checkpoints(output / "checkpoints", settings, policy.architecture(job.weights, settings, job.trust_remote_code))
     found = checkpoints.newest()
+    order = list(batch_order(len(examples), settings.batch_size, settings.epochs, settings.seed))
+    model = policy.trainable(policy.load(job.weights, settings.precision, job.longest, job.trust_remote_code), settings)
     universal = found is not None and checkpoints.convert(found)
-    engine = start_engine(model, settings, universal)
+    engine = start_engine(model, settings, job.deepspeed, universal)
     done = checkpoints.restore(engine, found, universal) if found else 0
-    learner = Learner(engine, job.objective, settings)
+    learner = Learner(engine, job.objective, settings, job.longest)
 
     tracker = Tracker(output, job.name, job.tracking, settings_of(job), done) if dist.get_rank() == 0 else None
     skipped: list[list[str]] = []
@@ -106,12 +113,13 @@ def train(job: TrainJob) -> None:
     check_export(job, learner, examples, probe)
 
 
-def start_engine(model: Any, settings: Training, universal: bool) -> Any:
+def start_engine(model: Any, settings: Training, theirs: dict[str, Any] | None = None, universal: bool = False) -> Any:
     """A DeepSpeed engine around the log-probs of `model`.
 
     Args:
         model: a policy, ready to train.
         settings: of the stage.
+        theirs: what the user's own DeepSpeed JSON says.
         universal: whether a converted checkpoint will be loaded into it.
     """
     import deepspeed
@@ -121,13 +129,15 @@ def start_engine(model: Any, settings: Training, universal: bool) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
     module = ResponseLogProbs(model)
+    if settings.zero_stage == 3:
+        deepspeed.utils.set_z3_leaf_modules(module, [Head])
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    config = deepspeed_config(settings, dist.get_world_size())
+    config = deepspeed_config(settings, dist.get_world_size(), theirs)
     if universal:
         config["checkpoint"] = {"load_universal": True}
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=_optimizer(groups, settings), config=config)
@@ -149,12 +159,6 @@ def _optimizer(groups: list[dict[str, Any]], settings: Training) -> torch.optim.
     return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 
 
-def architecture(model: Any) -> dict[str, Any]:
-    """What tells policies apart whose checkpoints cannot be mixed up."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return {"model_type": model.config.model_type, "tensors": len(trained), "weights": sum(p.numel() for p in trained)}
-
-
 def check_export(job: TrainJob, learner: Learner, examples: Examples, probe: list[float]) -> None:
     """Loads the exported policy back and compares its log-probs with the trainer's. A collective.
 
@@ -166,10 +170,10 @@ def check_export(job: TrainJob, learner: Learner, examples: Examples, probe: lis
 
     problem: list[str | None] = [None]
     if dist.get_rank() == 0:
-        settings = job.training.model_copy(update={"zero_stage": 1})
-        scorer = Scorer(str(Path(job.output) / "policy"), Scoring(num_cpus=torch.get_num_threads()), settings, job.trust_remote_code)
+        settings, weights = job.training, str(Path(job.output) / "policy")
+        scorer = Scorer(weights, Scoring(num_cpus=torch.get_num_threads()), settings.precision, job.longest, job.trust_remote_code)
         loaded = [value for row in range(min(2, len(examples))) for value in scorer([examples[row]])[0]]
-        relative, absolute = (1e-3, 1e-2) if settings.precision == "float32" else (2e-2, 0.5)
+        relative, absolute = (2e-2, 0.5) if "bfloat16" in (settings.precision, settings.save_precision) else (1e-3, 1e-2)
         if any(abs(a - b) > absolute + relative * abs(b) for a, b in zip(loaded, probe, strict=True)):
             problem = [f"the policy in {job.output}/policy gives log-probs {loaded}, the trainer gave {probe}: what was written is not it"]
     dist.broadcast_object_list(problem)
@@ -205,10 +209,20 @@ def settings_of(job: TrainJob) -> dict[str, Any]:
 def run(job: dict[str, Any]) -> None:
     """Entry of a Ray Train worker: sets the threads it was given and trains.
 
-    What would fail again is written to `failure.json` instead of being raised, so that nobody starts the workers again for it.
+    What would fail again is written to `failed/RANK.json`. When all workers fail alike they end without being started again; one that
+    fails alone raises, so that those that wait for it are stopped, and stops before it loads a model when it is started again.
     """
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    failed = Path(job["output"], "failed")
+    for earlier in failed.glob("*.json"):
+        raise TrainingError(json.loads(earlier.read_text(encoding="utf-8"))["error"])
     try:
         train(TrainJob(**job))
     except ValueError as error:
-        Path(job["output"], "failure.json").write_text(json.dumps({"error": str(error)}), encoding="utf-8")
+        failed.mkdir(exist_ok=True)
+        (failed / f"{dist.get_rank()}.json").write_text(json.dumps({"error": str(error)}), encoding="utf-8")
+        deadline = time.monotonic() + ALIKE_SECONDS
+        while len(list(failed.glob("*.json"))) < dist.get_world_size():
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
