@@ -1,4 +1,4 @@
-"""A policy that gives log-probs of responses: the reference of a training stage.
+"""A model that scores given responses: a policy with their log-probs (the reference of a training stage), or a reward model.
 
 The forward pass is the learner's own, so that at the first step of training every log ratio is 0.
 """
@@ -6,38 +6,49 @@ The forward pass is the learner's own, so that at the first step of training eve
 from collections.abc import Iterator, Sequence
 
 import torch
+from transformers import AutoConfig
 
 from actors.learner import policy
 from actors.learner.batches import Example, collate, shares_prompt
-from actors.learner.logprobs import ResponseLogProbs
 from actors.settings import Scoring
 
 
 class Scorer:
-    """Loads a policy for forward passes only.
+    """Loads a model for forward passes only.
 
     Args:
-        weights: directory or hub id of the policy.
+        weights: its directory or hub id.
         scoring: settings of the pool.
         precision: of the training stage that reads the log-probs.
         longest: no prompt with one of its responses is longer, tokens.
         trust_remote_code: run Python code that comes with the model.
+        kind: "policy" for log-probs, "reward" for rewards.
     """
 
-    def __init__(self, weights: str, scoring: Scoring, precision: str, longest: int | None = None, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        weights: str,
+        scoring: Scoring,
+        precision: str,
+        longest: int | None = None,
+        trust_remote_code: bool = False,
+        kind: str = "policy",
+    ):
         self.max_batch_tokens = scoring.max_batch_tokens
         self.device = "cuda" if scoring.num_gpus else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(max(1, int(scoring.num_cpus)))
-        model = policy.load(weights, precision, longest, trust_remote_code)
-        self.module = ResponseLogProbs(model).to(self.device).eval()
+        if kind == "reward" and not policy.is_classifier(AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)):
+            raise ValueError(f"{weights} is no reward model: its config names no class for sequence classification")
+        model = policy.load(weights, precision, longest, trust_remote_code, kind)
+        self.module = policy.KINDS[kind].module(model).to(self.device).eval()
         self.share_prompt = shares_prompt(model.config, longest)
 
     def __call__(self, examples: Sequence[Example]) -> list[list[float]]:
         """Scores rows.
 
         Returns:
-            the summed log-prob of every response of every row, in nats, in the order given.
+            the summed log-prob (nats) or the reward of every response of every row, in the order given.
         """
         results: list[list[float]] = [[] for _ in examples]
         with torch.no_grad():

@@ -153,6 +153,7 @@ def ours(job: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     from actors.learner.batches import batch_order
     from actors.learner.data import Examples
     from actors.learner.learner import Learner
+    from actors.learner.logprobs import ResponseLogProbs
     from actors.learner.worker import start_engine
     from actors.settings import Objective
 
@@ -164,7 +165,8 @@ def ours(job: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     dist.init_process_group("gloo")
     with contextlib.redirect_stdout(sys.stderr):
-        engine = start_engine(policy.trainable(policy.load(job["model"], settings.precision, None, False), settings), settings)
+        model = policy.trainable(policy.load(job["model"], settings.precision, None, False), settings)
+        engine = start_engine(ResponseLogProbs(model), settings)
     learner = Learner(engine, Objective(name="dpo"), settings)
     order = list(batch_order(len(examples), settings.batch_size, 1, 0))
     profiler: Any = torch.profiler.profile() if job["profile"] else contextlib.nullcontext()

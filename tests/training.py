@@ -54,23 +54,24 @@ def _worker(rank: int, world: int, port: int, job: dict[str, Any]) -> None:
     if job.pop("spoil_export"):
         export = policy.export
 
-        def spoiled(engine: Any, settings: Training, weights: str, tokenizer: str, directory: Path, trust_remote_code: bool) -> None:
+        def spoiled(*arguments: Any) -> None:
             """Writes the policy that training started from, as a save of empty or stale weights would."""
-            export(engine, settings, weights, tokenizer, directory, trust_remote_code)
+            export(*arguments)
+            _, _, weights, _, directory, *_ = arguments
             shutil.copy2(Path(weights) / "model.safetensors", directory)
 
-        policy.export = spoiled
+        policy.export = spoiled  # type: ignore[assignment]
     run(job)
     torch.distributed.destroy_process_group()
 
 
 def start(model: Path, data: Path, output: Path, world: int, objective: Objective, **settings: Any) -> list[BaseProcess]:
     """Starts `world` workers. Beside settings: `theirs` is what a user's DeepSpeed JSON says, `spoil` makes them write another policy."""
-    theirs, spoil = settings.pop("theirs", None), settings.pop("spoil", False)
+    theirs, spoil, kind = settings.pop("theirs", None), settings.pop("spoil", False), settings.pop("kind", "policy")
     options = {"workers": world, "batch_size": 8, "epochs": 2, "learning_rate": 1e-3, "micro_batch_tokens": 64, "checkpoint_every": 0}
     files = {"train": [str(data)], "held_out": [str(data)], "output": str(output)}
     job = {"name": "test/training", "weights": str(model), "tokenizer": str(model), "objective": objective} | files
-    job |= {"training": Training(**(options | settings)), "deepspeed": theirs, "spoil_export": spoil}
+    job |= {"training": Training(**(options | settings)), "deepspeed": theirs, "spoil_export": spoil, "kind": kind}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

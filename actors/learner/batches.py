@@ -58,6 +58,8 @@ class Batch:
     """the response that it belongs to"""
     occupancy_N: torch.Tensor
     """(T - k) / T for token k of a response of T tokens"""
+    ends_R: torch.Tensor
+    """flat index of every response's last token"""
     responses: int
     """R"""
     tokens: int
@@ -106,7 +108,7 @@ def collate(examples: Sequence[Example], pad_id: int, share_prompt: bool) -> Bat
         places = []
     ids_T, positions_T = np.full(shape, pad_id, dtype=np.int64).ravel(), np.zeros(shape, dtype=np.int64).ravel()
     row_T, branch_T = np.zeros(shape, dtype=np.int64).ravel(), np.full(shape, -1, dtype=np.int64).ravel()
-    sources, targets, owners, occupancy = [], [], [], []
+    sources, targets, owners, occupancy, ends = [], [], [], [], []
     owner = 0
     for number, example in enumerate(examples):
         length = len(example.prompt_ids)
@@ -124,6 +126,7 @@ def collate(examples: Sequence[Example], pad_id: int, share_prompt: bool) -> Bat
             sources.append(np.concatenate([[prompt + length - 1], np.arange(start, end - 1)])[: len(response)])
             targets.append(np.asarray(response, dtype=np.int64))
             owners.append(np.full(len(response), owner))
+            ends.append(end - 1 if len(response) else prompt + length - 1)
             occupancy.append(1 - np.arange(len(response), dtype=np.float32) / max(1, len(response)))
             owner += 1
     branches = None
@@ -139,6 +142,7 @@ def collate(examples: Sequence[Example], pad_id: int, share_prompt: bool) -> Bat
         targets_N=torch.from_numpy(np.concatenate(targets)),
         owners_N=torch.from_numpy(np.concatenate(owners).astype(np.int64)),
         occupancy_N=torch.from_numpy(np.concatenate(occupancy)),
+        ends_R=torch.tensor(ends),
         responses=owner,
         tokens=int((branch_T >= 0).sum()),
     )

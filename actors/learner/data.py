@@ -19,13 +19,15 @@ class Examples:
 
     Args:
         paths: parquet files in order, with `id, prompt_ids` and either `response_ids` or
-            `real_ids, generated_ids, ref_logp_real, ref_logp_generated`.
+            `real_ids, generated_ids` and, where log ratios are wanted, `ref_logp_real, ref_logp_generated`.
     """
 
     def __init__(self, paths: Sequence[str]):
         self.table: pa.Table = pa.concat_tables([pq.read_table(path, columns=_columns(path)) for path in paths]).combine_chunks()
         names = self.table.column_names
         self.responses = ["real_ids", "generated_ids"] if "real_ids" in names else ["response_ids"]
+        # None of SFT and of rewards.
+        self.references = [ref for name in self.responses if (ref := SIDES[name]) and ref in names]
         self.prompt_lengths = _lengths(self.table, "prompt_ids")
         """`[rows]`: tokens of each prompt"""
         responses = [_lengths(self.table, name) for name in self.responses]
@@ -38,7 +40,7 @@ class Examples:
         return self.table.num_rows
 
     def __getitem__(self, row: int) -> Example:
-        return self._example(row, self.responses, [SIDES[name] for name in self.responses])
+        return self._example(row, self.responses, self.references)
 
     def cost(self, share_prompt: bool) -> np.ndarray:
         """`[rows]`: tokens that go through the model, see `Example.cost`."""
@@ -48,7 +50,7 @@ class Examples:
         """The row's prompt with a response to another one."""
         return self._example(row, [MISMATCHED[0]], [MISMATCHED[1]])
 
-    def _example(self, row: int, responses: Sequence[str], refs: Sequence[str | None]) -> Example:
+    def _example(self, row: int, responses: Sequence[str], refs: Sequence[str]) -> Example:
         def ids(name: str) -> np.ndarray:
             return self.table.column(name)[row].values.to_numpy(zero_copy_only=False)
 
@@ -56,7 +58,7 @@ class Examples:
             id=self.table.column("id")[row].as_py(),
             prompt_ids=ids("prompt_ids"),
             responses=tuple(ids(name) for name in responses),
-            ref_logps=tuple(self.table.column(name)[row].as_py() for name in refs if name),
+            ref_logps=tuple(self.table.column(name)[row].as_py() for name in refs),
         )
 
 

@@ -40,7 +40,7 @@ class Learner:
     """Takes steps with a DeepSpeed engine.
 
     Args:
-        engine: around a `ResponseLogProbs`.
+        engine: around a `ResponseLogProbs` or `ResponseRewards`.
         objective: what a step minimises.
         settings: of the training stage.
         longest: no prompt with one of its responses is longer, tokens.
@@ -122,12 +122,13 @@ class Learner:
         """
         batch = collate(examples, self.pad_id, self.share_prompt).to(self.device)
         count = len(examples[0].responses)
-        logps_2BS = self.engine(batch).view(2, len(examples), count)
+        # Log-probs and occupancy-weighted ones; of a reward model the reward, which then stands for the log ratio.
+        logps_CBS = self.engine(batch).view(-1, len(examples), count)
         lengths_BS = torch.tensor([[len(r) for r in e.responses] for e in examples], dtype=torch.float32, device=self.device)
-        # Without a reference (SFT) the log-probs stand for the log ratios.
+        # Without a reference (SFT, rewards) the values themselves stand for the log ratios.
         refs = [list(e.ref_logps) or [0.0] * count for e in examples]
         refs_BS = torch.tensor(refs, dtype=torch.float32, device=self.device)
-        sides = [Side(logps_2BS[0, :, s], refs_BS[:, s], lengths_BS[:, s], logps_2BS[1, :, s]) for s in range(count)]
+        sides = [Side(logps_CBS[0, :, s], refs_BS[:, s], lengths_BS[:, s], logps_CBS[-1, :, s]) for s in range(count)]
         real, generated = sides[0], sides[-1]
         parts = losses(Pair(real, generated, baseline), self.objective)
         rhos_BS = torch.stack([ratio(side, self.objective) for side in sides], dim=1).detach()
@@ -178,7 +179,7 @@ class Learner:
 
     @torch.no_grad()
     def log_probs(self, examples: Sequence[Example]) -> list[float]:
-        """The trainer's log-probs of all responses of a few rows. A collective."""
+        """The trainer's log-probs (or rewards) of all responses of a few rows. A collective."""
         self.engine.eval()
         values = [self.engine(collate([e], self.pad_id, self.share_prompt).to(self.device))[0].tolist() for e in examples]
         return [value for row in values for value in row]

@@ -1,40 +1,76 @@
-"""A policy's weights in and out of a training stage, as plain Hugging Face directories."""
+"""Weights in and out of a training stage, as plain Hugging Face directories: of a policy, or of a reward model."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from actors.learner.attention import BRANCHING
 from actors.learner.batches import shares_prompt
+from actors.learner.logprobs import ResponseLogProbs
+from actors.learner.rewards import ResponseRewards
 from actors.settings import Training
 
+
+@dataclass(frozen=True)
+class Kind:
+    """What a model is for."""
+
+    auto: Any
+    """the class of transformers that loads it"""
+    module: Any
+    """the model as a function from a batch to numbers of its responses"""
+    task: str
+    """its name in peft"""
+
+
+KINDS = {
+    "policy": Kind(AutoModelForCausalLM, ResponseLogProbs, "CAUSAL_LM"),
+    "reward": Kind(AutoModelForSequenceClassification, ResponseRewards, "SEQ_CLS"),
+}
+"""A policy gives log-probs of responses, a reward model one scalar each. The trained one is written to a directory of that name."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load(weights: str, precision: str, longest: int | None, trust_remote_code: bool) -> PreTrainedModel:
-    """Loads a policy to train or score it. Dropout stays off: log ratios must start at 0.
+def load(weights: str, precision: str, longest: int | None, trust_remote_code: bool, kind: str = "policy") -> PreTrainedModel:
+    """Loads a model to train it or to score with it. Dropout stays off: log ratios must start at 0.
 
     Args:
         weights: directory or hub id.
         precision: "float32" or "bfloat16".
         longest: no prompt with one of its responses is longer, tokens; see `shares_prompt`.
         trust_remote_code: run Python code that comes with the model.
+        kind: a key of KINDS. Of a policy's weights a reward model takes the body; its head is then drawn from torch's generator.
     """
     config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
+    if kind == "reward" and not is_classifier(config):
+        config.num_labels = 1
     for key, value in text.to_dict().items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(text, key, 0.0)
-    return AutoModelForCausalLM.from_pretrained(
+    return KINDS[kind].auto.from_pretrained(
         weights,
         config=config,
         dtype=DTYPES[precision],
         attn_implementation=BRANCHING if shares_prompt(config, longest) else "sdpa",
         trust_remote_code=trust_remote_code,
     )
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether a config is that of a model with labels, as reward models are published."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
 def architecture(weights: str, settings: Training, trust_remote_code: bool) -> dict[str, Any]:
@@ -44,8 +80,8 @@ def architecture(weights: str, settings: Training, trust_remote_code: bool) -> d
     return {"model_type": text.model_type, **shape, "lora_r": settings.lora_r}
 
 
-def trainable(model: PreTrainedModel, settings: Training) -> PreTrainedModel:
-    """Readies a policy for training: recomputed activations, low-rank adapters in place of its own weights.
+def trainable(model: PreTrainedModel, settings: Training, kind: str = "policy") -> PreTrainedModel:
+    """Readies a model for training: recomputed activations, low-rank adapters in place of its own weights.
 
     Raises:
         ValueError: `lora_targets` match no module.
@@ -54,11 +90,11 @@ def trainable(model: PreTrainedModel, settings: Training) -> PreTrainedModel:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.lora_r:
         # peft puts the adapters into the model itself; its own wrapper is of use for export only.
-        _adapted(model, settings)
+        _adapted(model, settings, kind)
     return model
 
 
-def _adapted(model: PreTrainedModel, settings: Training) -> Any:
+def _adapted(model: PreTrainedModel, settings: Training, kind: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = settings.targets()
@@ -66,25 +102,28 @@ def _adapted(model: PreTrainedModel, settings: Training) -> Any:
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
-        task_type="CAUSAL_LM",
+        task_type=KINDS[kind].task,
     )
     # In the model's own precision: DeepSpeed keeps float32 masters of what is trained.
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
-def export(engine: Any, settings: Training, weights: str, tokenizer: str, directory: Path, trust_remote_code: bool) -> None:
-    """Writes the trained policy: safetensors, config, generation config, tokenizer and chat template.
+def export(
+    engine: Any, settings: Training, weights: str, tokenizer: str, directory: Path, trust_remote_code: bool, kind: str = "policy"
+) -> None:
+    """Writes the trained model: safetensors, config, tokenizer and chat template, and a policy's generation config.
 
     A collective: every worker takes part, the first one writes. Low-rank adapters are merged into the weights they were trained on,
     and kept in `adapter/` beside the policy.
 
     Args:
-        engine: DeepSpeed's, around a `ResponseLogProbs`.
+        engine: DeepSpeed's, around the module of the kind.
         settings: of the training stage.
-        weights: the policy that training started from.
+        weights: those that training started from.
         tokenizer: directory of the run's tokenizer.
         directory: to write to.
         trust_remote_code: run Python code that comes with the model.
+        kind: a key of KINDS.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -102,25 +141,52 @@ def export(engine: Any, settings: Training, weights: str, tokenizer: str, direct
         # Tied weights are one parameter under several names; transformers writes them once.
         state = {name: masters[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in masters}
         if settings.lora_r:
-            model, state = _merged(weights, settings, state, directory.parent / "adapter", trust_remote_code)
+            model, state = _merged(weights, settings, state, directory.parent / "adapter", trust_remote_code, kind)
         else:
             state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
         dtype = DTYPES[settings.save_precision]
         model.config.dtype = dtype
+        words = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+        if kind == "policy":
+            GenerationConfig.from_pretrained(tokenizer).save_pretrained(directory)
+        else:
+            state = _pad_apart(model, words, state)
         model.save_pretrained(directory, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
-        AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code).save_pretrained(directory)
-        GenerationConfig.from_pretrained(tokenizer).save_pretrained(directory)
+        words.save_pretrained(directory)
     dist.barrier()
 
 
 def _merged(
-    weights: str, settings: Training, adapter: dict[str, torch.Tensor], directory: Path, trust_remote_code: bool
+    weights: str, settings: Training, adapter: dict[str, torch.Tensor], directory: Path, trust_remote_code: bool, kind: str
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """The policy with its adapters merged, in float32 on the CPU; the adapters as peft writes them go to `directory`."""
-    adapted = _adapted(load(weights, "float32", None, trust_remote_code), settings)
+    """The model with its adapters merged, in float32 on the CPU; the adapters as peft writes them go to `directory`."""
+    adapted = _adapted(load(weights, "float32", None, trust_remote_code, kind), settings, kind)
     missing = adapted.get_base_model().load_state_dict(adapter, strict=False)
     assert not missing.unexpected_keys, missing.unexpected_keys
     adapted.peft_config["default"].base_model_name_or_path = weights
     adapted.save_pretrained(directory)
     merged = adapted.merge_and_unload()
     return merged, merged.state_dict()
+
+
+def _pad_apart(model: PreTrainedModel, tokenizer: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gives tokenizer and config a padding token that ends no response: transformers reads the reward at the last token that is not
+    padding, and with pad == EOS would read it one too early.
+
+    Returns:
+        the weights, with a row for the token where the vocabulary had none to spare.
+    """
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    text = model.config.get_text_config()
+    if tokenizer.pad_token is None or tokenizer.pad_token in taken:
+        template = tokenizer.chat_template or ""
+        spare = [token for token in tokenizer.all_special_tokens if token not in taken and token not in template]
+        tokenizer.add_special_tokens({"pad_token": spare[0] if spare else "<|pad|>"})
+    missing = len(tokenizer) - text.vocab_size
+    if missing > 0:
+        table = model.get_input_embeddings().weight
+        name = next(name for name, parameter in model.named_parameters() if parameter is table)
+        state = state | {name: torch.cat([state[name], state[name].new_zeros(missing, state[name].shape[1])])}
+        text.vocab_size = len(tokenizer)
+    text.pad_token_id = tokenizer.pad_token_id
+    return state

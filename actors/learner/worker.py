@@ -25,7 +25,7 @@ from actors.learner.checkpoint import Checkpoints
 from actors.learner.data import Examples
 from actors.learner.deepspeed_config import ELEMENTS_AT_ONCE, deepspeed_config
 from actors.learner.learner import Learner
-from actors.learner.logprobs import Head, ResponseLogProbs
+from actors.learner.logprobs import Head
 from actors.learner.tracking import Tracker
 from actors.settings import Objective, Tracking, Training
 
@@ -51,7 +51,7 @@ class TrainJob:
     held_out: list[str]
     """the same for held-out rows; may be empty"""
     output: str
-    """directory for `policy/`, `metrics.jsonl`, `checkpoints/`, `held_out.parquet`"""
+    """directory for the model in `policy/` or `reward/`, `metrics.jsonl`, `checkpoints/`, `held_out.parquet`"""
     training: Training
     objective: Objective
     tracking: Tracking = field(default_factory=Tracking)
@@ -60,6 +60,8 @@ class TrainJob:
     longest: int | None = None
     """no prompt with one of its responses is longer, tokens; see `shares_prompt`"""
     trust_remote_code: bool = False
+    kind: str = "policy"
+    """what is trained, a key of `policy.KINDS`"""
 
 
 class TrainingError(ValueError):
@@ -83,9 +85,10 @@ def train(job: TrainJob) -> None:
     checkpoints = Checkpoints(output / "checkpoints", settings, policy.architecture(job.weights, settings, job.trust_remote_code))
     found = checkpoints.newest()
     order = list(batch_order(len(examples), settings.batch_size, settings.epochs, settings.seed))
-    model = policy.trainable(policy.load(job.weights, settings.precision, job.longest, job.trust_remote_code), settings)
+    model = policy.load(job.weights, settings.precision, job.longest, job.trust_remote_code, job.kind)
+    model = policy.trainable(model, settings, job.kind)
     universal = found is not None and checkpoints.convert(found)
-    engine = start_engine(model, settings, job.deepspeed, universal)
+    engine = start_engine(policy.KINDS[job.kind].module(model), settings, job.deepspeed, universal)
     done = checkpoints.restore(engine, found, universal) if found else 0
     learner = Learner(engine, job.objective, settings, job.longest)
 
@@ -107,17 +110,17 @@ def train(job: TrainJob) -> None:
     if job.held_out:
         learner.score_held_out(Examples(job.held_out), output)
     probe = learner.log_probs([examples[row] for row in range(min(2, len(examples)))])
-    policy.export(engine, settings, job.weights, job.tokenizer, output / "policy", job.trust_remote_code)
+    policy.export(engine, settings, job.weights, job.tokenizer, output / job.kind, job.trust_remote_code, job.kind)
     if tracker:
         tracker.close()
     check_export(job, learner, examples, probe)
 
 
-def start_engine(model: Any, settings: Training, theirs: dict[str, Any] | None = None, universal: bool = False) -> Any:
-    """A DeepSpeed engine around the log-probs of `model`.
+def start_engine(module: Any, settings: Training, theirs: dict[str, Any] | None = None, universal: bool = False) -> Any:
+    """A DeepSpeed engine.
 
     Args:
-        model: a policy, ready to train.
+        module: from a batch to numbers of its responses, around a model that is ready to train.
         settings: of the stage.
         theirs: what the user's own DeepSpeed JSON says.
         universal: whether a converted checkpoint will be loaded into it.
@@ -128,7 +131,6 @@ def start_engine(model: Any, settings: Training, theirs: dict[str, Any] | None =
     # Compiles C++ at the first start and serves inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
-    module = ResponseLogProbs(model)
     if settings.zero_stage == 3:
         deepspeed.utils.set_z3_leaf_modules(module, [Head])
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -160,7 +162,7 @@ def _optimizer(groups: list[dict[str, Any]], settings: Training) -> torch.optim.
 
 
 def check_export(job: TrainJob, learner: Learner, examples: Examples, probe: list[float]) -> None:
-    """Loads the exported policy back and compares its log-probs with the trainer's. A collective.
+    """Loads the exported model back and compares its log-probs or rewards with the trainer's. A collective.
 
     Raises:
         TrainingError: they differ.
@@ -170,12 +172,13 @@ def check_export(job: TrainJob, learner: Learner, examples: Examples, probe: lis
 
     problem: list[str | None] = [None]
     if dist.get_rank() == 0:
-        settings, weights = job.training, str(Path(job.output) / "policy")
-        scorer = Scorer(weights, Scoring(num_cpus=torch.get_num_threads()), settings.precision, job.longest, job.trust_remote_code)
+        settings, weights = job.training, str(Path(job.output) / job.kind)
+        scoring = Scoring(num_cpus=torch.get_num_threads())
+        scorer = Scorer(weights, scoring, settings.precision, job.longest, job.trust_remote_code, job.kind)
         loaded = [value for row in range(min(2, len(examples))) for value in scorer([examples[row]])[0]]
         relative, absolute = (2e-2, 0.5) if "bfloat16" in (settings.precision, settings.save_precision) else (1e-3, 1e-2)
         if any(abs(a - b) > absolute + relative * abs(b) for a, b in zip(loaded, probe, strict=True)):
-            problem = [f"the policy in {job.output}/policy gives log-probs {loaded}, the trainer gave {probe}: what was written is not it"]
+            problem = [f"the {job.kind} in {weights} gives {loaded}, the trainer gave {probe}: what was written is not it"]
     dist.broadcast_object_list(problem)
     if problem[0]:
         raise TrainingError(problem[0])

@@ -1,0 +1,36 @@
+"""Rewards of given responses: a language model's body with one scalar read at the last token of a response.
+
+Shapes: B rows, T positions, R responses of a batch, D hidden size.
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+from actors.learner.batches import Batch
+from actors.learner.logprobs import last_hidden
+
+
+class ResponseRewards(torch.nn.Module):
+    """A reward model as a function from a batch to the reward of every response.
+
+    The reward is read where the response ends, whatever padding follows and whatever token is used for it.
+
+    Args:
+        model: `AutoModelForSequenceClassification` of transformers with one label.
+
+    Raises:
+        ValueError: the model is something else.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        if not hasattr(model, "score"):
+            raise ValueError(f"{type(model).__name__} is no reward model that reads its last token: it has no `score` head")
+        if model.config.num_labels != 1:
+            raise ValueError(f"a reward model has one label, this {type(model).__name__} has {model.config.num_labels}")
+        self.model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Returns `[1, R]` float32, in the order of the batch's responses."""
+        last_RD = last_hidden(self.model, batch).flatten(0, 1)[batch.ends_R]
+        return self.model.score(last_RD).float().T

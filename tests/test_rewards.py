@@ -1,0 +1,119 @@
+"""Reward models: where the reward is read, training through the learner, the exported directory in transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import write_tiny
+from training import assert_same_steps, train, write_pairs
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from actors.learner import policy
+from actors.learner.batches import Example, collate, shares_prompt
+from actors.scorer import Scorer
+from actors.settings import Objective, Scoring
+
+FAMILIES = ["llama", "gpt2", "qwen2", "mistral_window"]
+EXAMPLES = [Example("a", [0, 10, 11], ([20, 21, 1], [22, 1])), Example("b", [0, 12], ([23] * 9, [24, 25, 26, 1]))]
+
+
+def reward_model(directory: Path, family: str) -> Path:
+    """A random reward model with the tokenizer of the tiny models."""
+    source = write_tiny(directory / "policy", family, std=0.2)
+    torch.manual_seed(1)
+    model = policy.load(str(source), "float32", None, False, "reward")
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(directory / "reward")
+    AutoTokenizer.from_pretrained(source).save_pretrained(directory / "reward")
+    return directory / "reward"
+
+
+def one_by_one(directory: Path, prompt: list[int], response: list[int]) -> float:
+    """The plain way: no batch, no padding, float64, the last position's scalar."""
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float64).eval()
+    with torch.no_grad():
+        hidden = model.base_model(torch.tensor([[*prompt, *response]])).last_hidden_state[0, -1]
+        return model.score(hidden).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reward_is_read_at_the_last_token_in_every_layout(family: str, tmp_path: Path) -> None:
+    directory = reward_model(tmp_path, family)
+    want = [one_by_one(directory, list(e.prompt_ids), list(r)) for e in EXAMPLES for r in e.responses]
+    model = policy.load(str(directory), "float32", None, False, "reward").eval()
+    module = policy.KINDS["reward"].module(model)
+    with torch.no_grad():
+        for share in {False, shares_prompt(model.config)}:
+            # Padding with EOS: it ends the responses too.
+            for pad_id in (1, 2):
+                assert module(collate(EXAMPLES, pad_id, share))[0].tolist() == pytest.approx(want, abs=1e-4)
+            alone = [value for e in EXAMPLES for value in module(collate([e], 1, share))[0].tolist()]
+            assert alone == pytest.approx(want, abs=1e-4), "a batch of one equals a batch of many"
+    scored = Scorer(str(directory), Scoring(max_batch_tokens=10), "float32", kind="reward")(EXAMPLES)
+    assert [value for row in scored for value in row] == pytest.approx(want, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs without a reference."""
+    import pyarrow.parquet as pq
+
+    path = write_pairs(tiny, tmp_path_factory.mktemp("pairs") / "pairs.parquet")
+    pq.write_table(pq.read_table(path, columns=["id", "prompt_ids", "real_ids", "generated_ids"]), path)
+    return path
+
+
+def trained(model: Path, data: Path, output: Path, world: int, objective: str, **settings: Any) -> list[dict[str, float]]:
+    return train(model, data, output, world, Objective(name=objective, beta=1.0), kind="reward", learning_rate=3e-3, **settings)
+
+
+@pytest.mark.parametrize("objective", ["gsil_logistic", "dpo"], ids=["discriminator", "bradley_terry"])
+def test_it_learns_to_tell_the_sides_apart_with_any_number_of_workers(objective: str, tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    alone = trained(tiny, pairs, tmp_path / "alone", 1, objective, epochs=6, zero_stage=0)
+    assert_same_steps(trained(tiny, pairs, tmp_path / "two", 2, objective, epochs=6, zero_stage=2, micro_batch_tokens=40), alone, rel=1e-2)
+    held_out = json.loads((tmp_path / "two/held_out.json").read_text())
+    assert held_out["accuracy"] > 0.9 and held_out["margin"] > 0.5 and alone[-1]["loss"] < 0.7 * alone[0]["loss"]
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_transformers_reads_the_same_rewards_whatever_the_padding_side(
+    family: str, lora_r: int, side: str, pairs: Path, tmp_path: Path
+) -> None:
+    if lora_r and (family, side) != ("llama", "left"):
+        pytest.skip("adapters are tested on one family")
+    source = write_tiny(tmp_path / "policy", family, std=0.2)
+    # A policy whose padding is its EOS, as SmolLM2's is, and which has no special token to spare.
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(source)
+    config = json.loads((source / "config.json").read_text()) | {"pad_token_id": 1}
+    (source / "config.json").write_text(json.dumps(config))
+    trained(source, pairs, tmp_path / "out", 1, "gsil_logistic", lora_r=lora_r)
+    directory = tmp_path / "out" / "reward"
+    want = Scorer(str(directory), Scoring(), "float32", kind="reward")(EXAMPLES)
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side=side)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.chat_template
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    assert model.config.num_labels == 1 and model.config.pad_token_id == tokenizer.pad_token_id
+    rows = [[*e.prompt_ids, *r] for e in EXAMPLES for r in e.responses]
+    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    # GPT-2 counts positions itself, which left padding shifts: its users pass them.
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        got = model(**batch, position_ids=positions).logits[:, 0]
+    assert got.tolist() == pytest.approx([value for row in want for value in row], abs=1e-4)
+    assert np.std(got.numpy()) > 0
+
+
+def test_what_is_no_reward_model_is_refused(tiny: Path, tmp_path: Path) -> None:
+    two = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=2)
+    two.save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="a reward model has one label, this LlamaForSequenceClassification has 2"):
+        Scorer(str(tmp_path / "two"), Scoring(), "float32", kind="reward")
+    with pytest.raises(ValueError, match="is no reward model"):
+        Scorer(str(tiny), Scoring(), "float32", kind="reward")
