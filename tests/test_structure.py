@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ABOVE = {"actors": {"pipelines", "jobs"}, "pipelines": {"jobs"}, "jobs": set[str]()}
-MATHEMATICS = [ROOT / "actors" / "learner" / f"{name}.py" for name in ("objectives", "logprobs", "batches", "attention", "data")]
+MATHEMATICS = [ROOT / "actors" / "learner" / f"{name}.py" for name in ("objectives", "logprobs", "rewards", "batches", "attention", "data")]
+MATHEMATICS += sorted((ROOT / "actors" / "reward").glob("*.py"))
 
 
 def imported(path: Path) -> Iterator[str]:
