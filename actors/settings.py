@@ -19,7 +19,7 @@ def placement(default: Any, **constraints: Any) -> Any:
 class Settings(BaseModel):
     """Frozen, and strict about names. A field's docstring is its line in `--help`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=())
 
     def identity(self) -> dict[str, Any]:
         """The settings that determine a result, for a fingerprint."""

@@ -6,6 +6,7 @@ Every key is a field of a `Settings` model; an unknown one is refused with the n
 """
 
 import difflib
+import re
 import sys
 import types
 import typing
@@ -143,7 +144,7 @@ def parse(schema: type[C], argv: Sequence[str], usage: str) -> CommandLine[C]:
         if "--help" in argv or "-h" in argv:
             print(help_text(schema, usage))
             sys.exit(0)
-        flags = [word for word in argv if word != "--dry-run"]
+        flags = [word for word in argv if word not in ("--dry-run", "--dry_run", "--dryrun")]
         return CommandLine(build(schema, flags), dry_run=len(flags) < len(argv))
     except ConfigError as error:
         sys.exit(f"error: {error}")
@@ -262,6 +263,9 @@ def _all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
 def _readable(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "literal_error" and isinstance(item["input"], str):
+        nearest = _nearest(item["input"], re.findall(r"'([^']+)'", item["ctx"]["expected"]))
+        return f"{where}={item['input']!r}: did you mean {nearest!r}? It {message.partition('should ')[1]}{message.partition('should ')[2]}"
     if item["type"] == "value_error":
         return f"{where}: {message}" if where else message
     return f"{where}={item['input']!r}: {message[0].lower()}{message[1:]}"

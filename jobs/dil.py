@@ -9,6 +9,7 @@ A row has a prompt, a chosen and a rejected response, in any of the usual layout
 share their start, HH text. The same command continues a run that was stopped, and redoes only what a changed setting touches.
 """
 
+import logging
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from jobs import runner
 from jobs.config import DilConfig
 from pipelines import base_model, demonstrations, evaluation, generation, policy_training, reference, summary
 from pipelines.artifacts import Run, Stage
+
+log = logging.getLogger("gsil")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,9 @@ def _summary(config: DilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     pairs, training = run.numbers(graph.pairs), run.numbers(graph.training)
     numbers = summary.iteration_numbers(pairs, {"rows": pairs["train"]["rows"]}, training)
     warnings = summary.reward_warnings("dil", training, config.objective)
+    warnings += summary.doubts("dil", numbers, pairs["train"]["rows"])
+    for text in warnings:
+        log.warning(text)
     content = summary.content(run, scores, [numbers], "dil", None, warnings, run.numbers(graph.demonstrations))
     return summary.write(run, config.model_dump(mode="json"), content, graph.training)
 

@@ -144,7 +144,8 @@ class Result:
         pairs, negatives, training = (self.run.numbers(stage) for stage in stages)
         self.trained.append(step.policy)
         self.iterations.append(summary.iteration_numbers(pairs, negatives, training))
-        for text in summary.reward_warnings(step.policy.name, training, self.config.objective):
+        told = summary.reward_warnings(step.policy.name, training, self.config.objective)
+        for text in (*told, *summary.doubts(step.policy.name, self.iterations[-1], pairs["train"]["rows"])):
             self.warn(text)
 
     def should_stop(self, policy: Policy) -> bool:

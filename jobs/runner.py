@@ -70,13 +70,15 @@ def _dry_run(config: JobConfig, graph: Plan, root: Path) -> None:
 def _execute(config: C, graph: P, root: Path, work: Callable[[C, P, Run], dict[str, Any]]) -> None:
     from pipelines.progress import Terminal, chatter_to, print_result, set_up_logs
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     (root / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     summary.remove_stale_summary(root)
     with chatter_to(root / "logs" / "driver.log") as console, Terminal(console) as display:
         set_up_logs(root / "logs", display)
         display.say(f"{config.run.name}: {root}")
         with cluster.connected(config.ray) as logs:
+            # Ray has set handlers of its own by now.
+            for stop in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(stop, signal.default_int_handler)
             display.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
             cluster.check_fits(config.ray.address, config.demands())
             result = work(config, graph, Run(root, display))

@@ -114,8 +114,9 @@ class Run:
         """
         pending = tuple(stage for stage in stages if self.manifest(stage) is None)
         for stage in stages:
-            if stage not in pending:
-                self._record(stage, seconds=0.0, skipped=True)
+            manifest = self.manifest(stage)
+            if manifest is not None:
+                self._record(stage, manifest["seconds"], skipped=True)
         if not pending:
             return
         for stage in pending:

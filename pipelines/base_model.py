@@ -122,6 +122,8 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
 
     from actors.learner.batches import shares_prompt
 
+    if model.path.startswith((".", "/", "~")) and not Path(model.path).expanduser().exists():
+        raise StageError(f"model.path={model.path!r}: there is no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         config = AutoConfig.from_pretrained(**source)

@@ -86,6 +86,5 @@ def check_fits(address: str | None, demands: Mapping[str, tuple[float, float]]) 
             if asked > here and may_grow:
                 log.warning("%s asks for %g %ss at once, the cluster has %g now: the stage waits for more", setting, asked, kind, here)
             elif asked > here:
-                raise StageError(
-                    f"{setting} asks for {asked:g} {kind}s at once, this machine has {here:g}: lower it, or raise ray.num_cpus"
-                )
+                mend = "lower it, or raise ray.num_cpus" if kind == "CPU" else "lower it, or run on a machine that has them"
+                raise StageError(f"{setting} asks for {asked:g} {kind}s at once, this machine has {here:g}: {mend}")

@@ -66,7 +66,8 @@ def _origin(settings: Demonstrations, split: str) -> tuple[list[str], str] | Non
     if settings.held_out_path is None and settings.held_out_split is None:
         return (train, settings.split) if split == "train" else None
     name = settings.held_out_split or settings.split
-    held_out = sources.find(settings.held_out_path or settings.path, name, must=settings.held_out_split is not None)
+    key = "demonstrations.held_out_path" if settings.held_out_path else "demonstrations.path"
+    held_out = sources.find(settings.held_out_path or settings.path, name, settings.held_out_split is not None, key)
     if not sources.is_hub(train[0]):
         if held_out == train:
             # One file for both: held-out rows are cut from it.

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from actors.generator import Generator, environment
 from actors.settings import Engine, Sampling
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage
+from pipelines.artifacts import Run, Stage, StageError
 from pipelines.chat import Chat
 from pipelines.records import SAMPLE, shards, sum_counts, write_rows
 from pipelines.shards import Shard, map_shards
@@ -80,7 +80,7 @@ def sample(engine: Engine, max_model_len: int, trust_remote_code: bool) -> Any:
 
 
 def _tasks(run: Run, stage: Stage) -> list[Shard]:
-    tasks = []
+    tasks: list[Shard] = []
     sampling = stage.settings["sampling"]
     for split, limit in stage.settings["prompts"].items():
         before = 0
@@ -91,6 +91,8 @@ def _tasks(run: Run, stage: Stage) -> list[Shard]:
             options = {"sampling": sampling, "iteration": stage.settings["iteration"], "shard": number, "split": split, "prompts": prompts}
             if prompts:
                 tasks.append(Shard(stage, (str(path),), run.directory(stage) / split / path.name, options, prompts * sampling["samples"]))
+    if not tasks:
+        raise StageError(f"{stage.name}: no row was held out: raise demonstrations.held_out_fraction, or name a held_out_path")
     return tasks
 
 

@@ -4,10 +4,12 @@ INPUT  demonstrations/train (SFT) or iteration-1/pairs/train (GSIL)
 OUTPUT policy/ (Hugging Face directory; with LoRA also adapter/), metrics.jsonl, TensorBoard events, held_out.{json,parquet}, checkpoints/
 """
 
+import concurrent.futures
 import json
 import logging
 import math
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +136,26 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
         ),
     )
     try:
-        trainer.fit()
+        _fit_aside(trainer)
     except ray.train.TrainingFailedError as error:
         causes = getattr(error, "worker_failures", None) or {}
         first = next(iter(causes.values()), error)
         log.info("%s", first)
         raise StageError(f"{job['name']}: a training worker failed: {last_words(first)} (logs/job.log has all of it)") from error
+
+
+def _fit_aside(trainer: Any) -> None:
+    """Runs `trainer.fit` in a thread: in the main one it takes over Ctrl-C, and keeps it after it is done."""
+    done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def fit() -> None:
+        try:
+            done.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001
+            done.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()
+    done.result()
 
 
 def _numbers(directory: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from pipelines.artifacts import Display, Stage
 
+log = logging.getLogger(__name__)
 PLAIN_EVERY_SECONDS = 30.0
 """Between two lines of a running stage, where there is no terminal."""
 
@@ -59,6 +60,7 @@ class Terminal(Display):
             self.bars.stop()
 
     def started(self, stages: tuple[Stage, ...]) -> None:
+        log.info("started: %s", ", ".join(stage.name for stage in stages))
         with self.lock:
             self.title, self.unit, self.total, self.done = " + ".join(stage.name for stage in stages), "", 0, None
             self.since = self.said = time.monotonic()
@@ -73,6 +75,7 @@ class Terminal(Display):
             self.since = time.monotonic()
 
     def finished(self, stage: Stage, seconds: float, skipped: bool) -> None:
+        log.info("%s: %s, %.1f s, fingerprint %s", "done before" if skipped else "done", stage.name, seconds, stage.fingerprint)
         self._clear()
         self.console.print(
             f"  [dim]= {stage.name}, done before[/dim]" if skipped else f"  + {stage.name}  {seconds:.1f} s", highlight=False
@@ -94,6 +97,9 @@ class Terminal(Display):
                 if self.done is None:
                     continue
                 count = self.done()
+                if count < self.before:
+                    # What an earlier attempt had done was taken back.
+                    self.before, self.since = count, time.monotonic()
                 rate = self._rate(count)
                 if self.task is not None:
                     self.bars.update(self.task, completed=count, total=self.total, rate=rate)
@@ -105,9 +111,9 @@ class Terminal(Display):
         passed, made = time.monotonic() - self.since, count - self.before
         if not made:
             return f"{self.unit}, starting"
-        rate = made / passed
-        left = (self.total - count) / rate
-        return f"{self.unit}, {rate:.1f}/s, {left:.0f} s left"
+        left = (self.total - count) * passed / made
+        speed = f"{made / passed:.1f}/s" if made > passed else f"{passed / made:.1f} s each"
+        return f"{self.unit}, {speed}, {left:.0f} s left"
 
 
 @contextlib.contextmanager

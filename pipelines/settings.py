@@ -51,6 +51,13 @@ class Model(Settings):
     """run Python code that comes with the model"""
 
 
+COLUMNS = (
+    *("prompt", "completion", "messages", "question", "answer", "instruction", "input", "output", "system"),
+    *("conversations", "chosen", "rejected", "real", "generated"),
+)
+"""That the layouts read."""
+
+
 class Demonstrations(Settings):
     """The data to imitate."""
 
@@ -86,6 +93,14 @@ class Demonstrations(Settings):
     """rows a shard: the unit of work and of resume in every later stage"""
     seed: int = 0
     """of the generated problems and of the choice of held-out rows"""
+
+    @field_validator("columns")
+    @classmethod
+    def _known(cls, columns: dict[str, str]) -> dict[str, str]:
+        for name in columns:
+            if name not in COLUMNS:
+                raise ValueError(f"columns={{{name}: ...}}: no layout has a column {name!r}; known are {', '.join(COLUMNS)}")
+        return columns
 
     @model_validator(mode="after")
     def _lengths(self) -> "Demonstrations":

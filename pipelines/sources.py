@@ -24,12 +24,13 @@ def is_hub(file: str) -> bool:
     return file.startswith("hub:")
 
 
-def find(path: str, split: str, must: bool = False) -> list[str]:
+def find(path: str, split: str, must: bool = False, key: str = "demonstrations.path") -> list[str]:
     """The files behind a path.
 
     Args:
         path: a file, directory, glob or URI.
         split: in a directory with a file or folder of that name, only that one is taken.
+        key: the setting that says `path`, for errors.
         must: among several files there has to be one of that name.
 
     Returns:
@@ -43,19 +44,19 @@ def find(path: str, split: str, must: bool = False) -> list[str]:
     if "://" not in path and not glob.has_magic(path) and not Path(path).exists():
         if HUB_ID.match(path) and not path.endswith(SUFFIXES):
             return [f"hub:{path}"]
-        raise StageError(f"demonstrations.path={path!r}: there is no such file or directory (in {Path.cwd()})")
+        raise StageError(f"{key}={path!r}: there is no such file or directory (in {Path.cwd()})")
     try:
         fs, root = fsspec.core.url_to_fs(path)
         found = fs.glob(root) if glob.has_magic(root) else fs.find(root) if fs.isdir(root) else [root]
     except (OSError, ValueError, ImportError) as error:
-        raise StageError(f"demonstrations.path={path!r} cannot be listed: {error}") from None
+        raise StageError(f"{key}={path!r} cannot be listed: {error}") from None
     files = sorted(str(file) for file in found if _suffix(str(file)))
     named = [file for file in files if split in (Path(file).name.split(".")[0].split("-")[0], Path(file).parent.name)]
     if not files:
-        raise StageError(f"demonstrations.path={path!r} holds no file that ends in {', '.join(SUFFIXES)} (or one of them with .gz)")
+        raise StageError(f"{key}={path!r} holds no file that ends in {', '.join(SUFFIXES)} (or one of them with .gz)")
     if must and len(files) > 1 and not named:
         names = ", ".join(Path(file).name for file in files[:9])
-        raise StageError(f"demonstrations.path={path!r} holds no file or folder of the split {split!r}, but {names}")
+        raise StageError(f"{key}={path!r} holds no file or folder of the split {split!r}, but {names}")
     return [str(fs.unstrip_protocol(file)) if "://" in path else str(Path(file).resolve()) for file in named or files]
 
 

@@ -3,12 +3,17 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from actors.settings import Objective
 from pipelines.artifacts import Run, Stage, versions, write_json
+
+HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
+FEW = 16
+"""Pairs below which a share of them has a standard error of more than 0.12."""
 
 
 def iteration_numbers(pairs: dict[str, Any], negatives: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
@@ -49,15 +54,35 @@ def indistinguishable(numbers: dict[str, Any]) -> bool:
     return bool(n) and abs(accuracy - 0.5) <= 2 * (0.25 / n) ** 0.5
 
 
+def doubts(name: str, numbers: dict[str, Any], pairs: int) -> list[str]:
+    """Warns of an iteration that taught nothing, or of which nobody can say.
+
+    Args:
+        name: of the policy.
+        numbers: its `iteration_numbers`.
+        pairs: that it was trained on.
+    """
+    found, accuracy = [], numbers["classification_accuracy"]
+    if accuracy is not None and accuracy < 0.5 and not indistinguishable(numbers):
+        found.append(f"{name}: held-out pairs are told apart worse than by chance ({accuracy:.3f} of {numbers['held_out_pairs']})")
+    if numbers["held_out_pairs"] < FEW:
+        found.append(f"{name}: {numbers['held_out_pairs']} held-out pairs cannot say whether demonstrations and samples are told apart")
+    if pairs < FEW or pairs < numbers["rejected"]:
+        found.append(f"{name}: trained on {pairs} pairs, {numbers['rejected']} were dropped as equal to their demonstration or cut")
+    return found
+
+
 def table(policies: dict[str, dict[str, Any]], iterations: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows of the final table, the header first."""
-    rows = [["policy", "accuracy", "+-", "n", "reward real", "generated", "told apart"]]
+    """Rows of the final table, the header first; accuracy has columns where something was measured."""
+    measured = any(numbers["n"] for numbers in policies.values())
+    rows = [["policy", *(["accuracy", "+-", "n"] if measured else []), "reward real", "generated", "pairs told apart"]]
     trained_on_pairs = dict(zip([name for name in policies if name not in ("base", "sft")], iterations, strict=True))
     for name, numbers in policies.items():
         trained = trained_on_pairs.get(name, {})
-        cells = [numbers["accuracy"], numbers["stderr"]]
-        extra = [trained.get("reward_real"), trained.get("reward_generated"), trained.get("classification_accuracy")]
-        rows.append([name, *(_cell(c) for c in cells), str(numbers["n"]), *(_cell(c) for c in extra)])
+        cells = [_cell(numbers["accuracy"]), _cell(numbers["stderr"]), str(numbers["n"])] if measured else []
+        apart = _cell(trained.get("classification_accuracy"))
+        told = f"{apart} of {trained['held_out_pairs']}" if apart else ""
+        rows.append([name, *cells, _cell(trained.get("reward_real")), _cell(trained.get("reward_generated")), told])
     return rows
 
 
@@ -120,9 +145,12 @@ def model_card(config: dict[str, Any], summary: dict[str, Any]) -> str:
     hyper = json.dumps({key: config[key] for key in sections if key in config}, indent=1)
     chosen, objective = summary["final"], config["objective"]
     warnings = "".join(f"\n- Warning: {text}" for text in summary["warnings"])
+    base = config["model"]["path"]
+    # The hub reads this field, and knows nothing but its own names.
+    origin = f"base_model: {base}\n" if HUB_NAME.fullmatch(base) else ""
+    system = config["demonstrations"]["system_prompt"]
     return f"""---
-base_model: {config["model"]["path"]}
-pipeline_tag: text-generation
+{origin}pipeline_tag: text-generation
 tags: [imitation-learning, {objective["name"].partition("_")[0]}]
 ---
 # {summary["run"]}: {chosen}
@@ -130,8 +158,11 @@ tags: [imitation-learning, {objective["name"].partition("_")[0]}]
 - Base model: `{config["model"]["path"]}`
 - Demonstrations: `{config["demonstrations"]["path"]}`, {summary["demonstrations"]["train"]} for training, \
 {summary["demonstrations"]["held_out"]} held out, {summary["demonstrations"]["rejected"]} rejected
+- System prompt of every conversation without one of its own: {f"`{system}`" if system else "none"}
 - Objective: {objective["name"]}, beta {objective["beta"]}, gamma {objective["gamma"]}
 - This policy: {chosen}{warnings}
+
+Load it with `AutoModelForCausalLM.from_pretrained`, or `vllm serve`; the chat template is the tokenizer's.
 
 ## Results on held-out prompts
 

@@ -57,6 +57,9 @@ def test_overrides_win_over_files_and_numbers_are_read_as_people_write_them(tmp_
         (["--run.root", "s3://bucket/runs"], ["s3://bucket/runs", "every node mounts"]),
         (["--objective.name", "spin", "--objective.gamma", "1"], ["gamma=1.0 means nothing to spin", "gsil_logistic"]),
         (["--objective.delta", "2"], ["delta=2.0 means nothing to gsil_logistic: only to slic"]),
+        (["--objective.beta", "inf"], ["objective.beta", "finite"]),
+        (["--demonstrations.columns", "{promt: q}"], ["'promt'", "prompt, completion"]),
+        (["--objective.name", "gsil_logistik"], ["did you mean 'gsil_logistic'?"]),
         (["--training.epochs", "many"], ["training.epochs", "many"]),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from actors.settings import Objective
 from pipelines.artifacts import StageError
 from pipelines.evaluation import exact_answer, final_number, mean_and_error
-from pipelines.summary import indistinguishable, reward_warnings
+from pipelines.summary import doubts, indistinguishable, reward_warnings, table
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,20 @@ def test_a_falling_reward_of_real_responses_is_told() -> None:
     assert "stays below zero (-0.200)" in reward_warnings("iteration-1", {"tail_reward_real": -0.2}, Objective())[0]
     assert "heads for -gamma (-0.800 of -1)" in reward_warnings("iteration-1", {"tail_reward_real": -0.8}, Objective(gamma=1.0))[0]
     assert "stays below" in reward_warnings("dil", {"tail_reward_real": -0.8}, Objective(name="simpo"))[0], "its gamma is a margin"
+
+
+def test_results_of_few_rows_are_doubted() -> None:
+    sure = {"classification_accuracy": 0.8, "held_out_pairs": 64, "rejected": 3}
+    assert doubts("iteration-1", sure, 60) == []
+    assert "trained on 5 pairs, 3 were dropped" in doubts("iteration-1", sure, 5)[0]
+    assert "trained on 60 pairs, 90 were dropped" in doubts("iteration-1", sure | {"rejected": 90}, 60)[0]
+    assert "1 held-out pairs cannot say" in doubts("iteration-1", sure | {"held_out_pairs": 1}, 60)[0]
+    assert "worse than by chance (0.300 of 64)" in doubts("iteration-1", sure | {"classification_accuracy": 0.3}, 60)[0]
+
+
+def test_the_table_shows_what_was_measured() -> None:
+    trained = {"reward_real": 0.5, "reward_generated": -0.25, "classification_accuracy": 0.75, "held_out_pairs": 60}
+    unmeasured, measured = {"accuracy": None, "stderr": None, "n": 0}, {"accuracy": 0.5, "stderr": 0.05, "n": 100}
+    header, _, row = table({"base": unmeasured, "dil": unmeasured}, [trained])
+    assert header == ["policy", "reward real", "generated", "pairs told apart"] and row == ["dil", "0.500", "-0.250", "0.750 of 60"]
+    assert table({"base": measured, "dil": measured}, [trained])[2][:4] == ["dil", "0.500", "0.050", "100"]

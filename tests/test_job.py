@@ -68,7 +68,12 @@ def test_the_run_directory(undisturbed: Path) -> None:
     for name in STAGES:
         assert json.loads((undisturbed / name / "manifest.json").read_text())["name"] == name
     assert list(undisturbed.glob("sft/training/events.out.tfevents.*"))
-    assert "base_model:" in (undisturbed / "final" / "README.md").read_text()
+    assert "base_model:" not in (undisturbed / "final" / "README.md").read_text(), "a local directory is no name on the hub"
+    policy = undisturbed / "iteration-1/training/policy"
+    assert json.loads((policy / "config.json").read_text())["dtype"] == "float32"
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in policy.iterdir()), "others can read it"
+    log = (undisturbed / "logs" / "job.log").read_text()
+    assert all(f"done: {name}," in log for name in STAGES)
 
 
 def test_the_ids_that_were_sampled_scored_and_trained_on_are_the_same(undisturbed: Path) -> None:
@@ -205,6 +210,20 @@ def test_a_window_of_two_an_initial_reference_and_several_samples(
     assert {(row["id"], row["sample"]) for row in rows_of(run / "iteration-1/pairs/train")} == stopped
     (numbers,) = json.loads((run / "summary.json").read_text())["iterations"]
     assert numbers["rejected"] == len(samples) - len(stopped) > 0
+
+
+def test_ctrl_c_in_training_stops_at_once_too(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "job")
+    argv = command(tiny, demonstrations, tmp_path, "--training.learning_rate", "2e-3", "--training.epochs", "500")
+    environment = os.environ | {"GSIL_TEST": str(tmp_path)}
+    process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "job/iteration-1/training/metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command continues" in errors and "Traceback" not in errors
+    wait_until_gone(tmp_path)
 
 
 def test_a_prompt_that_cannot_fit_the_model_is_refused_before_an_engine_starts(tiny: Path, demonstrations: Path, tmp_path: Path) -> None:

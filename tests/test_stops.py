@@ -26,7 +26,7 @@ def finished(root: Path, accuracies: dict[str, float], argv: tuple[str, ...] = (
     usual: dict[str, Any] = {
         "model": {"stop_ids": [1], "context": None, "modules": [], "shares_prompt": True, "window": None},
         "demonstrations": {"train": 10, "held_out": 10, "rejected": 0},
-        "pairs": {"train": {"rows": 10, "identical": 2, "dropped": 1}},
+        "pairs": {"train": {"rows": 20, "identical": 2, "dropped": 1}},
         "negatives": {"rows": 13, "truncated": 4},
         "training": {"held_out": APART, "tail_reward_real": 0.5},
     } | numbers

@@ -57,8 +57,10 @@ def read_deepspeed(path: str) -> dict[str, Any]:
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"deepspeed={path}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"deepspeed={path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"deepspeed={path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"deepspeed={path} must hold a JSON object, not {type(config).__name__}")
     return config

@@ -1,5 +1,7 @@
 """Weights in and out of a training stage, as plain Hugging Face directories: of a policy, or of a reward model."""
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +147,6 @@ def export(
         else:
             state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
         dtype = DTYPES[settings.save_precision]
-        model.config.dtype = dtype
         words = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
         if kind == "policy":
             GenerationConfig.from_pretrained(tokenizer).save_pretrained(directory)
@@ -153,7 +154,18 @@ def export(
             state = _pad_apart(model, words, state)
         model.save_pretrained(directory, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
         words.save_pretrained(directory)
+        _finish(directory, settings.save_precision)
     dist.barrier()
+
+
+def _finish(directory: Path, precision: str) -> None:
+    """The config says the precision of the weights on disk, not of those in training; files can be read by whom the folder is for."""
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": precision}, indent=2) + "\n", encoding="utf-8")
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in directory.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 def _merged(
