@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
-from actors.settings import Pool
+from actors.settings import Engine, Pool, Sampling
+from pipelines import generation
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.shards import Shard, map_shards
 
@@ -51,3 +52,11 @@ def test_a_failing_actor_is_one_line_and_the_log_has_the_rest(
         map_shards(Run(tmp_path), shards(tmp_path, bad), Writes, arguments, Pool(), {})
     assert "\n" not in str(caught.value) and str(caught.value).startswith("a: an actor failed: ") and said in str(caught.value)
     assert "Traceback" in caplog.text
+
+
+def test_nothing_held_out_to_sample_is_said(tmp_path: Path) -> None:
+    run, demonstrations, base = Run(tmp_path), Stage("demonstrations", {}), Stage("base/model", {})
+    run.directory(demonstrations).mkdir(parents=True)
+    stage = generation.plan("base/samples", base, base, demonstrations, Sampling(), Engine(), 0, {"held_out": None})
+    with pytest.raises(StageError, match=r"base/samples: no row was held out: raise demonstrations\.held_out_fraction"):
+        generation._tasks(run, stage)

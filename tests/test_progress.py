@@ -1,0 +1,27 @@
+"""The display: rates, and what happens when work is taken back."""
+
+import io
+import time
+
+from rich.console import Console
+
+from pipelines.artifacts import Stage
+from pipelines.progress import Terminal
+
+
+def test_work_that_is_taken_back_begins_anew_and_slow_steps_are_told_in_seconds() -> None:
+    out = io.StringIO()
+    display, done = Terminal(Console(file=out)), [11]
+    display.started((Stage("sft/training", {}),))
+    display.follow(18, "steps", lambda: done[0])
+    with display:
+        done[0] = 0
+        time.sleep(1.2)
+        assert display.before == 0, "an attempt without a checkpoint starts at 0"
+    display.since = time.monotonic() - 60
+    assert display._rate(3) == "steps, 20.0 s each, 300 s left"
+    display.since = time.monotonic() - 2
+    assert display._rate(10) == "steps, 5.0/s, 2 s left"
+    assert display._rate(0) == "steps, starting"
+    display.finished(Stage("sft/training", {}), 3.21, skipped=False)
+    assert "+ sft/training  3.2 s" in out.getvalue()
