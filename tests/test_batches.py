@@ -1,6 +1,7 @@
 """Layout of rows in tensors, the order of rows, and log-probs against a plain float64 computation."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,28 @@ def test_padding_and_company_change_nothing(tiny: Path) -> None:
         assert module(collate(EXAMPLES, pad_id=pad_id, share_prompt=True))[0].tolist() == pytest.approx(together, abs=1e-5)
     alone = [value for e in EXAMPLES for value in module(collate([e], pad_id=1, share_prompt=True))[0].tolist()]
     assert alone == pytest.approx(together, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_on_the_left_does_not_count_either(family: str, tmp_path: Path) -> None:
+    """Nothing here pads on the left; whoever lays out a batch so gets the same log-probs."""
+    model = AutoModelForCausalLM.from_pretrained(write_tiny(tmp_path / family, family, std=0.2), dtype=torch.float64).eval()
+    right = collate(EXAMPLES, pad_id=1, share_prompt=False)
+    assert right.attention_mask is not None
+    counts_B = right.attention_mask.sum(dim=1)
+    width = right.input_ids_BT.shape[1]
+    left_BT = [torch.roll(x, width - int(n)) for x, n in zip(right.input_ids_BT, counts_B, strict=True)]
+    mask_BT = [torch.roll(x, width - int(n)) for x, n in zip(right.attention_mask, counts_B, strict=True)]
+    positions_BT = [torch.roll(x, width - int(n)) for x, n in zip(right.positions_BT, counts_B, strict=True)]
+    left = replace(
+        right,
+        input_ids_BT=torch.stack(left_BT),
+        attention_mask=torch.stack(mask_BT),
+        positions_BT=torch.stack(positions_BT),
+        sources_N=right.sources_N + (width - counts_B)[right.owners_N],
+    )
+    module = ResponseLogProbs(model)
+    assert module(left)[0].tolist() == pytest.approx(module(right)[0].tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
