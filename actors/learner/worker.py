@@ -8,6 +8,7 @@ behind the last checkpoint as if nothing had happened.
 """
 
 import functools
+import gc
 import json
 import os
 import time
@@ -142,6 +143,8 @@ def start_engine(module: Any, settings: Training, theirs: dict[str, Any] | None 
     config = deepspeed_config(settings, dist.get_world_size(), theirs)
     if universal:
         config["checkpoint"] = {"load_universal": True}
+    # DeepSpeed collects garbage several times while it starts: seconds, with all that is imported by now.
+    gc.freeze()
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=_optimizer(groups, settings), config=config)
     if not engine.zero_optimization() or isinstance(engine.optimizer, BF16_Optimizer):
         # There DeepSpeed reduces in one piece, a second copy of all gradients, also where one worker has nothing to reduce.
