@@ -202,8 +202,12 @@ def test_a_window_of_two_an_initial_reference_and_several_samples(
         first = json.loads((run / f"iteration-{t}/training/metrics.jsonl").read_text().splitlines()[0])
         assert first["reward_real"] == pytest.approx(0, abs=1e-4)
 
-    # Cut samples dropped: what is left stopped by itself.
-    done = finish(command(tiny, demonstrations, tmp_path, *options, "--negatives.truncated", "drop"))
+
+@pytest.mark.slow
+def test_cut_samples_are_dropped(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
+    run = tmp_path / "job"
+    shutil.copytree(undisturbed, run)
+    done = finish(command(tiny, demonstrations, tmp_path, "--negatives.samples", "2", "--negatives.truncated", "drop"))
     assert done.returncode == 0, done.stdout + done.stderr
     samples = rows_of(run / "iteration-1/negatives/train")
     stopped = {(row["id"], row["sample"]) for row in samples if row["finish_reason"] == "stop"}
@@ -214,6 +218,7 @@ def test_a_window_of_two_an_initial_reference_and_several_samples(
 
 def test_ctrl_c_in_training_stops_at_once_too(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path / "job")
+    shutil.rmtree(tmp_path / "job/iteration-1/training")
     argv = command(tiny, demonstrations, tmp_path, "--training.learning_rate", "2e-3", "--training.epochs", "500")
     environment = os.environ | {"GSIL_TEST": str(tmp_path)}
     process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
