@@ -4,6 +4,7 @@ The forward pass is the learner's own, so that at the first step of training eve
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import AutoConfig
@@ -50,14 +51,33 @@ class Scorer:
         Returns:
             the summed log-prob (nats) or the reward of every response of every row, in the order given.
         """
-        results: list[list[float]] = [[] for _ in examples]
+        results: list[list[float]] = [[0.0] * len(example.responses) for example in examples]
+        parts = [(row, part) for row, example in enumerate(examples) for part in self._parts(example)]
+        cut = [replace(examples[row], responses=tuple(examples[row].responses[r] for r in part), ref_logps=()) for row, part in parts]
         with torch.no_grad():
-            for rows in batches_by_length([example.cost(self.share_prompt) for example in examples], self.max_batch_tokens):
-                batch = collate([examples[row] for row in rows], pad_id=0, share_prompt=self.share_prompt)
+            for numbers in batches_by_length([example.cost(self.share_prompt) for example in cut], self.max_batch_tokens):
+                batch = collate([cut[number] for number in numbers], pad_id=0, share_prompt=self.share_prompt)
                 values = iter(self.module(batch.to(self.device))[0].tolist())
-                for row in rows:
-                    results[row] = [next(values) for _ in examples[row].responses]
+                for row, part in (parts[number] for number in numbers):
+                    for response in part:
+                        results[row][response] = next(values)
         return results
+
+    def _parts(self, example: Example) -> list[list[int]]:
+        """The responses of a row in parts that fit one forward pass, longest first: there may be hundreds."""
+        if example.cost(self.share_prompt) <= self.max_batch_tokens:
+            return [list(range(len(example.responses)))]
+        lengths = [len(response) for response in example.responses]
+        parts: list[list[int]] = []
+        tokens = 0
+        for response in sorted(range(len(lengths)), key=lambda response: -lengths[response]):
+            own = lengths[response] if self.share_prompt else len(example.prompt_ids) + lengths[parts[-1][0] if tokens else response]
+            if not tokens or tokens + own > self.max_batch_tokens:
+                parts.append([])
+                tokens = len(example.prompt_ids) if self.share_prompt else 0
+            parts[-1].append(response)
+            tokens += own
+        return parts
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

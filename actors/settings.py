@@ -301,6 +301,15 @@ class SftTraining(Training):
         return Objective(name="sft", sft_weighting=self.weighting)
 
 
+class RewardTraining(Training):
+    """Training of reward models."""
+
+    lora_r: int = Field(32, ge=0)
+    """rank of low-rank adapters (peft), merged into the reward model when it is written and kept beside it; 0 trains all weights"""
+    epochs: int = Field(2, ge=1)
+    """passes over the data"""
+
+
 class Tracking(Settings):
     """Where training metrics go beside metrics.jsonl."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs import runner
-from jobs.config import DilConfig
+from jobs.schemas import DilConfig
 from pipelines import base_model, demonstrations, evaluation, generation, policy_training, reference, summary
 from pipelines.artifacts import Run, Stage
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs import runner
-from jobs.config import GsilConfig
+from jobs.schemas import GsilConfig
 from pipelines import base_model, demonstrations, evaluation, generation, policy_training, reference, summary
 from pipelines.artifacts import Run, Stage
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from jobs.config import JobConfig, parse, to_yaml
+from jobs.config import parse, to_yaml
+from jobs.schemas import JobConfig
 from pipelines import cluster, summary
 from pipelines.artifacts import Run, Stage, locked
 
@@ -23,7 +24,14 @@ C = TypeVar("C", bound=JobConfig)
 P = TypeVar("P", bound=Plan)
 
 
-def main(schema: type[C], argv: Sequence[str], usage: str, plan: Callable[[C], P], work: Callable[[C, P, Run], dict[str, Any]]) -> int:
+def main(
+    schema: type[C],
+    argv: Sequence[str],
+    usage: str,
+    plan: Callable[[C], P],
+    work: Callable[[C, P, Run], dict[str, Any]],
+    show: Callable[[dict[str, Any], Path], summary.Shown] = summary.show,
+) -> int:
     """Runs a job.
 
     Args:
@@ -31,7 +39,8 @@ def main(schema: type[C], argv: Sequence[str], usage: str, plan: Callable[[C], P
         argv: without the program's name.
         usage: the first lines of `--help`.
         plan: makes the job graph; starts nothing.
-        work: runs it and returns what went into summary.json.
+        work: runs it and returns what went into its summary.
+        show: what of that a person sees at the end.
 
     Returns:
         the exit status.
@@ -45,7 +54,7 @@ def main(schema: type[C], argv: Sequence[str], usage: str, plan: Callable[[C], P
             _dry_run(config, graph, root)
             return 0
         with locked(root):
-            _execute(config, graph, root, work)
+            _execute(config, graph, root, work, show)
         return 0
     except KeyboardInterrupt:
         print(f"\ninterrupted: the same command continues {root}", file=sys.stderr)
@@ -64,14 +73,21 @@ def _dry_run(config: JobConfig, graph: Plan, root: Path) -> None:
     print(f"stages of {root}:")
     for stage in graph.stages():
         state = "done" if run.manifest(stage) else "to do"
-        print(f"  {stage.fingerprint}  {state:5}  {stage.name:24}  {stage.demand}")
+        print(f"  {stage.fingerprint}  {state:5}  {stage.name:31}  {stage.demand}")
 
 
-def _execute(config: C, graph: P, root: Path, work: Callable[[C, P, Run], dict[str, Any]]) -> None:
+def _execute(
+    config: C,
+    graph: P,
+    root: Path,
+    work: Callable[[C, P, Run], dict[str, Any]],
+    show: Callable[[dict[str, Any], Path], summary.Shown],
+) -> None:
     from pipelines.progress import Terminal, chatter_to, print_result, set_up_logs
 
-    (root / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    summary.remove_stale_summary(root)
+    (root / config.file("config.yaml")).write_text(to_yaml(config), encoding="utf-8")
+    # A summary is there only when the run that it describes has ended.
+    (root / config.file("summary.json")).unlink(missing_ok=True)
     with chatter_to(root / "logs" / "driver.log") as console, Terminal(console) as display:
         set_up_logs(root / "logs", display)
         display.say(f"{config.run.name}: {root}")
@@ -82,4 +98,4 @@ def _execute(config: C, graph: P, root: Path, work: Callable[[C, P, Run], dict[s
             display.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
             cluster.check_fits(config.ray.address, config.demands())
             result = work(config, graph, Run(root, display))
-    print_result(result, root)
+    print_result(show(result, root))

@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 
 def plan(model: Model) -> Stage:
     """The stage that readies the base model."""
-    settings = model.identity() | {"files": _files(model.path)}
+    settings = model.identity() | {"files": files(model.path)}
     if model.chat_template:
         settings["chat_template"] = _template(model.chat_template)
     return Stage("base/model", settings, version=3)
 
 
-def _files(path: str) -> dict[str, list[int]]:
+def files(path: str) -> dict[str, list[int]]:
     """Size and time of change of every file of a local model: an edited model is another one. Of a package the size alone, which is the
     same wherever it is installed; nothing for a hub id."""
     if path.startswith("package:"):

@@ -21,7 +21,7 @@ class Chat:
     """A tokenizer with its chat template.
 
     Args:
-        path: directory with the run's tokenizer (always has a template, see `base_model`).
+        path: directory or hub id; without a template the tokenizer gets a plain one.
         trust_remote_code: run Python code that comes with the tokenizer.
     """
 
@@ -29,6 +29,7 @@ class Chat:
         from transformers import AutoTokenizer
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        self.tokenizer.chat_template = self.tokenizer.chat_template or PLAIN_TEMPLATE
         probe = self.tokenizer("x").input_ids
         bos = self.tokenizer.bos_token_id
         self.bos_id = bos if bos is not None and probe[:1] == [bos] else None
@@ -52,6 +53,17 @@ class Chat:
                 return ids[: len(ids) - ids[::-1].index(self.end_id)]
         # A template that rewrites the last turn, or a tokenizer that merges across its start.
         return [*self.tokenizer(response, add_special_tokens=False).input_ids, self.end_id]
+
+    def conversation_ids(self, messages: Sequence[Message], response: str, ended: bool) -> list[int]:
+        """A whole conversation as the template writes it, the way published reward models read one.
+
+        Args:
+            messages: before the response.
+            response: the last turn.
+            ended: whether that turn came to its end; else everything from the token that ends it on is left out.
+        """
+        ids = self._encode(self._render([*messages, {"role": "assistant", "content": response}], add_generation_prompt=False))
+        return ids if ended or self.end_id not in ids else ids[: len(ids) - 1 - ids[::-1].index(self.end_id)]
 
     def special_in(self, text: str) -> str | None:
         """A special token that stands in a text as words: the tokenizer would take it for the token itself."""

@@ -29,7 +29,7 @@ ARITHMETIC_PROBLEMS = 128
 
 
 def plan(settings: Demonstrations, base: Stage) -> Stage:
-    """The stage that reads the demonstrations.
+    """The stage that reads the demonstrations, or preference pairs beside them.
 
     Raises:
         StageError: the data is not there.
@@ -37,7 +37,7 @@ def plan(settings: Demonstrations, base: Stage) -> Stage:
     identity = settings.identity() | {"content": {split: _identity(settings, split) for split in SPLITS}}
     # Where the data lies is not what it is.
     del identity["path"], identity["held_out_path"]
-    return Stage("demonstrations", identity | {"pairs": isinstance(settings, Preferences)}, {"base": base})
+    return Stage(settings.section, identity | {"pairs": isinstance(settings, Preferences)}, {"base": base})
 
 
 def prepare(settings: Demonstrations, trust_remote_code: bool) -> Any:
@@ -62,11 +62,12 @@ def _origin(settings: Demonstrations, split: str) -> tuple[list[str], str] | Non
     """(files, split name) of a split; None where it is cut from the training data or absent."""
     if settings.path == "arithmetic":
         return ["arithmetic"], split
-    train = sources.find(settings.path, settings.split, must=settings.split != "train")
+    section = settings.section
+    train = sources.find(settings.path, settings.split, must=settings.split != "train", key=f"{section}.path")
     if settings.held_out_path is None and settings.held_out_split is None:
         return (train, settings.split) if split == "train" else None
     name = settings.held_out_split or settings.split
-    key = "demonstrations.held_out_path" if settings.held_out_path else "demonstrations.path"
+    key = f"{section}.held_out_path" if settings.held_out_path else f"{section}.path"
     held_out = sources.find(settings.held_out_path or settings.path, name, settings.held_out_split is not None, key)
     if not sources.is_hub(train[0]):
         if held_out == train:
@@ -102,7 +103,7 @@ def _rows(settings: Demonstrations, split: str, tokenizer: str, trust_remote_cod
             yield row
     except RayError as error:
         log.info("a reading task failed", exc_info=error)
-        raise StageError(f"demonstrations: a reading task failed: {last_words(error)} (logs/job.log has all of it)") from error
+        raise StageError(f"{settings.section}: a reading task failed: {last_words(error)} (logs/job.log has all of it)") from error
 
 
 def _read(file: str, settings: Demonstrations, split: str) -> Iterator[sources.RawRow]:
@@ -161,15 +162,15 @@ def demonstration(row: dict[str, Any], source: str, settings: Demonstrations, ch
     """
     absent = [theirs for theirs in settings.columns.values() if theirs not in row]
     if absent:
-        raise StageError(f"{source}: demonstrations.columns names {absent[0]!r}, but the columns are {', '.join(sorted(row))}")
+        raise StageError(f"{source}: {settings.section}.columns names {absent[0]!r}, but the columns are {', '.join(sorted(row))}")
     row = row | {ours: row[theirs] for ours, theirs in settings.columns.items()}
     layout = settings.layout if settings.layout != "auto" else layouts.detect(row)
     if layout is None:
-        if set(row) & {"prompt", "question", "instruction", "completion", "answer", "output"}:
+        if set(row) & {"prompt", "question", "instruction", "input", "completion", "answer", "output"}:
             raise layouts.RowError(f"fields are missing: only {', '.join(sorted(k for k, v in row.items() if v is not None)) or 'none'}")
         raise StageError(
-            f"{source}: no layout fits the columns {', '.join(sorted(row))}; name them with demonstrations.columns "
-            f"(for example --demonstrations.columns '{{prompt: YOURS, completion: YOURS}}')"
+            f"{source}: no layout fits the columns {', '.join(sorted(row))}; name them with {settings.section}.columns "
+            f"(for example --{settings.section}.columns '{{prompt: YOURS, completion: YOURS}}')"
         )
     prompt, response = layouts.turns(row, layout)
     if settings.system_prompt and prompt[0]["role"] != "system":

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.artifacts import Run, Stage, StageError
-from pipelines.records import shards, write_rows
+from pipelines.records import shards, uncut, write_rows
 from pipelines.settings import Evaluation
 
 SCORES = pa.schema({"id": pa.string(), "score": pa.float64()})
@@ -32,7 +32,7 @@ def evaluate(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
     scores = []
     truncated = 0
     for path in shards(run.directory(stage.inputs["samples"]) / "held_out"):
-        real = pq.read_table(run.directory(stage.inputs["demonstrations"]) / "held_out" / path.name, columns=["id", "source", "response"])
+        real = pq.read_table(run.directory(stage.inputs["demonstrations"]) / "held_out" / uncut(path), columns=["id", "source", "response"])
         gold = {row["id"]: row for row in real.to_pylist()}
         for row in pq.read_table(path, columns=["id", "response", "finish_reason"]).to_pylist():
             truncated += row["finish_reason"] == "length"

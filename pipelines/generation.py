@@ -20,6 +20,9 @@ from pipelines.chat import Chat
 from pipelines.records import SAMPLE, shards, sum_counts, write_rows
 from pipelines.shards import Shard, map_shards
 
+RESPONSES_A_FILE = 2048
+"""The unit of work, of memory and of resume where many samples of a prompt are drawn."""
+
 
 def plan(
     name: str,
@@ -83,14 +86,17 @@ def _tasks(run: Run, stage: Stage) -> list[Shard]:
     tasks: list[Shard] = []
     sampling = stage.settings["sampling"]
     for split, limit in stage.settings["prompts"].items():
-        before = 0
+        before, step = 0, max(1, RESPONSES_A_FILE // sampling["samples"])
         for number, path in enumerate(shards(run.directory(stage.inputs["demonstrations"]) / split)):
             there = pq.read_metadata(path).num_rows
-            prompts = there if limit is None else max(0, min(there, limit - before))
+            wanted = there if limit is None else max(0, min(there, limit - before))
             before += there
-            options = {"sampling": sampling, "iteration": stage.settings["iteration"], "shard": number, "split": split, "prompts": prompts}
-            if prompts:
-                tasks.append(Shard(stage, (str(path),), run.directory(stage) / split / path.name, options, prompts * sampling["samples"]))
+            for first in range(0, wanted, step):
+                prompts = min(step, wanted - first)
+                place = {"shard": number, "split": split, "first": first, "prompts": prompts}
+                options = {"sampling": sampling, "iteration": stage.settings["iteration"], **place}
+                name = path.name if step >= there else f"{path.stem}-{first:05d}{path.suffix}"
+                tasks.append(Shard(stage, (str(path),), run.directory(stage) / split / name, options, prompts * sampling["samples"]))
     if not tasks:
         raise StageError(f"{stage.name}: no row was held out: raise demonstrations.held_out_fraction, or name a held_out_path")
     return tasks
@@ -110,9 +116,9 @@ class SampleShards:
         OUTPUT SAMPLE rows, `samples` for each
         """
         sampling = Sampling(**options["sampling"])
-        rows = pq.read_table(inputs[0], columns=["id", "prompt", "prompt_ids"]).slice(0, options["prompts"]).to_pylist()
+        rows = pq.read_table(inputs[0], columns=["id", "prompt", "prompt_ids"]).slice(options["first"], options["prompts"]).to_pylist()
         # Each shard draws its own numbers, whatever ran before it on this engine.
-        seed = shard_seed(sampling.seed, options["iteration"], options["shard"], options["split"])
+        seed = shard_seed(sampling.seed, options["iteration"], options["shard"], options["split"], options["first"])
         responses = self.generator([row["prompt_ids"] for row in rows], sampling, seed)
         made = [
             row
@@ -129,6 +135,6 @@ class SampleShards:
         write_rows(Path(output), made, SAMPLE, {"truncated": sum(row["finish_reason"] == "length" for row in made)})
 
 
-def shard_seed(seed: int, iteration: int, shard: int, split: str) -> int:
-    """A 31-bit seed of one shard."""
-    return (seed * 1_000_003 + iteration * 10_007 + shard * 101 + (split == "held_out") * 7) % 2**31
+def shard_seed(seed: int, iteration: int, shard: int, split: str, first: int) -> int:
+    """A 31-bit seed of one file, whose prompts begin at row `first` of their shard."""
+    return (seed * 1_000_003 + iteration * 10_007 + shard * 101 + (split == "held_out") * 7 + first * 1_009) % 2**31

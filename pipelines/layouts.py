@@ -39,6 +39,7 @@ def detect(row: Mapping[str, Any]) -> str | None:
         ("alpaca", {"instruction", "output"}),
         ("question_answer", {"question", "answer"}),
         ("prompt_completion", {"prompt", "completion"}),
+        ("input_output", {"input", "output"}),
     ]
     return next((layout for layout, needed in rules if needed <= names), None)
 
@@ -100,6 +101,10 @@ def _prompt_completion(row: Mapping[str, Any]) -> Turns:
     return _prompt(row, "prompt"), _response(row, "completion")
 
 
+def _input_output(row: Mapping[str, Any]) -> Turns:
+    return _prompt(row, "input"), _response(row, "output")
+
+
 def _question_answer(row: Mapping[str, Any]) -> Turns:
     return _prompt(row, "question"), _response(row, "answer")
 
@@ -156,6 +161,7 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Turns]] = {
     "prompt_completion": _prompt_completion,
     "messages": _messages,
     "question_answer": _question_answer,
+    "input_output": _input_output,
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
     "hh": _hh,

@@ -1,7 +1,8 @@
-"""SFT and GSIL training: parquet in, a policy out. Ray Train gangs the workers, each runs `actors.learner.worker`.
+"""SFT, GSIL and reward training: parquet in, a model out. Ray Train gangs the workers, each runs `actors.learner.worker`.
 
-INPUT  demonstrations/train (SFT) or iteration-1/pairs/train (GSIL)
-OUTPUT policy/ (Hugging Face directory; with LoRA also adapter/), metrics.jsonl, TensorBoard events, held_out.{json,parquet}, checkpoints/
+INPUT  demonstrations/train (SFT), iteration-1/pairs/train (GSIL) or rewards/init-sft/pairs/train (reward model)
+OUTPUT policy/ or reward/ (Hugging Face directory; with LoRA also adapter/), metrics.jsonl, TensorBoard events,
+       held_out.{json,parquet}, checkpoints/
 """
 
 import concurrent.futures
@@ -33,8 +34,8 @@ logits in again, page by page. In huge pages, and with some of it kept, 12 pairs
 bfloat16, 2 threads), against 25.4 s at 4.1 GiB with huge pages alone and 22.4 s at 4.8 GiB with all blocks below 128 MiB kept."""
 
 
-def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, objective: Objective) -> Stage:
-    """A stage that trains a policy.
+def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, objective: Objective, centre: Stage | None = None) -> Stage:
+    """A stage that trains a policy, or a reward model.
 
     Args:
         name: of the stage.
@@ -43,6 +44,7 @@ def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, 
         data: demonstrations (SFT) or pairs.
         training: settings.
         objective: what it minimises.
+        centre: makes it a reward model: samples over whose held-out part the mean and the standard deviation of the reward are taken.
     """
     steps = training.identity()
     if training.deepspeed:
@@ -53,7 +55,8 @@ def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, 
         except ValueError as error:
             raise StageError(str(error)) from None
     settings = {"training": steps, "objective": objective.identity()}
-    return Stage(name, settings, {"start": start, "base": base, "data": data}, demand=training.demand(), version=3)
+    inputs = {"start": start, "base": base, "data": data} | ({"centre": centre} if centre else {})
+    return Stage(name, settings, inputs, demand=training.demand(), version=3)
 
 
 def train(training: Training, objective: Objective, tracking: Tracking, longest: int, trust_remote_code: bool) -> Any:
@@ -88,6 +91,8 @@ def train(training: Training, objective: Objective, tracking: Tracking, longest:
             "longest": longest,
             "trust_remote_code": trust_remote_code,
         }
+        if "centre" in stage.inputs:
+            job |= {"kind": "reward", "centre": _filled(run.directory(stage.inputs["centre"]) / "held_out")}
         metrics, failed = directory / "metrics.jsonl", directory / "failed"
         shutil.rmtree(failed, ignore_errors=True)
         rows = sum(pq.read_metadata(path).num_rows for path in data["train"])

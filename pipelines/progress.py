@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pipelines.artifacts import Display, Stage
+from pipelines.summary import Shown
 
 log = logging.getLogger(__name__)
 PLAIN_EVERY_SECONDS = 30.0
@@ -156,19 +156,13 @@ def set_up_logs(folder: Path, display: Terminal) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[file, shown], force=True)
 
 
-def print_result(summary: dict[str, Any], root: Path) -> None:
-    """The final table and where everything is."""
-    from pipelines.summary import table
-
+def print_result(shown: Shown) -> None:
+    """The final tables and where everything is."""
     console = Console()
-    rows = table(summary["policies"], summary["iterations"])
-    shown = Table(*rows[0], title=f"{summary['run']}: held-out prompts")
-    for row in rows[1:]:
-        shown.add_row(*row, style="bold" if row[0] == summary["final"] else "")
-    console.print(shown)
-    if summary["stopped"]:
-        console.print(f"stopped early: {summary['stopped']}", highlight=False, soft_wrap=True)
-    for text in summary["warnings"]:
-        console.print(f"warning: {text}", highlight=False, soft_wrap=True)
-    console.print(f"final policy: {summary['final']}, {root / 'final'}", highlight=False, soft_wrap=True)
-    console.print(f"summary: {root / 'summary.json'}", highlight=False, soft_wrap=True)
+    for table in shown.tables:
+        grid = Table(*table.rows[0], title=table.title)
+        for row in table.rows[1:]:
+            grid.add_row(*row, style="bold" if row[0] == table.bold else "")
+        console.print(grid)
+    for line in shown.lines:
+        console.print(line, highlight=False, soft_wrap=True)

@@ -45,10 +45,20 @@ PAIR = pa.schema(
     }
 )
 
+REWARD_PAIR = pa.schema({"id": pa.string(), "sample": pa.int32(), "prompt_ids": IDS, "real_ids": IDS, "generated_ids": IDS})
+SCORE = pa.schema({"id": pa.string(), "sample": pa.int32(), "score": pa.float64(), "reason": pa.string()})
+"""Of a response that has no score, `reason` says why."""
+
 
 def shards(directory: Path) -> list[Path]:
     """The shards of a directory in order."""
     return sorted(directory.glob("*.parquet"))
+
+
+def uncut(path: Path) -> str:
+    """Name of the shard of prompts whose samples a file holds: many samples of one shard are cut into several files,
+    `00000-00512.parquet` for those from its row 512 on."""
+    return path.stem.partition("-")[0] + path.suffix
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema, counts: Mapping[str, int] | None = None) -> int:

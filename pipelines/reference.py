@@ -16,7 +16,7 @@ from actors.settings import Objective, Scoring, Training
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage
 from pipelines.policy_training import MEMORY
-from pipelines.records import PAIR, shards, sum_counts, write_rows
+from pipelines.records import PAIR, shards, sum_counts, uncut, write_rows
 from pipelines.shards import Shard, map_shards
 
 SPLITS = ("train", "held_out")
@@ -71,7 +71,7 @@ def score(scoring: Scoring, precision: str, longest: int, trust_remote_code: boo
         }
         options = {"drop_truncated": stage.settings["truncated"] == "drop", "mismatched": stage.settings["mismatched"]}
         tasks = [
-            Shard(stage, inputs, run.directory(stage) / split / Path(inputs[0]).name, options, rows=sum_counts(map(Path, inputs))["rows"])
+            Shard(stage, inputs, run.directory(stage) / split / Path(inputs[-1]).name, options, rows=sum_counts(map(Path, inputs))["rows"])
             for split in SPLITS
             for inputs in _aligned(run, stage, split)
         ]
@@ -88,8 +88,9 @@ def _aligned(run: Run, stage: Stage, split: str) -> list[tuple[str, ...]]:
     if split == "held_out":
         sides = sides[-1:]
     folders = [run.directory(s) / split for s in (stage.inputs["demonstrations"], *sides)]
-    # Negatives are drawn for a part of the held-out prompts only.
-    return [tuple(str(folder / path.name) for folder in folders) for path in shards(folders[-1])]
+    # Negatives are drawn for a part of the held-out prompts only. Without any, the demonstrations stand alone.
+    names = [(uncut(path), *[path.name] * len(sides)) for path in shards(folders[-1])]
+    return [tuple(str(folder / name) for folder, name in zip(folders, row, strict=True)) for row in names]
 
 
 class ScoreShards:

@@ -1,7 +1,7 @@
 """Settings of the stages that move rows: the run, Ray, the base model, demonstrations, iterations, evaluation."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
@@ -61,6 +61,8 @@ COLUMNS = (
 class Demonstrations(Settings):
     """The data to imitate."""
 
+    section: ClassVar[str] = "demonstrations"
+
     path: str = "arithmetic"
     """file, directory, glob or URI of jsonl, json, parquet, arrow or csv; a hub id; or "arithmetic": generated word problems"""
     held_out_path: str | None = None
@@ -77,7 +79,9 @@ class Demonstrations(Settings):
     """use the first N valid rows ("arithmetic": make N)"""
     held_out_limit: int | None = Field(None, ge=1)
     """hold out the first N valid rows at most ("arithmetic": make N)"""
-    layout: Literal["auto", "prompt_completion", "messages", "question_answer", "alpaca", "sharegpt", "hh", "preference", "spin"] = "auto"
+    layout: Literal[
+        "auto", "prompt_completion", "messages", "question_answer", "alpaca", "sharegpt", "hh", "preference", "spin", "input_output"
+    ] = "auto"
     """how rows look; recognised by their columns"""
     columns: dict[str, str] = Field(default_factory=dict)
     """rename columns first: {name in the layout: name in your data}"""
@@ -116,6 +120,110 @@ class Preferences(Demonstrations):
     """file, directory, glob or URI of jsonl, json, parquet, arrow or csv; or a hub id"""
     sft_first: bool = False
     """fine-tune on the chosen responses first; else training starts from the base model"""
+
+
+KINDS = ("init-sft", "init-demo", "sft-demo", "bt")
+
+if TYPE_CHECKING:
+    KindName: TypeAlias = str
+else:
+    KindName = Literal[KINDS]
+
+
+class LabelledPairs(Preferences):
+    """Preference pairs for the reward model "bt"."""
+
+    section: ClassVar[str] = "preferences"
+
+    path: str = "golden"
+    """file, directory, glob or URI of jsonl, json, parquet, arrow or csv; a hub id; or "golden": samples of the SFT policy for the
+    training prompts that best_of_n.golden tells apart"""
+
+
+class Combination(Settings):
+    """How the rewards of several models become one."""
+
+    combine: Literal["mean", "min", "mean_minus_std"] = "mean"
+    """of an ensemble: the mean, the lowest, or the mean less k standard deviations; the last two mistrust what its members disagree on"""
+    k: float = Field(1.0, ge=0)
+    """mean_minus_std: how many standard deviations"""
+    normalised: bool = False
+    """centre and scale every reward first, by its mean and standard deviation on held-out samples of the SFT policy"""
+
+
+class Rewards(Combination):
+    """Reward models."""
+
+    kinds: list[KindName] = Field(["init-sft"], min_length=1)
+    """from which data (AfD): init-sft: samples of the SFT policy against those of the base policy; init-demo: demonstrations against
+    samples of the base policy; sft-demo: demonstrations against samples of the SFT policy; bt: preference pairs"""
+    loss: Literal["auto", "binary", "bradley_terry"] = "auto"
+    """binary: a discriminator of single responses; bradley_terry: of pairs; auto: binary, and bradley_terry for preference pairs"""
+    start_from: Literal["base", "sft"] = "base"
+    """the policy whose body a reward model takes"""
+    seeds: int = Field(1, ge=1)
+    """models of each kind, which differ in their head's first weights and the order of their data; they choose together"""
+    ensemble: list[KindName] = Field(default_factory=list)
+    """kinds that also choose all together"""
+
+    @model_validator(mode="after")
+    def _kinds(self) -> "Rewards":
+        for name in ("kinds", "ensemble"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name}={given} names a kind twice")
+        missing = [kind for kind in self.ensemble if kind not in self.kinds]
+        if missing:
+            raise ValueError(f"ensemble={self.ensemble}: {', '.join(missing)} is not among kinds={self.kinds}")
+        return self
+
+    def loss_of(self, kind: str) -> str:
+        """Of one kind."""
+        if self.loss == "auto":
+            return "bradley_terry" if kind == "bt" else "binary"
+        return self.loss
+
+    def rule(self) -> Combination:
+        """How they are combined, alone."""
+        return Combination(combine=self.combine, k=self.k, normalised=self.normalised)
+
+
+class BestOfN(Settings):
+    """Many samples of the SFT policy, of which reward models choose the best."""
+
+    n: int = Field(16, ge=1)
+    """samples a prompt (N)"""
+    temperature: float = Field(1.0, gt=0)
+    """softmax temperature"""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """nucleus: sample from the smallest set of tokens with this probability"""
+    max_new_tokens: int = Field(256, ge=1)
+    """length limit of a sample"""
+    prompts: int | None = Field(None, ge=1)
+    """held-out prompts at most, for the report; all by default"""
+    train_prompts: int = Field(0, ge=0)
+    """training prompts that get N samples too: their chosen responses can be the demonstrations of a next round"""
+    golden: str = "exact_answer"
+    """the independent judge: exact_answer (the number after the last #### is the demonstration's), a reward model's directory or hub id,
+    or module:function, called with (messages, response); none: reward models are trained and nothing is chosen"""
+    scorers: list[str] = Field(default_factory=list)
+    """that choose too, beside the reward models of this run: the same choice of names"""
+    choose_by: str | None = None
+    """who chooses what is written out: a kind, "ensemble" or one of scorers; by default the ensemble, or else the first kind"""
+    seed: int = 0
+    """of the sampler"""
+
+    def greedy(self) -> Sampling:
+        """The policy's greedy response, which a choice has to win against."""
+        return Sampling(greedy=True, max_new_tokens=self.max_new_tokens)
+
+    def sampling(self) -> Sampling:
+        """N samples a prompt."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens, samples=self.n, seed=self.seed)
+
+
+class Responses(Sampling):
+    """Samples of the base and of the SFT policy, from which reward models learn."""
 
 
 class Iterations(Settings):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,39 @@ def doubts(name: str, numbers: dict[str, Any], pairs: int) -> list[str]:
     if pairs < FEW or pairs < numbers["rejected"]:
         found.append(f"{name}: trained on {pairs} pairs, {numbers['rejected']} were dropped as equal to their demonstration or cut")
     return found
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in the terminal."""
+
+    title: str
+    rows: list[list[str]]
+    """the header first"""
+    bold: str = ""
+    """first cell of the row that stands out"""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a person sees when a job has ended."""
+
+    tables: list[Table]
+    lines: list[str]
+
+
+def show(content: dict[str, Any], root: Path) -> Shown:
+    """The final table of a job that trains policies, and where everything is.
+
+    Args:
+        content: what summary.json holds.
+        root: the run directory.
+    """
+    stopped = [f"stopped early: {content['stopped']}"] if content["stopped"] else []
+    warnings = [f"warning: {text}" for text in content["warnings"]]
+    places = [f"final policy: {content['final']}, {root / 'final'}", f"summary: {root / 'summary.json'}"]
+    rows = table(content["policies"], content["iterations"])
+    return Shown([Table(f"{content['run']}: held-out prompts", rows, content["final"])], [*stopped, *warnings, *places])
 
 
 def table(policies: dict[str, dict[str, Any]], iterations: list[dict[str, Any]]) -> list[list[str]]:
@@ -196,8 +230,3 @@ def _link(source: str, target: str) -> str:
             return target
     shutil.copy2(source, target)
     return target
-
-
-def remove_stale_summary(root: Path) -> None:
-    """A summary is there only when the run that it describes has ended."""
-    (root / "summary.json").unlink(missing_ok=True)

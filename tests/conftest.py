@@ -1,5 +1,6 @@
 """Shared fixtures: tiny models on disk, one local Ray for the suite."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,29 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     write_tokenizer(Model(), source, directory)
     return directory / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 good rows and one bad one."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        json.dumps({"question": f"What is {i} and {i + 1}?", "answer": f"{i} + {i + 1} = {2 * i + 1}\n#### {2 * i + 1}"}) for i in range(40)
+    ]
+    path.write_text("\n".join([*rows[:7], '{"question": "What', *rows[7:]]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny: Path, demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the main job that nobody stopped. Its tests look, and change copies."""
+    from running import command, finish
+
+    root = tmp_path_factory.mktemp("undisturbed")
+    done = finish(command(tiny, demonstrations, root))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "told apart" in done.stdout and "final policy" in done.stdout
+    return root / "job"
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from jobs.config import GsilConfig, build
+from jobs.config import build
 from jobs.gsil_iterative import plan
+from jobs.schemas import GsilConfig
 from pipelines.artifacts import Run, Stage, StageError, locked, write_json
 
 ROOT = Path(__file__).resolve().parents[1]

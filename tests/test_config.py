@@ -9,7 +9,8 @@ import pytest
 
 from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
 from actors.settings import Training
-from jobs.config import ConfigError, DilConfig, GsilConfig, JobConfig, build, help_text, to_yaml
+from jobs.config import ConfigError, build, help_text, to_yaml
+from jobs.schemas import DilConfig, GsilConfig, IrlConfig, JobConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
@@ -23,7 +24,8 @@ def refused(*argv: str) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
-    schema = DilConfig if path.stem.startswith("dil") else GsilConfig
+    schemas: dict[str, type[JobConfig]] = {"dil": DilConfig, "irl": IrlConfig}
+    schema = schemas.get(path.stem.partition("_")[0], GsilConfig)
     config = build(schema, ["--config", str(path)])
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert build(schema, ["--config", str(tmp_path / "again.yaml")]) == config
@@ -68,7 +70,7 @@ def test_mistakes_are_named(argv: list[str], words: list[str]) -> None:
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("schema", [GsilConfig, DilConfig])
+@pytest.mark.parametrize("schema", [GsilConfig, DilConfig, IrlConfig])
 def test_help_names_every_key_with_its_meaning(schema: type[JobConfig]) -> None:
     text = help_text(schema, "usage")
     for section, field in schema.model_fields.items():

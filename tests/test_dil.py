@@ -13,7 +13,8 @@ from running import finish, rows_of
 from training import train, write_pairs
 
 from actors.settings import PRESETS, Objective
-from jobs.config import ConfigError, DilConfig, GsilConfig, build
+from jobs.config import ConfigError, build
+from jobs.schemas import DilConfig, GsilConfig
 from pipelines.layouts import RowError, detect, rejected, turns
 from pipelines.reference import mismatched
 

@@ -31,27 +31,6 @@ STAGES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 good rows and one bad one."""
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [
-        json.dumps({"question": f"What is {i} and {i + 1}?", "answer": f"{i} + {i + 1} = {2 * i + 1}\n#### {2 * i + 1}"}) for i in range(40)
-    ]
-    path.write_text("\n".join([*rows[:7], '{"question": "What', *rows[7:]]) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny: Path, demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody stopped."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    done = finish(command(tiny, demonstrations, root))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "told apart" in done.stdout and "final policy" in done.stdout
-    return root / "job"
-
-
 def test_the_run_directory(undisturbed: Path) -> None:
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert set(summary["policies"]) == {"base", "sft", "iteration-1"}

@@ -32,6 +32,8 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("spin", {"real": [USER, ANSWER], "generated": [USER, ANSWER]}),
+    ("input_output", {"input": "Hi?", "output": "Yes.", "reward": 0.5}),
+    ("input_output", {"input": [USER], "output": "Yes."}),
 ]
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from jobs.config import GsilConfig, build
+from jobs.config import build
 from jobs.gsil_iterative import align, plan
+from jobs.schemas import GsilConfig
 from pipelines.artifacts import Run
 
 APART = {"rows": 100, "accuracy": 0.8, "reward_real": 0.5, "reward_generated": -0.5, "margin": 1.0}

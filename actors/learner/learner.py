@@ -184,12 +184,25 @@ class Learner:
         values = [self.engine(collate([e], self.pad_id, self.share_prompt).to(self.device))[0].tolist() for e in examples]
         return [value for row in values for value in row]
 
-    @torch.no_grad()
     def score_held_out(self, examples: Examples, output: Path) -> None:
-        """Scores held-out rows with the trained policy: one row each in `held_out.parquet`, the means in `held_out.json`."""
+        """Scores held-out rows with the trained model: one row each in `held_out.parquet`, the means in `held_out.json`."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        rows, metrics = self.score(examples)
+        if self.rank == 0:
+            names = ["rho_real", "rho_generated"] if len(rows[0][2]) == 2 else ["logp_real"]
+            columns = {"id": [row[1] for row in rows]} | {n: [row[2][s] for row in rows] for s, n in enumerate(names)}
+            pq.write_table(pa.table(columns), output / "held_out.parquet")
+            (output / "held_out.json").write_text(json.dumps({"rows": len(rows), **metrics}, indent=1))
+
+    @torch.no_grad()
+    def score(self, examples: Examples) -> tuple[list[tuple[int, str, list[float]]], dict[str, float]]:
+        """Forward passes over a whole data set. A collective.
+
+        Returns:
+            (row number, id, log ratio or reward of every response) in order, and the means of a step's metrics.
+        """
         self.engine.eval()
         sums = torch.zeros(len(SUMS), dtype=torch.float64)
         mine: list[tuple[int, str, list[float]]] = []
@@ -202,9 +215,4 @@ class Learner:
         sums = self._over_workers(sums)
         gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, mine)
-        if self.rank == 0:
-            ordered = sorted(row for part in gathered for row in part)
-            names = ["rho_real", "rho_generated"] if len(ordered[0][2]) == 2 else ["logp_real"]
-            columns = {"id": [row[1] for row in ordered]} | {n: [row[2][s] for row in ordered] for s, n in enumerate(names)}
-            pq.write_table(pa.table(columns), output / "held_out.parquet")
-            (output / "held_out.json").write_text(json.dumps({"rows": len(ordered), **self._metrics(sums)}, indent=1))
+        return sorted(row for part in gathered for row in part), self._metrics(sums)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,14 @@ def _adapted(model: PreTrainedModel, settings: Training, kind: str) -> Any:
 
 
 def export(
-    engine: Any, settings: Training, weights: str, tokenizer: str, directory: Path, trust_remote_code: bool, kind: str = "policy"
+    engine: Any,
+    settings: Training,
+    weights: str,
+    tokenizer: str,
+    directory: Path,
+    trust_remote_code: bool,
+    kind: str = "policy",
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the trained model: safetensors, config, tokenizer and chat template, and a policy's generation config.
 
@@ -126,6 +134,7 @@ def export(
         directory: to write to.
         trust_remote_code: run Python code that comes with the model.
         kind: a key of KINDS.
+        facts: added to the model's config.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -152,16 +161,17 @@ def export(
             GenerationConfig.from_pretrained(tokenizer).save_pretrained(directory)
         else:
             state = _pad_apart(model, words, state)
+            words.chat_template = ends_with_its_turn(words.chat_template)
         model.save_pretrained(directory, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
         words.save_pretrained(directory)
-        _finish(directory, settings.save_precision)
+        _finish(directory, {"dtype": settings.save_precision, **(facts or {})})
     dist.barrier()
 
 
-def _finish(directory: Path, precision: str) -> None:
+def _finish(directory: Path, facts: Mapping[str, Any]) -> None:
     """The config says the precision of the weights on disk, not of those in training; files can be read by whom the folder is for."""
     file = directory / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": precision}, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(facts), indent=2) + "\n", encoding="utf-8")
     mask = os.umask(0)
     os.umask(mask)
     for path in directory.iterdir():
@@ -179,6 +189,14 @@ def _merged(
     adapted.save_pretrained(directory)
     merged = adapted.merge_and_unload()
     return merged, merged.state_dict()
+
+
+def ends_with_its_turn(template: str) -> str:
+    """A chat template without the white space that many write behind the last turn: whoever renders a whole conversation then reads the
+    reward where it was trained, at the token that ends the response."""
+    # The plus signs, and the newline that Jinja drops at the end of a template, keep its own white space as it was.
+    body = template.removesuffix("\n")
+    return f"{{%- set whole +%}}{body}{{%+ endset %}}{{{{ whole if add_generation_prompt else whole.rstrip() }}}}"
 
 
 def _pad_apart(model: PreTrainedModel, tokenizer: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -63,6 +63,8 @@ class TrainJob:
     trust_remote_code: bool = False
     kind: str = "policy"
     """what is trained, a key of `policy.KINDS`"""
+    centre: list[str] = field(default_factory=list)
+    """of a reward model: responses over which the mean and the standard deviation of its reward are taken, for its config"""
 
 
 class TrainingError(ValueError):
@@ -110,8 +112,12 @@ def train(job: TrainJob) -> None:
 
     if job.held_out:
         learner.score_held_out(Examples(job.held_out), output)
+    facts: dict[str, float] = {}
+    if job.centre:
+        rewards = [values[0] for _, _, values in learner.score(Examples(job.centre))[0]]
+        facts = {"reward_mean": float(np.mean(rewards)), "reward_std": float(np.std(rewards))}
     probe = learner.log_probs([examples[row] for row in range(min(2, len(examples)))])
-    policy.export(engine, settings, job.weights, job.tokenizer, output / job.kind, job.trust_remote_code, job.kind)
+    policy.export(engine, settings, job.weights, job.tokenizer, output / job.kind, job.trust_remote_code, job.kind, facts)
     if tracker:
         tracker.close()
     check_export(job, learner, examples, probe)

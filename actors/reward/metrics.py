@@ -18,6 +18,11 @@ def accuracy(positive_P: Array, negative_N: Array) -> float:
     return float(right / 2)
 
 
+def pair_accuracy(positive_P: Array, negative_P: Array) -> float:
+    """Share of pairs whose positive scores higher than its own negative, ties counting half."""
+    return float((positive_P > negative_P).mean() + 0.5 * (positive_P == negative_P).mean())
+
+
 def auc(positive_P: Array, negative_N: Array) -> float:
     """Probability that a positive scores higher than a negative, ties counting half: the area under the ROC curve."""
     values, inverse = np.unique(np.concatenate([positive_P, negative_N]), return_inverse=True)

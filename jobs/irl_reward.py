@@ -1,0 +1,227 @@
+"""Learn reward models from demonstrations alone, and choose the best of N by them (AfD, arXiv 2405.15624).
+
+    python jobs/irl_reward.py --config jobs/configs/irl_arithmetic.yaml [--section.key value ...] [--dry-run]
+
+    demonstrations --> SFT --> sft/responses, base/responses     K samples a prompt        Ray Data + vLLM
+                                |
+      init-sft   sft/responses  against base/responses  --.
+      init-demo  demonstrations against base/responses    |--> reward models               Ray Train + DeepSpeed
+      sft-demo   demonstrations against sft/responses     |
+      bt         preference pairs                       --'
+                                |
+    held-out prompts --> N samples of the SFT policy --> rewards and golden scores --> the best, and a report against N
+
+The same command continues a run that was stopped. In the run directory of `gsil_iterative.py`, with the same model, demonstrations and
+sft settings, it goes on from that job's SFT policy.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from actors.settings import Sampling
+from jobs import runner
+from jobs.schemas import IrlConfig
+from pipelines import base_model, best_of_n, demonstrations, generation, policy_training, reward_training, scoring, summary
+from pipelines.artifacts import Run, Stage, write_json
+
+log = logging.getLogger("gsil")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The SFT policy and what it and the base policy answer."""
+
+    training: Stage
+    base_responses: Stage
+    responses: Stage
+    """K samples a prompt"""
+    greedy: Stage
+    many: Stage
+    """N samples a prompt"""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward model and what it learns from."""
+
+    name: str
+    kind: str
+    pairs: Stage
+    training: Stage
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All stages of the job."""
+
+    base: Stage
+    demonstrations: Stage
+    preferences: Stage | None
+    """preference pairs, where they were given"""
+    policy: Policy | None
+    """unless a reward model of given preference pairs is all that is wanted"""
+    labels: Stage | None
+    """golden scores of the K samples, where preference pairs are made of them"""
+    rewards: tuple[Reward, ...]
+    metrics: Stage
+    scores: tuple[Stage, ...]
+    """of the N samples by every reward model, and golden ones"""
+    choice: Stage | None
+
+    def samples(self) -> tuple[Stage, ...]:
+        """Of the SFT policy; what nobody would read is not drawn."""
+        assert self.policy
+        return self.policy.responses, *((self.policy.greedy, self.policy.many) if self.choice else ())
+
+    def stages(self) -> list[Stage]:
+        """In the order in which they run."""
+        data = [self.base, *([self.demonstrations] if self.policy else []), *([self.preferences] if self.preferences else [])]
+        sampled = [self.policy.training, self.policy.base_responses, *self.samples()] if self.policy else []
+        labels = [self.labels] if self.labels else []
+        learned = [*self.pairs(), *(reward.training for reward in self.rewards), self.metrics]
+        return [*data, *sampled, *labels, *learned, *self.scores, *([self.choice] if self.choice else [])]
+
+    def pairs(self) -> list[Stage]:
+        """Of all kinds, once each."""
+        return list({reward.kind: reward.pairs for reward in self.rewards}.values())
+
+
+def plan(config: IrlConfig) -> Graph:
+    """The job graph with all fingerprints; nothing runs."""
+    base = base_model.plan(config.model)
+    data = demonstrations.plan(config.demonstrations, base)
+    policy = _policy(config, base, data) if config.needs_policy() else None
+
+    def score(name: str, given: Stage, scorer: Stage | str, *splits: str) -> Stage:
+        return scoring.plan(name, given, data, scorer, config.training.precision, config.scoring, splits or ("held_out", "train"))
+
+    preferences, labels, sides = None, None, {}
+    if policy:
+        sides["init-sft"] = policy.responses, policy.base_responses
+        sides["init-demo"] = data, policy.base_responses
+        sides["sft-demo"] = data, policy.responses
+        sides["bt"] = policy.responses, policy.responses
+    if config.given_preferences():
+        preferences = demonstrations.plan(config.preferences, base)
+        sides["bt"] = preferences, preferences
+    elif policy and "bt" in config.rewards.kinds:
+        labels = score("rewards/bt/labels", policy.responses, config.best_of_n.golden)
+
+    rewards = []
+    for kind in config.rewards.kinds:
+        pairs = reward_training.plan_pairs(f"rewards/{kind}/pairs", *sides[kind], labels if kind == "bt" else None)
+        start = policy.training if policy and config.rewards.start_from == "sft" else base
+        centre = policy.responses if policy else pairs.inputs["positives"]
+        for seed in range(config.rewards.seeds):
+            training = config.training.model_copy(update={"seed": config.training.seed + seed})
+            objective = reward_training.objective(config.rewards.loss_of(kind))
+            trained = policy_training.plan(f"rewards/{kind}/seed-{seed}", start, base, pairs, training, objective, centre)
+            rewards.append(Reward(f"{kind}-{seed}", kind, pairs, trained))
+    metrics = reward_training.plan_metrics({reward.name: reward.training for reward in rewards})
+    head = Graph(base, data, preferences, policy, labels, tuple(rewards), metrics, (), None)
+    if config.best_of_n.golden == "none" or not policy:
+        return head
+
+    judge = config.best_of_n.golden
+    golden = best_of_n.Golden(
+        samples=score("best_of_n/golden", policy.many, judge),
+        greedy=score("best_of_n/golden-greedy", policy.greedy, judge, "held_out"),
+        base=score("best_of_n/golden-base", policy.base_responses, judge, "held_out"),
+        demonstrations=score("best_of_n/golden-demonstrations", data, judge, "held_out"),
+    )
+    scores = {reward.name: score(f"best_of_n/{reward.name}", policy.many, reward.training) for reward in rewards}
+    for number, scorer in enumerate(config.best_of_n.scorers, start=1):
+        scores[scorer] = score(f"best_of_n/scorer-{number}", policy.many, scorer)
+    selectors = {kind: [reward.name for reward in rewards if reward.kind == kind] for kind in config.rewards.kinds}
+    selectors |= {scorer: [scorer] for scorer in config.best_of_n.scorers}
+    if config.rewards.ensemble:
+        selectors["ensemble"] = [reward.name for reward in rewards if reward.kind in config.rewards.ensemble]
+    choice = best_of_n.plan(policy.many, golden, scores, selectors, config.chooser(), config.rewards.rule())
+    return replace(head, scores=(*golden.stages(), *scores.values()), choice=choice)
+
+
+def _policy(config: IrlConfig, base: Stage, data: Stage) -> Policy:
+    sft = policy_training.plan("sft/training", base, base, data, config.sft, config.sft.objective())
+
+    def sample(name: str, policy: Stage, sampling: Sampling, prompts: dict[str, int | None], draw: int = 0) -> Stage:
+        return generation.plan(name, policy, base, data, sampling, config.engine, draw, prompts)
+
+    both: dict[str, int | None] = {"train": None, "held_out": None}
+    chosen_among = {"held_out": config.best_of_n.prompts}
+    if config.best_of_n.train_prompts:
+        chosen_among["train"] = config.best_of_n.train_prompts
+    return Policy(
+        training=sft,
+        base_responses=sample("base/responses", base, config.responses, both),
+        responses=sample("sft/responses", sft, config.responses, both),
+        greedy=sample("sft/samples", sft, config.best_of_n.greedy(), {"held_out": None}),
+        # Other draws than those that the reward models learned from.
+        many=sample("best_of_n/samples", sft, config.best_of_n.sampling(), chosen_among, draw=1),
+    )
+
+
+def learn(config: IrlConfig, graph: Graph, run: Run) -> dict[str, Any]:
+    """Runs the job.
+
+    Returns:
+        what went into reward-summary.json.
+    """
+    trust, longest = config.model.trust_remote_code, max(config.longest().values())
+    sample = generation.sample(config.engine, longest, trust)
+    score = scoring.score(config.scoring, longest, trust)
+    run.do(base_model.prepare(config.model), graph.base)
+    base_model.check(run, graph.base, config.longest(), {"sft": config.sft, "training": config.training})
+    if graph.preferences:
+        run.do(demonstrations.prepare(config.preferences, trust), graph.preferences)
+    if graph.policy:
+        run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
+        run.do(policy_training.train(config.sft, config.sft.objective(), config.tracking, longest, trust), graph.policy.training)
+        run.do(sample, graph.policy.base_responses)
+        run.do(sample, *graph.samples())
+    if graph.labels:
+        run.do(score, graph.labels)
+    run.do(reward_training.make_pairs, *graph.pairs())
+    for reward in graph.rewards:
+        objective = reward_training.objective(config.rewards.loss_of(reward.kind))
+        run.do(policy_training.train(config.training, objective, config.tracking, longest, trust), reward.training)
+    run.do(reward_training.measure, graph.metrics)
+    if graph.choice:
+        run.do(score, *graph.scores)
+        run.do(best_of_n.choose, graph.choice)
+    return _summary(graph, run)
+
+
+def _summary(graph: Graph, run: Run) -> dict[str, Any]:
+    rewards = run.numbers(graph.metrics)
+    warnings = [text for name, numbers in rewards.items() for text in reward_training.doubts(name, numbers)]
+    for text in warnings:
+        log.warning(text)
+    content = {
+        "run": run.root.name,
+        "rewards": rewards,
+        "pairs": {reward.kind: run.numbers(reward.pairs) for reward in graph.rewards},
+        "best_of_n": run.numbers(graph.choice) if graph.choice else None,
+        "warnings": warnings,
+        "stages": run.log,
+        "total_seconds": round(sum(stage["seconds"] for stage in run.log), 1),
+    }
+    write_json(run.root / IrlConfig.file("summary.json"), content)
+    return content
+
+
+def show(content: dict[str, Any], root: Path) -> summary.Shown:
+    """The final tables."""
+    tables = [summary.Table(f"{content['run']}: reward models on held-out pairs", reward_training.table(content["rewards"]))]
+    lines = [f"warning: {text}" for text in content["warnings"]]
+    lines += [f"reward models: {root / 'rewards'}/*/seed-*/reward"]
+    if found := content["best_of_n"]:
+        tables.append(summary.Table(f"best of N on {found['prompts']} held-out prompts", best_of_n.table(found)))
+        lines.append(f"plot, report and chosen responses: {root / 'best_of_n' / 'results'}")
+    return summary.Shown(tables, [*lines, f"summary: {root / IrlConfig.file('summary.json')}"])
+
+
+if __name__ == "__main__":
+    sys.exit(runner.main(IrlConfig, sys.argv[1:], __doc__ or "", plan, learn, show))

@@ -1,0 +1,172 @@
+"""What each job reads: its sections, and what must hold between them. Imports nothing heavy."""
+
+from typing import Any, ClassVar
+
+from pydantic import model_validator
+
+from actors.settings import Engine, Negatives, Objective, Pool, RewardTraining, Scoring, Settings, SftTraining, Tracking, Training
+from pipelines.settings import (
+    BestOfN,
+    Demonstrations,
+    Evaluation,
+    Iterations,
+    LabelledPairs,
+    Model,
+    Preferences,
+    RaySettings,
+    Responses,
+    Rewards,
+    RunSettings,
+)
+
+
+class JobConfig(Settings):
+    """What every job reads."""
+
+    run: RunSettings = RunSettings()
+    ray: RaySettings = RaySettings()
+    model: Model = Model()
+    prefix: ClassVar[str] = ""
+
+    def demands(self) -> dict[str, tuple[float, float]]:
+        """Least (CPUs, GPUs) that must be free at one time, by the section that asks."""
+        found = {}
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if isinstance(section, Pool):
+                found[name] = (section.min_actors * section.num_cpus, section.min_actors * section.num_gpus)
+            elif isinstance(section, Training):
+                workers = section.min_workers or section.workers
+                found[name] = (workers * section.cpus_per_worker, workers * section.gpus_per_worker)
+        return found
+
+    @classmethod
+    def file(cls, name: str) -> str:
+        """Name of one of the job's files in the run directory: jobs that share one have names of their own."""
+        return f"{cls.prefix}{name}"
+
+
+class GsilConfig(JobConfig):
+    """Everything that `jobs/gsil_iterative.py` reads."""
+
+    demonstrations: Demonstrations = Demonstrations()
+    sft: SftTraining = SftTraining()
+    iterations: Iterations = Iterations()
+    objective: Objective = Objective()
+    training: Training = Training()
+    negatives: Negatives = Negatives()
+    evaluation: Evaluation = Evaluation()
+    engine: Engine = Engine()
+    scoring: Scoring = Scoring()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GsilConfig":
+        if self.evaluation.metric == "none" and self.iterations.stop_when_worse:
+            raise ValueError("iterations.stop_when_worse=true needs a held-out metric, but evaluation.metric=none: set one of the two")
+        if self.demonstrations.path == "arithmetic" and self.demonstrations.layout not in ("auto", "question_answer"):
+            raise ValueError(f"demonstrations.layout={self.demonstrations.layout!r} does not fit the generated problems: leave it out")
+        return self
+
+    def max_model_len(self) -> int:
+        """Longest prompt and response that an engine sees, tokens."""
+        return self.demonstrations.max_prompt_tokens + max(self.negatives.max_new_tokens, self.evaluation.max_new_tokens)
+
+    def longest(self) -> dict[str, int]:
+        """Longest sequences that the model meets, tokens, by the settings that ask for them."""
+        longer = "negatives" if self.negatives.max_new_tokens >= self.evaluation.max_new_tokens else "evaluation"
+        sampled = {f"demonstrations.max_prompt_tokens + {longer}.max_new_tokens": self.max_model_len()}
+        return sampled | longest_given(self.demonstrations, self.objective)
+
+
+class DilConfig(JobConfig):
+    """Everything that `jobs/dil.py` reads."""
+
+    run: RunSettings = RunSettings(name="dil")
+    demonstrations: Preferences = Preferences()
+    sft: SftTraining = SftTraining()
+    objective: Objective = Objective(name="dil_lsif")
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation(metric="none")
+    engine: Engine = Engine()
+    scoring: Scoring = Scoring()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        # A section that is given in part keeps this job's defaults for the rest.
+        if not isinstance(given, dict):
+            return given
+        defaults = {"run": {"name": "dil"}, "objective": {"name": "dil_lsif"}, "evaluation": {"metric": "none"}}
+        return given | {key: value | given[key] for key, value in defaults.items() if isinstance(given.get(key), dict)}
+
+    @model_validator(mode="after")
+    def _needs_pairs(self) -> "DilConfig":
+        if self.demonstrations.path in ("", "arithmetic"):
+            raise ValueError("demonstrations.path must name preference pairs: a file, directory, glob, URI or hub id")
+        return self
+
+    def longest(self) -> dict[str, int]:
+        """Longest sequences that the model meets, tokens, by the settings that ask for them."""
+        answers = self.demonstrations.max_prompt_tokens + self.evaluation.max_new_tokens
+        answered = {"demonstrations.max_prompt_tokens + evaluation.max_new_tokens": answers} if self.evaluation.metric != "none" else {}
+        return answered | longest_given(self.demonstrations, self.objective)
+
+
+class IrlConfig(JobConfig):
+    """Everything that `jobs/irl_reward.py` reads."""
+
+    prefix: ClassVar[str] = "reward-"
+    demonstrations: Demonstrations = Demonstrations()
+    preferences: LabelledPairs = LabelledPairs()
+    sft: SftTraining = SftTraining()
+    responses: Responses = Responses()
+    rewards: Rewards = Rewards()
+    training: RewardTraining = RewardTraining()
+    best_of_n: BestOfN = BestOfN()
+    engine: Engine = Engine()
+    scoring: Scoring = Scoring()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "IrlConfig":
+        if "bt" in self.rewards.kinds and not self.given_preferences():
+            mend = "or name preferences.path"
+            if self.best_of_n.golden == "none":
+                raise ValueError(f"preference pairs are made by the golden judge, but best_of_n.golden=none: name one, {mend}")
+            if self.responses.samples < 2:
+                raise ValueError(f"preference pairs are made of several samples of a prompt, but responses.samples=1: raise it, {mend}")
+        choosers = [*self.rewards.kinds, *self.best_of_n.scorers, *(["ensemble"] if self.rewards.ensemble else [])]
+        if self.best_of_n.choose_by not in (None, *choosers):
+            raise ValueError(f"best_of_n.choose_by={self.best_of_n.choose_by!r} chooses nothing: there are {', '.join(choosers)}")
+        return self
+
+    def given_preferences(self) -> bool:
+        """Whether the preference pairs of "bt" were given, not made."""
+        return "bt" in self.rewards.kinds and self.preferences.path != "golden"
+
+    def needs_policy(self) -> bool:
+        """Whether the SFT policy has anything to do."""
+        alone = self.rewards.kinds == ["bt"] and self.given_preferences() and self.rewards.start_from == "base"
+        return not alone or self.best_of_n.golden != "none"
+
+    def chooser(self) -> str:
+        """Whose choice is written out."""
+        return self.best_of_n.choose_by or ("ensemble" if self.rewards.ensemble else self.rewards.kinds[0])
+
+    def longest(self) -> dict[str, int]:
+        """Longest sequences that the model meets, tokens, by the settings that ask for them."""
+        longer = "responses" if self.responses.max_new_tokens >= self.best_of_n.max_new_tokens else "best_of_n"
+        sampled = self.demonstrations.max_prompt_tokens + max(self.responses.max_new_tokens, self.best_of_n.max_new_tokens)
+        given = {"demonstrations.max_tokens": self.demonstrations.max_tokens}
+        if self.given_preferences():
+            given["preferences.max_tokens"] = self.preferences.max_tokens
+        return {f"demonstrations.max_prompt_tokens + {longer}.max_new_tokens": sampled} | given
+
+
+def longest_given(data: Demonstrations, objective: Objective) -> dict[str, int]:
+    """Longest sequence of the data itself; KTO also puts a response behind another prompt."""
+    if objective.function == "kto":
+        return {"demonstrations.max_prompt_tokens + demonstrations.max_tokens": data.max_prompt_tokens + data.max_tokens}
+    return {"demonstrations.max_tokens": data.max_tokens}

@@ -1,0 +1,315 @@
+"""Scores of responses on disk, by reward models of this run, published ones, or programs: one stage a scorer and a set of responses.
+
+    best_of_n/samples/held_out/00000.parquet (SAMPLE) --> best_of_n/init-sft-0/held_out/00000.parquet (SCORE)
+
+A response that a scorer fails on has no score and a reason: it is set aside and counted, never taken for 0.
+"""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from actors.settings import Scoring
+from pipelines import base_model
+from pipelines.artifacts import Run, Stage, StageError
+from pipelines.chat import Chat
+from pipelines.evaluation import exact_answer
+from pipelines.policy_training import MEMORY
+from pipelines.records import SCORE, shards, sum_counts, uncut, write_rows
+from pipelines.shards import Shard, map_shards
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+Scored = tuple[float | None, str | None]
+"""A score, or None and why there is none."""
+
+
+def plan(
+    name: str,
+    responses: Stage,
+    demonstrations: Stage,
+    scorer: Stage | str,
+    precision: str,
+    scoring: Scoring,
+    splits: Sequence[str] = ("held_out", "train"),
+) -> Stage:
+    """A stage that scores responses.
+
+    Args:
+        name: of the stage.
+        responses: samples, or demonstrations.
+        demonstrations: of the same prompts.
+        scorer: the training stage of a reward model; or a reward model's directory or hub id, "exact_answer", or "module:function".
+        precision: of a reward model, "float32" or "bfloat16".
+        scoring: the pool.
+        splits: that are scored, where there are responses.
+
+    Raises:
+        StageError: there is no such scorer, or the model is no reward model.
+    """
+    inputs = {"responses": responses, "demonstrations": demonstrations}
+    settings: dict[str, Any] = {"precision": precision, "splits": list(splits)}
+    if isinstance(scorer, Stage):
+        inputs["reward"] = scorer
+    else:
+        settings |= {"scorer": scorer, "identity": _identity(scorer)}
+    return Stage(name, settings, inputs, demand=scoring.demand())
+
+
+def is_function(scorer: str) -> bool:
+    """Whether a scorer's name is that of a Python function, `module:function`."""
+    return ":" in scorer and "://" not in scorer and not Path(scorer).exists()
+
+
+def _identity(scorer: str) -> Any:
+    """What a scorer is, beside its name."""
+    if scorer == "exact_answer":
+        return None
+    if is_function(scorer):
+        file = sys.modules[function(scorer, str(Path.cwd())).__module__].__file__
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else None
+    check_reward_model(scorer)
+    return base_model.files(scorer)
+
+
+def function(scorer: str, folder: str) -> Callable[[list[dict[str, str]], str], float]:
+    """Imports a Python scorer, (messages, response) -> float.
+
+    Args:
+        scorer: "module:function".
+        folder: searched first.
+
+    Raises:
+        StageError: the module cannot be imported, or has no such function.
+    """
+    module, _, name = scorer.partition(":")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # noqa: BLE001
+        # A module of somebody else's may fail in ways of its own.
+        raise StageError(f"scorer {scorer!r}: the module {module!r} cannot be imported from {folder}: {error}") from None
+    if not callable(found):
+        raise StageError(f"scorer {scorer!r}: the module {module!r} has no function {name!r}")
+    return found
+
+
+def check_reward_model(path: str) -> None:
+    """Reads the config of a published reward model, before anything heavy is loaded.
+
+    Raises:
+        StageError: there is no such model, it is a language model, or it has more than one label.
+    """
+    try:
+        if Path(path).exists():
+            file = Path(path, "config.json")
+        else:
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(path, "config.json"))
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except Exception as error:  # noqa: BLE001
+        # The hub's client raises a dozen kinds.
+        raise StageError(
+            f"scorer {path!r} is no reward model's directory or hub id, nor exact_answer, nor module:function: {str(error).splitlines()[0]}"
+        ) from None
+    kinds = config.get("architectures") or ["a model that does not say what it is"]
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise StageError(f"scorer {path!r} is {kinds[0]}: a reward model is a ...ForSequenceClassification with one label")
+    # transformers' own default is two.
+    labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+    if labels != 1:
+        raise StageError(f"scorer {path!r} has {labels} labels, a reward model has one")
+
+
+def score(scoring: Scoring, longest: int, trust_remote_code: bool) -> Any:
+    """Returns the work of scoring stages; those of one call share a pool of actors.
+
+    Args:
+        scoring: the pool.
+        longest: no prompt with one of its responses is longer, tokens.
+        trust_remote_code: run Python code that comes with a model.
+    """
+
+    def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        arguments = {"scoring": scoring, "longest": longest, "trust_remote_code": trust_remote_code, "folder": str(Path.cwd())}
+        tasks = [task for stage in stages for task in _tasks(run, stage)]
+        env = MEMORY | {"OMP_NUM_THREADS": str(max(1, int(scoring.num_cpus))), "TOKENIZERS_PARALLELISM": "false"}
+        numbers = map_shards(run, tasks, ScoreResponses, arguments, scoring, env)
+        for stage in stages:
+            counts = sum_counts(run.directory(stage).glob("*/*.parquet"))
+            numbers[stage.name] |= counts
+            if counts.get("retemplated"):
+                log.warning("%s: the reward model has a tokenizer of its own, responses are written in its chat template", stage.name)
+            if counts.get("unscored"):
+                log.warning("%s: %d of %d responses have no score: %s", stage.name, counts["unscored"], counts["rows"], _reason(run, stage))
+            if counts.get("unscored", 0) == counts["rows"]:
+                raise StageError(f"{stage.name}: not one response could be scored: {_reason(run, stage)}")
+        return numbers
+
+    return work
+
+
+def _reason(run: Run, stage: Stage) -> str:
+    """Why the first response without a score has none."""
+    files = run.directory(stage).glob("*/*.parquet")
+    return next(r for file in sorted(files) for r in pq.read_table(file, columns=["reason"])["reason"].to_pylist() if r)
+
+
+def _tasks(run: Run, stage: Stage) -> list[Shard]:
+    reward = stage.inputs.get("reward")
+    options = {
+        "scorer": str(run.directory(reward) / "reward") if reward else stage.settings["scorer"],
+        "ours": reward is not None,
+        "precision": stage.settings["precision"],
+    }
+    responses, demonstrations = run.directory(stage.inputs["responses"]), run.directory(stage.inputs["demonstrations"])
+    return [
+        Shard(
+            stage,
+            (str(path), str(demonstrations / split / uncut(path))),
+            run.directory(stage) / split / path.name,
+            options,
+            pq.read_metadata(path).num_rows,
+        )
+        for split in stage.settings["splits"]
+        for path in shards(responses / split)
+    ]
+
+
+class ScoreResponses:
+    """The actor: one scorer at a time, and the files around it."""
+
+    def __init__(self, **arguments: Any):
+        self.arguments = arguments
+        self.scorer = functools.lru_cache(1)(self._scorer)
+
+    def __call__(self, inputs: list[str], output: str, options: dict[str, Any]) -> None:
+        """Scores one shard.
+
+        INPUT  SAMPLE (or DEMONSTRATION) rows, DEMONSTRATION rows of the same prompts
+        OUTPUT SCORE rows, one for each of the first
+        """
+        present = pq.read_schema(inputs[0]).names
+        wanted = ("id", "sample", "prompt", "prompt_ids", "response", "response_ids", "finish_reason")
+        rows = pq.read_table(inputs[0], columns=[name for name in wanted if name in present]).to_pylist()
+        scorer = self.scorer(options["scorer"], options["ours"], options["precision"])
+        results = scorer(rows, inputs[1])
+        counts = {"unscored": sum(score is None for score, _ in results), "retemplated": int(getattr(scorer, "retemplated", False))}
+        made = [
+            {"id": row["id"], "sample": row.get("sample", 0), "score": score, "reason": reason}
+            for row, (score, reason) in zip(rows, results, strict=True)
+        ]
+        write_rows(Path(output), made, SCORE, counts)
+
+    def _scorer(self, name: str, ours: bool, precision: str) -> Callable[[Sequence[Row], str], list[Scored]]:
+        if not ours and name == "exact_answer":
+            return exact_answers
+        if not ours and is_function(name):
+            return functools.partial(by_function, function(name, self.arguments["folder"]))
+        options = {key: self.arguments[key] for key in ("scoring", "longest", "trust_remote_code")}
+        return ByModel(name, ours, precision=precision, **options)
+
+
+def exact_answers(rows: Sequence[Row], demonstrations: str) -> list[Scored]:
+    """1 where the final number is that of the demonstration, else 0."""
+    gold = {row["id"]: row for row in pq.read_table(demonstrations, columns=["id", "source", "response"]).to_pylist()}
+    return [(float(exact_answer(row["response"], gold[row["id"]]["response"], gold[row["id"]]["source"])), None) for row in rows]
+
+
+def by_function(scorer: Callable[[list[dict[str, str]], str], float], rows: Sequence[Row], demonstrations: str) -> list[Scored]:
+    """A person's function of (messages, response)."""
+    results: list[Scored] = []
+    for row in rows:
+        try:
+            results.append(finite(float(scorer(row["prompt"], row["response"]))))
+        except Exception as error:  # noqa: BLE001
+            # Whatever it raises is about this response.
+            results.append((None, f"the scorer raised {type(error).__name__}: {error}"))
+    return results
+
+
+def finite(value: float) -> Scored:
+    """A score, unless it is not a finite number."""
+    return (value, None) if math.isfinite(value) else (None, f"the score is {value}")
+
+
+class ByModel:
+    """A reward model.
+
+    Args:
+        weights: its directory or hub id.
+        ours: trained by this run, on the run's token ids; else the text is written in the model's own chat template.
+        scoring: the pool, for threads, device and tokens a batch.
+        precision: of the forward pass.
+        longest: no prompt with one of its responses is longer, in the run's tokens.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    def __init__(self, weights: str, ours: bool, scoring: Scoring, precision: str, longest: int, trust_remote_code: bool):
+        from actors.scorer import Scorer
+
+        self.scorer = Scorer(weights, scoring, precision, longest if ours else None, trust_remote_code, "reward")
+        self.chat = None if ours else Chat(weights, trust_remote_code)
+        config = self.scorer.module.model.config
+        self.context = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        self.retemplated = False
+
+    def __call__(self, rows: Sequence[Row], demonstrations: str) -> list[Scored]:
+        """Scores rows; equal responses to a prompt once."""
+        from actors.learner.batches import Example
+
+        results: list[Scored] = [(None, "")] * len(rows)
+        examples: list[Example] = []
+        places: list[list[list[int]]] = []
+        for key, group in itertools.groupby(range(len(rows)), lambda number: rows[number]["id"]):
+            same: dict[tuple[int, ...], list[int]] = {}
+            for number in group:
+                try:
+                    ids = self._ids(rows[number])
+                except Exception as error:  # noqa: BLE001
+                    # Chat templates are programs of others.
+                    results[number] = None, f"the reward model's chat template refuses the conversation: {error}"
+                    continue
+                if len(ids) > self.context:
+                    results[number] = None, f"{len(ids)} tokens, the context of the reward model is {self.context}"
+                    continue
+                same.setdefault(ids, []).append(number)
+            if same:
+                shared = _common(list(same))
+                examples.append(Example(key, next(iter(same))[:shared], tuple(ids[shared:] for ids in same)))
+                places.append(list(same.values()))
+        for values, groups in zip(self.scorer(examples), places, strict=True):
+            for value, numbers in zip(values, groups, strict=True):
+                for number in numbers:
+                    results[number] = finite(value)
+        return results
+
+    def _ids(self, row: Row) -> tuple[int, ...]:
+        """Prompt and response, in the words of the model."""
+        if self.chat is None:
+            return (*row["prompt_ids"], *row["response_ids"])
+        # A response that was cut did not end its turn.
+        ids = self.chat.conversation_ids(row["prompt"], row["response"], ended=row.get("finish_reason") != "length")
+        self.retemplated |= ids != [*row["prompt_ids"], *row["response_ids"]]
+        return tuple(ids)
+
+
+def _common(sequences: Iterable[tuple[int, ...]]) -> int:
+    """Length of the longest common start that leaves a token to each."""
+    rows = list(sequences)
+    shortest, longest = min(rows), max(rows)
+    limit = min(len(row) for row in rows) - 1
+    return next((k for k, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b or k == limit), limit)

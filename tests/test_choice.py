@@ -1,0 +1,105 @@
+"""Choosing and reporting from scores on disk, with numbers by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import best_of_n
+from pipelines.artifacts import Run, Stage, StageError
+from pipelines.best_of_n import Golden
+from pipelines.records import SAMPLE, SCORE, write_rows
+from pipelines.settings import Combination
+
+SAMPLES = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("b", 2)]
+
+
+def write(run: Run, name: str, rows: list[dict[str, Any]], schema: Any, **inputs: Stage) -> Stage:
+    stage = Stage(name, {}, inputs)
+    (run.directory(stage) / "held_out").mkdir(parents=True)
+    write_rows(run.directory(stage) / "held_out/00000.parquet", rows, schema)
+    return stage
+
+
+def scores(run: Run, name: str, values: list[float | None], keys: list[tuple[str, int]] = SAMPLES, **inputs: Stage) -> Stage:
+    rows = [{"id": key, "sample": number, "score": value} for (key, number), value in zip(keys, values, strict=True)]
+    return write(run, name, rows, SCORE, **inputs)
+
+
+def planned(run: Run, first: list[float | None], second: list[float | None], rule: Combination, **selectors: list[str]) -> Stage:
+    """Golden scores of three samples of two prompts: a: 0, 1, 0; b: 1, 1, 0."""
+    texts = [{"prompt": [{"role": "user", "content": k}], "response": f"{k}{n}", "finish_reason": "stop"} for k, n in SAMPLES]
+    samples = write(run, "samples", [{"id": k, "sample": n} | t for (k, n), t in zip(SAMPLES, texts, strict=True)], SAMPLE)
+    one = [("a", 0), ("b", 0)]
+    golden = Golden(
+        samples=scores(run, "golden", [0.0, 1.0, 0.0, 1.0, 1.0, 0.0]),
+        greedy=scores(run, "greedy", [0.0, 1.0], one),
+        base=scores(run, "base", [0.0, 0.2], one),
+        demonstrations=scores(run, "demonstrations", [1.0, 1.0], one),
+    )
+    reward = Stage("trained", {})
+    (run.directory(reward) / "reward").mkdir(parents=True)
+    (run.directory(reward) / "reward/config.json").write_text('{"reward_mean": 2.0, "reward_std": 4.0}')
+    rewards = {"x": scores(run, "x", first, reward=reward), "y": scores(run, "y", second, reward=reward)}
+    return best_of_n.plan(samples, golden, rewards, selectors, next(iter(selectors)), rule)
+
+
+def test_the_report_by_hand(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    stage = planned(run, [3.0, 2.0, 1.0, 1.0, 2.0, 3.0], [0.0, 9.0, 0.0, 9.0, 8.0, 0.0], Combination(), x=["x"], both=["x", "y"])
+    run.do(best_of_n.choose, stage)
+    found = json.loads((run.directory(stage) / "report.json").read_text())
+    assert found == run.numbers(stage) and found["sizes"] == [1, 2, 3] and found["prompts"] == 2 and found["samples"] == 6
+    assert found["kl"] == pytest.approx([0, 0.19315, 0.43195], abs=1e-4)
+    assert found["golden"] == {"base": 0.1, "demonstrations": 1.0, "greedy": 0.5}
+    x, both = found["selectors"]["x"], found["selectors"]["both"]
+    # Of two of three, the best by x is in a: 0, 0 or 1 (golden 0, 0, 1), in b: 2, 2 or 1 (0, 0, 1).
+    assert x["golden"] == pytest.approx([1 / 2, 1 / 3, 0]) and x["normalised"][0] == pytest.approx(0.4 / 0.9)
+    # Against greedy 0 in a: wins where golden is 1; against greedy 1 in b: ties where it is 1.
+    assert x["win"] == pytest.approx([1 / 6, 1 / 6, 0]) and x["tie"] == pytest.approx([1 / 3 + 1 / 3, 1 / 3 + 1 / 6, 1 / 2])
+    assert both["golden"] == pytest.approx([1 / 2, 5 / 6, 1])
+    assert found["selectors"]["oracle (golden)"]["golden"] == pytest.approx([1 / 2, 5 / 6, 1])
+    rows = best_of_n.table(found)
+    assert rows[0] == ["chosen by", "win rate, N = 1", "normalised, N = 1", "win rate, N = 3", "normalised, N = 3"]
+    chosen = [json.loads(line) for line in (run.directory(stage) / "chosen.held_out.jsonl").read_text().splitlines()]
+    assert [(line["input"][0]["content"], line["output"], line["reward"]) for line in chosen] == [("a", "a0", 3.0), ("b", "b2", 3.0)]
+    preferences = [json.loads(line) for line in (run.directory(stage) / "preferences.held_out.jsonl").read_text().splitlines()]
+    assert [(line["chosen"][0]["content"], line["rejected"][0]["content"]) for line in preferences] == [("a0", "a2"), ("b2", "b0")]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (Combination(combine="min"), [("a1", 2.0), ("b1", 2.0)]),
+        (Combination(combine="mean_minus_std", k=2.0), [("a0", -1.5), ("b1", -1.0)]),
+        (Combination(combine="mean", normalised=True), [("a1", 0.875), ("b0", 0.75)]),
+    ],
+)
+def test_every_rule_chooses_as_by_hand(rule: Combination, expected: list[tuple[str, float]], tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    stage = planned(run, [3.0, 2.0, 1.0, 1.0, 2.0, 3.0], [0.0, 9.0, -9.0, 9.0, 8.0, 0.0], rule, both=["x", "y"])
+    run.do(best_of_n.choose, stage)
+    chosen = [json.loads(line) for line in (run.directory(stage) / "chosen.held_out.jsonl").read_text().splitlines()]
+    assert [(line["output"], line["reward"]) for line in chosen] == [(name, pytest.approx(value)) for name, value in expected]
+
+
+def test_a_sample_without_a_score_is_never_chosen_and_never_zero(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    stage = planned(run, [3.0, None, -1.0, None, None, None], [0.0] * 6, Combination(), x=["x"])
+    run.do(best_of_n.choose, stage)
+    found = run.numbers(stage)
+    assert (found["prompts"], found["samples"], found["sizes"]) == (1, 2, [1, 2])
+    assert found["selectors"]["x"]["golden"] == [0.0, 0.0] and found["selectors"]["x"]["stderr"] == [None, None]
+    assert [json.loads(line)["output"] for line in (run.directory(stage) / "chosen.held_out.jsonl").read_text().splitlines()] == ["a0"]
+    written = pq.read_table(run.directory(stage) / "samples/held_out/00000.parquet")
+    assert written["reward_x"].to_pylist() == [3.0, None, -1.0, None, None, None] and written.num_rows == 6
+
+
+def test_a_scorer_without_a_centre_cannot_be_normalised(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    stage = planned(run, [0.0] * 6, [0.0] * 6, Combination(normalised=True), x=["x"])
+    stage.inputs["score-x"].inputs.pop("reward")  # type: ignore[attr-defined]
+    with pytest.raises(StageError, match="x has no mean and standard deviation to be normalised with"):
+        run.do(best_of_n.choose, stage)
