@@ -1,4 +1,5 @@
 # make run    sets everything up and runs the main job on its embedded default
+# make reward the same for reward models and Best-of-N
 # make test   sets everything up and passes the tests; make test-slow runs those that take many minutes
 # make lint   ruff and mypy over the whole tree
 # make lock   resolves pyproject.toml to requirements/{cpu,gpu}.txt
@@ -24,10 +25,13 @@ INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/pyth
 COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--extra dev --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
-.PHONY: run test test-slow lint format lock setup clean
+.PHONY: run reward test test-slow lint format lock setup clean
 
 run: setup
 	$(BIN)/python jobs/gsil_iterative.py --config $(CONFIG) $(OVERLAY) $(ARGS)
+
+reward: setup
+	$(BIN)/python jobs/irl_reward.py --config jobs/configs/irl_arithmetic.yaml $(OVERLAY) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest tests -m "not slow" $(ARGS)

@@ -149,14 +149,13 @@ def _policy(config: IrlConfig, base: Stage, data: Stage) -> Policy:
     def sample(name: str, policy: Stage, sampling: Sampling, prompts: dict[str, int | None], draw: int = 0) -> Stage:
         return generation.plan(name, policy, base, data, sampling, config.engine, draw, prompts)
 
-    both: dict[str, int | None] = {"train": None, "held_out": None}
     chosen_among = {"held_out": config.best_of_n.prompts}
     if config.best_of_n.train_prompts:
         chosen_among["train"] = config.best_of_n.train_prompts
     return Policy(
         training=sft,
-        base_responses=sample("base/responses", base, config.responses, both),
-        responses=sample("sft/responses", sft, config.responses, both),
+        base_responses=sample("base/responses", base, config.responses.sampling(), config.responses.prompts()),
+        responses=sample("sft/responses", sft, config.responses.sampling(), config.responses.prompts()),
         greedy=sample("sft/samples", sft, config.best_of_n.greedy(), {"held_out": None}),
         # Other draws than those that the reward models learned from.
         many=sample("best_of_n/samples", sft, config.best_of_n.sampling(), chosen_among, draw=1),

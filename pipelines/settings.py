@@ -225,6 +225,19 @@ class BestOfN(Settings):
 class Responses(Sampling):
     """Samples of the base and of the SFT policy, from which reward models learn."""
 
+    train_prompts: int | None = Field(None, ge=1)
+    """training prompts at most; all by default"""
+    held_out_prompts: int | None = Field(None, ge=1)
+    """held-out prompts at most, on which reward models are measured; all by default"""
+
+    def sampling(self) -> Sampling:
+        """K samples a prompt."""
+        return Sampling(**self.model_dump(include=set(Sampling.model_fields)))
+
+    def prompts(self) -> dict[str, int | None]:
+        """How many of each split."""
+        return {"train": self.train_prompts, "held_out": self.held_out_prompts}
+
 
 class Iterations(Settings):
     """The self-play loop."""

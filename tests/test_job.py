@@ -153,6 +153,7 @@ def test_ctrl_c_leaves_nothing_behind_and_says_how_to_go_on(tiny: Path, demonstr
     wait_until_gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_window_of_two_an_initial_reference_and_several_samples(
     undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path
 ) -> None:
@@ -217,7 +218,8 @@ def test_a_prompt_that_cannot_fit_the_model_is_refused_before_an_engine_starts(t
     assert "Traceback" not in done.stderr
 
 
-def test_a_job_submitted_to_a_running_cluster(tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
+def test_a_job_submitted_to_a_running_cluster(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
+    again = {"base/samples", "sft/training"}
     binaries = Path(sys.executable).parent
     # A local instance that ran in this process before leaves variables behind that are not meant for another cluster.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -233,7 +235,11 @@ def test_a_job_submitted_to_a_running_cluster(tiny: Path, demonstrations: Path, 
     )
     try:
         submit = [str(binaries / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--"]
-        job = command(tiny, demonstrations, tmp_path, "--iterations.count", "0")
+        # A part of a finished run has to be made again there: an engine's and a training's.
+        shutil.copytree(undisturbed, tmp_path / "job")
+        for name in again:
+            shutil.rmtree(tmp_path / "job" / name)
+        job = command(tiny, demonstrations, tmp_path)
         deadline = time.monotonic() + 180
         while True:
             done = finish([*submit, *job], env=environment)
@@ -243,7 +249,8 @@ def test_a_job_submitted_to_a_running_cluster(tiny: Path, demonstrations: Path, 
                 break
             time.sleep(2)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert set(json.loads((tmp_path / "job" / "summary.json").read_text())["policies"]) == {"base", "sft"}
+        stages = json.loads((tmp_path / "job" / "summary.json").read_text())["stages"]
+        assert {stage["name"] for stage in stages if not stage["skipped"]} == again and content(tmp_path / "job") == content(undisturbed)
         # The same job by hand, told where the cluster is: all of it is done already.
         done = finish([*job, "--ray.address", f"127.0.0.1:{port}"], env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
