@@ -24,7 +24,17 @@ from typing import Any
 from actors.settings import Sampling
 from jobs import runner
 from jobs.schemas import IrlConfig
-from pipelines import base_model, best_of_n, demonstrations, generation, policy_training, reward_training, scoring, summary
+from pipelines import (
+    base_model,
+    best_of_n,
+    best_of_n_report,
+    demonstrations,
+    generation,
+    policy_training,
+    reward_training,
+    scoring,
+    summary,
+)
 from pipelines.artifacts import Run, Stage, write_json
 
 log = logging.getLogger("gsil")
@@ -122,16 +132,17 @@ def plan(config: IrlConfig) -> Graph:
             rewards.append(Reward(f"{kind}-{seed}", kind, pairs, trained))
     metrics = reward_training.plan_metrics({reward.name: reward.training for reward in rewards})
     head = Graph(base, data, preferences, policy, labels, tuple(rewards), metrics, (), None)
-    if config.best_of_n.golden == "none" or not policy:
+    if not config.best_of_n.asked() or not policy:
         return head
 
-    judge = config.best_of_n.golden
-    golden = best_of_n.Golden(
-        samples=score("best_of_n/golden", policy.many, judge),
-        greedy=score("best_of_n/golden-greedy", policy.greedy, judge, "held_out"),
-        base=score("best_of_n/golden-base", policy.base_responses, judge, "held_out"),
-        demonstrations=score("best_of_n/golden-demonstrations", data, judge, "held_out"),
-    )
+    golden, judge = None, config.best_of_n.golden
+    if judge != "none":
+        golden = best_of_n.Golden(
+            samples=score("best_of_n/golden", policy.many, judge),
+            greedy=score("best_of_n/golden-greedy", policy.greedy, judge, "held_out"),
+            base=score("best_of_n/golden-base", policy.base_responses, judge, "held_out"),
+            demonstrations=score("best_of_n/golden-demonstrations", data, judge, "held_out"),
+        )
     scores = {reward.name: score(f"best_of_n/{reward.name}", policy.many, reward.training) for reward in rewards}
     for number, scorer in enumerate(config.best_of_n.scorers, start=1):
         scores[scorer] = score(f"best_of_n/scorer-{number}", policy.many, scorer)
@@ -140,7 +151,7 @@ def plan(config: IrlConfig) -> Graph:
     if config.rewards.ensemble:
         selectors["ensemble"] = [reward.name for reward in rewards if reward.kind in config.rewards.ensemble]
     choice = best_of_n.plan(policy.many, golden, scores, selectors, config.chooser(), config.rewards.rule())
-    return replace(head, scores=(*golden.stages(), *scores.values()), choice=choice)
+    return replace(head, scores=(*(golden.stages() if golden else ()), *scores.values()), choice=choice)
 
 
 def _policy(config: IrlConfig, base: Stage, data: Stage) -> Policy:
@@ -149,16 +160,13 @@ def _policy(config: IrlConfig, base: Stage, data: Stage) -> Policy:
     def sample(name: str, policy: Stage, sampling: Sampling, prompts: dict[str, int | None], draw: int = 0) -> Stage:
         return generation.plan(name, policy, base, data, sampling, config.engine, draw, prompts)
 
-    chosen_among = {"held_out": config.best_of_n.prompts}
-    if config.best_of_n.train_prompts:
-        chosen_among["train"] = config.best_of_n.train_prompts
     return Policy(
         training=sft,
         base_responses=sample("base/responses", base, config.responses.sampling(), config.responses.prompts()),
         responses=sample("sft/responses", sft, config.responses.sampling(), config.responses.prompts()),
         greedy=sample("sft/samples", sft, config.best_of_n.greedy(), {"held_out": None}),
         # Other draws than those that the reward models learned from.
-        many=sample("best_of_n/samples", sft, config.best_of_n.sampling(), chosen_among, draw=1),
+        many=sample("best_of_n/samples", sft, config.best_of_n.sampling(), config.best_of_n.asked(), draw=1),
     )
 
 
@@ -216,8 +224,10 @@ def show(content: dict[str, Any], root: Path) -> summary.Shown:
     tables = [summary.Table(f"{content['run']}: reward models on held-out pairs", reward_training.table(content["rewards"]))]
     lines = [f"warning: {text}" for text in content["warnings"]]
     lines += [f"reward models: {root / 'rewards'}/*/seed-*/reward"]
-    if found := content["best_of_n"]:
-        tables.append(summary.Table(f"best of N on {found['prompts']} held-out prompts", best_of_n.table(found)))
+    found = content["best_of_n"]
+    if found:
+        tables.append(summary.Table(f"best of N on {found['prompts']} held-out prompts", best_of_n_report.table(found)))
+    if found is not None:
         lines.append(f"plot, report and chosen responses: {root / 'best_of_n' / 'results'}")
     return summary.Shown(tables, [*lines, f"summary: {root / IrlConfig.file('summary.json')}"])
 

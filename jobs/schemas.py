@@ -149,7 +149,7 @@ class IrlConfig(JobConfig):
     def needs_policy(self) -> bool:
         """Whether the SFT policy has anything to do."""
         alone = self.rewards.kinds == ["bt"] and self.given_preferences() and self.rewards.start_from == "base"
-        return not alone or self.best_of_n.golden != "none"
+        return not alone or bool(self.best_of_n.asked())
 
     def chooser(self) -> str:
         """Whose choice is written out."""

@@ -25,7 +25,7 @@ from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.chat import Chat
 from pipelines.evaluation import exact_answer
-from pipelines.policy_training import MEMORY
+from pipelines.policy_training import memory
 from pipelines.records import SCORE, shards, sum_counts, uncut, write_rows
 from pipelines.shards import Shard, map_shards
 
@@ -146,7 +146,10 @@ def score(scoring: Scoring, longest: int, trust_remote_code: bool) -> Any:
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         arguments = {"scoring": scoring, "longest": longest, "trust_remote_code": trust_remote_code, "folder": str(Path.cwd())}
         tasks = [task for stage in stages for task in _tasks(run, stage)]
-        env = MEMORY | {"OMP_NUM_THREADS": str(max(1, int(scoring.num_cpus))), "TOKENIZERS_PARALLELISM": "false"}
+        env = memory(stages[0].settings["precision"]) | {
+            "OMP_NUM_THREADS": str(max(1, int(scoring.num_cpus))),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         numbers = map_shards(run, tasks, ScoreResponses, arguments, scoring, env)
         for stage in stages:
             counts = sum_counts(run.directory(stage).glob("*/*.parquet"))

@@ -199,19 +199,23 @@ class BestOfN(Settings):
     """nucleus: sample from the smallest set of tokens with this probability"""
     max_new_tokens: int = Field(256, ge=1)
     """length limit of a sample"""
-    prompts: int | None = Field(None, ge=1)
+    prompts: int | None = Field(None, ge=0)
     """held-out prompts at most, for the report; all by default"""
-    train_prompts: int = Field(0, ge=0)
-    """training prompts that get N samples too: their chosen responses can be the demonstrations of a next round"""
+    train_prompts: int | None = Field(0, ge=0)
+    """training prompts that get N samples too, null for all: their chosen responses can be the demonstrations of a next round"""
     golden: str = "exact_answer"
     """the independent judge: exact_answer (the number after the last #### is the demonstration's), a reward model's directory or hub id,
-    or module:function, called with (messages, response); none: reward models are trained and nothing is chosen"""
+    or module:function, called with (messages, response); none: responses are chosen without a report"""
     scorers: list[str] = Field(default_factory=list)
     """that choose too, beside the reward models of this run: the same choice of names"""
     choose_by: str | None = None
     """who chooses what is written out: a kind, "ensemble" or one of scorers; by default the ensemble, or else the first kind"""
     seed: int = 0
     """of the sampler"""
+
+    def asked(self) -> dict[str, int | None]:
+        """How many prompts of each split get N samples; nothing where none does."""
+        return {split: count for split, count in (("held_out", self.prompts), ("train", self.train_prompts)) if count != 0}
 
     def greedy(self) -> Sampling:
         """The policy's greedy response, which a choice has to win against."""

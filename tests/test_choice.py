@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import best_of_n
+from pipelines import best_of_n, best_of_n_report
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.best_of_n import Golden
 from pipelines.records import SAMPLE, SCORE, write_rows
@@ -61,7 +61,7 @@ def test_the_report_by_hand(tmp_path: Path) -> None:
     assert x["win"] == pytest.approx([1 / 6, 1 / 6, 0]) and x["tie"] == pytest.approx([1 / 3 + 1 / 3, 1 / 3 + 1 / 6, 1 / 2])
     assert both["golden"] == pytest.approx([1 / 2, 5 / 6, 1])
     assert found["selectors"]["oracle (golden)"]["golden"] == pytest.approx([1 / 2, 5 / 6, 1])
-    rows = best_of_n.table(found)
+    rows = best_of_n_report.table(found)
     assert rows[0] == ["chosen by", "win rate, N = 1", "normalised, N = 1", "win rate, N = 3", "normalised, N = 3"]
     chosen = [json.loads(line) for line in (run.directory(stage) / "chosen.held_out.jsonl").read_text().splitlines()]
     assert [(line["input"][0]["content"], line["output"], line["reward"]) for line in chosen] == [("a", "a0", 3.0), ("b", "b2", 3.0)]
@@ -97,9 +97,25 @@ def test_a_sample_without_a_score_is_never_chosen_and_never_zero(tmp_path: Path)
     assert written["reward_x"].to_pylist() == [3.0, None, -1.0, None, None, None] and written.num_rows == 6
 
 
-def test_a_scorer_without_a_centre_cannot_be_normalised(tmp_path: Path) -> None:
+def test_a_scorer_without_a_centre_decides_alone_or_not_normalised(tmp_path: Path) -> None:
+    for selectors in ({"x": ["x"]}, {"both": ["x", "y"]}):
+        run = Run(tmp_path / next(iter(selectors)))
+        stage = planned(run, [3.0, 2.0, 1.0] * 2, [0.0] * 6, Combination(normalised=True), **selectors)
+        stage.inputs["score-x"].inputs.pop("reward")  # type: ignore[attr-defined]
+        if "x" in selectors:
+            run.do(best_of_n.choose, stage)
+            assert json.loads((run.directory(stage) / "chosen.held_out.jsonl").read_text().splitlines()[0])["reward"] == 3.0
+        else:
+            with pytest.raises(StageError, match="x has no mean and standard deviation to be normalised with"):
+                run.do(best_of_n.choose, stage)
+
+
+def test_without_a_judge_there_are_choices_and_no_report(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    stage = planned(run, [0.0] * 6, [0.0] * 6, Combination(normalised=True), x=["x"])
-    stage.inputs["score-x"].inputs.pop("reward")  # type: ignore[attr-defined]
-    with pytest.raises(StageError, match="x has no mean and standard deviation to be normalised with"):
-        run.do(best_of_n.choose, stage)
+    judged = planned(run, [3.0, 2.0, 1.0, 1.0, 2.0, 3.0], [0.0] * 6, Combination(), x=["x"])
+    scores = {role.removeprefix("score-"): stage for role, stage in judged.inputs.items() if role.startswith("score-")}
+    stage = best_of_n.plan(judged.inputs["samples"], None, scores, {"x": ["x"]}, "x", Combination())
+    run.do(best_of_n.choose, stage)
+    folder = run.directory(stage)
+    assert [json.loads(line)["output"] for line in (folder / "chosen.held_out.jsonl").read_text().splitlines()] == ["a0", "b2"]
+    assert not (folder / "report.json").exists() and "golden" not in pq.read_table(folder / "samples/held_out/00000.parquet").column_names

@@ -30,7 +30,10 @@ def test_the_plan_of_an_iteration(reference_is: str, start_is: str, tiny: Path) 
     assert [step.negatives.inputs["policy"] for step in graph.iterations] == [sft, *policies[:2]]
     windows = [[s for role, s in sorted(step.pairs.inputs.items()) if role.startswith("negatives")] for step in graph.iterations]
     assert windows == [[one.negatives], [one.negatives, two.negatives], [two.negatives, three.negatives]]
-    for choice, found in ((reference_is, [s.pairs.inputs["reference"] for s in graph.iterations]), (start_is, [p.inputs["start"] for p in policies])):
+    for choice, found in (
+        (reference_is, [s.pairs.inputs["reference"] for s in graph.iterations]),
+        (start_is, [p.inputs["start"] for p in policies]),
+    ):
         assert found == ([sft] * 3 if choice == "initial" else [sft, *policies[:2]])
 
 

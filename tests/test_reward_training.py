@@ -108,9 +108,9 @@ def test_a_config_that_cannot_be_run_says_so(flags: list[str], message: str) -> 
 
 def test_the_graph_draws_nothing_that_nobody_reads(shared_preferences: Path, tiny: Path) -> None:
     flags = ["--model.path", str(tiny), "--rewards.kinds", "[bt]", "--preferences.path", str(shared_preferences)]
-    names = [stage.name for stage in irl_reward.plan(build(IrlConfig, [*flags, "--best_of_n.golden", "none"])).stages()]
+    names = [stage.name for stage in irl_reward.plan(build(IrlConfig, [*flags, "--best_of_n.prompts", "0"])).stages()]
     assert names == ["base/model", "preferences", "rewards/bt/pairs", "rewards/bt/seed-0", "rewards/metrics"]
-    config = build(IrlConfig, ["--model.path", str(tiny), "--rewards.seeds", "2", "--best_of_n.golden", "none"])
+    config = build(IrlConfig, ["--model.path", str(tiny), "--rewards.seeds", "2", "--best_of_n.prompts", "0"])
     assert [s.name for s in irl_reward.plan(config).stages()][2:] == [
         "sft/training",
         "base/responses",
@@ -120,6 +120,10 @@ def test_the_graph_draws_nothing_that_nobody_reads(shared_preferences: Path, tin
         "rewards/init-sft/seed-1",
         "rewards/metrics",
     ]
+    config = build(IrlConfig, ["--model.path", str(tiny), "--best_of_n.golden", "none", "--best_of_n.train_prompts", "null"])
+    assert config.best_of_n.asked() == {"held_out": None, "train": None}
+    names = [stage.name for stage in irl_reward.plan(config).stages()]
+    assert names[-2:] == ["best_of_n/init-sft-0", "best_of_n/results"] and "best_of_n/golden" not in names
 
 
 @pytest.fixture
