@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from actors.learner import policy
 from actors.learner.batches import Example, collate, shares_prompt
+from actors.learner.rewards import ClassifierRewards, reads_its_last_token
 from actors.settings import Scoring
 
 
@@ -42,7 +43,9 @@ class Scorer:
         if kind == "reward" and not policy.is_classifier(AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)):
             raise ValueError(f"{weights} is no reward model: its config names no class for sequence classification")
         model = policy.load(weights, precision, longest, trust_remote_code, kind)
-        self.module = policy.KINDS[kind].module(model).to(self.device).eval()
+        own_way = kind == "reward" and model.config.num_labels == 1 and not reads_its_last_token(model)
+        module = ClassifierRewards(model) if own_way else policy.KINDS[kind].module(model)
+        self.module = module.to(self.device).eval()
         self.share_prompt = shares_prompt(model.config, longest)
 
     def __call__(self, examples: Sequence[Example]) -> list[list[float]]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actors.settings import Sampling
+from actors.settings import RewardTraining, Sampling
 from jobs import runner
 from jobs.schemas import IrlConfig
 from pipelines import (
@@ -46,8 +46,10 @@ class Policy:
 
     training: Stage
     base_responses: Stage
+    """K samples a prompt of the base policy"""
     responses: Stage
-    """K samples a prompt"""
+    """and of the SFT policy"""
+    base_greedy: Stage
     greedy: Stage
     many: Stage
     """N samples a prompt"""
@@ -59,6 +61,8 @@ class Reward:
 
     name: str
     kind: str
+    settings: RewardTraining
+    """with the model's own seed"""
     pairs: Stage
     training: Stage
 
@@ -81,15 +85,21 @@ class Graph:
     """of the N samples by every reward model, and golden ones"""
     choice: Stage | None
 
-    def samples(self) -> tuple[Stage, ...]:
-        """Of the SFT policy; what nobody would read is not drawn."""
-        assert self.policy
-        return self.policy.responses, *((self.policy.greedy, self.policy.many) if self.choice else ())
+    def samples(self) -> tuple[list[Stage], list[Stage]]:
+        """Of the base policy and of the SFT policy; what nobody would read is not drawn."""
+        if not self.policy:
+            return [], []
+        judged = self.choice is not None and "golden" in self.choice.inputs
+        learned_from = any(reward.kind.startswith("init") for reward in self.rewards)
+        base = [*([self.policy.base_responses] if learned_from else []), *([self.policy.base_greedy] if judged else [])]
+        sft = [self.policy.responses, *([self.policy.greedy] if judged else []), *([self.policy.many] if self.choice else [])]
+        return base, sft
 
     def stages(self) -> list[Stage]:
         """In the order in which they run."""
         data = [self.base, *([self.demonstrations] if self.policy else []), *([self.preferences] if self.preferences else [])]
-        sampled = [self.policy.training, self.policy.base_responses, *self.samples()] if self.policy else []
+        base, sft = self.samples()
+        sampled = [self.policy.training, *base, *sft] if self.policy else []
         labels = [self.labels] if self.labels else []
         learned = [*self.pairs(), *(reward.training for reward in self.rewards), self.metrics]
         return [*data, *sampled, *labels, *learned, *self.scores, *([self.choice] if self.choice else [])]
@@ -129,7 +139,7 @@ def plan(config: IrlConfig) -> Graph:
             training = config.training.model_copy(update={"seed": config.training.seed + seed})
             objective = reward_training.objective(config.rewards.loss_of(kind))
             trained = policy_training.plan(f"rewards/{kind}/seed-{seed}", start, base, pairs, training, objective, centre)
-            rewards.append(Reward(f"{kind}-{seed}", kind, pairs, trained))
+            rewards.append(Reward(f"{kind}-{seed}", kind, training, pairs, trained))
     metrics = reward_training.plan_metrics({reward.name: reward.training for reward in rewards})
     head = Graph(base, data, preferences, policy, labels, tuple(rewards), metrics, (), None)
     if not config.best_of_n.asked() or not policy:
@@ -140,7 +150,7 @@ def plan(config: IrlConfig) -> Graph:
         golden = best_of_n.Golden(
             samples=score("best_of_n/golden", policy.many, judge),
             greedy=score("best_of_n/golden-greedy", policy.greedy, judge, "held_out"),
-            base=score("best_of_n/golden-base", policy.base_responses, judge, "held_out"),
+            base=score("best_of_n/golden-base", policy.base_greedy, judge, "held_out"),
             demonstrations=score("best_of_n/golden-demonstrations", data, judge, "held_out"),
         )
     scores = {reward.name: score(f"best_of_n/{reward.name}", policy.many, reward.training) for reward in rewards}
@@ -164,7 +174,8 @@ def _policy(config: IrlConfig, base: Stage, data: Stage) -> Policy:
         training=sft,
         base_responses=sample("base/responses", base, config.responses.sampling(), config.responses.prompts()),
         responses=sample("sft/responses", sft, config.responses.sampling(), config.responses.prompts()),
-        greedy=sample("sft/samples", sft, config.best_of_n.greedy(), {"held_out": None}),
+        base_greedy=sample("best_of_n/greedy-base", base, config.best_of_n.greedy(), {"held_out": config.best_of_n.prompts}),
+        greedy=sample("best_of_n/greedy", sft, config.best_of_n.greedy(), {"held_out": config.best_of_n.prompts}),
         # Other draws than those that the reward models learned from.
         many=sample("best_of_n/samples", sft, config.best_of_n.sampling(), config.best_of_n.asked(), draw=1),
     )
@@ -185,15 +196,17 @@ def learn(config: IrlConfig, graph: Graph, run: Run) -> dict[str, Any]:
         run.do(demonstrations.prepare(config.preferences, trust), graph.preferences)
     if graph.policy:
         run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
+        if config.best_of_n.golden == "exact_answer" and config.best_of_n.asked():
+            scoring.check_answers(run, graph.demonstrations, "best_of_n.golden")
         run.do(policy_training.train(config.sft, config.sft.objective(), config.tracking, longest, trust), graph.policy.training)
-        run.do(sample, graph.policy.base_responses)
-        run.do(sample, *graph.samples())
+        for samples in graph.samples():
+            run.do(sample, *samples)
     if graph.labels:
         run.do(score, graph.labels)
     run.do(reward_training.make_pairs, *graph.pairs())
     for reward in graph.rewards:
         objective = reward_training.objective(config.rewards.loss_of(reward.kind))
-        run.do(policy_training.train(config.training, objective, config.tracking, longest, trust), reward.training)
+        run.do(policy_training.train(reward.settings, objective, config.tracking, longest, trust), reward.training)
     run.do(reward_training.measure, graph.metrics)
     if graph.choice:
         run.do(score, *graph.scores)

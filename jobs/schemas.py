@@ -8,11 +8,11 @@ from actors.settings import Engine, Negatives, Objective, Pool, RewardTraining, 
 from pipelines.settings import (
     BestOfN,
     Demonstrations,
+    DilPreferences,
     Evaluation,
     Iterations,
     LabelledPairs,
     Model,
-    Preferences,
     RaySettings,
     Responses,
     Rewards,
@@ -83,7 +83,7 @@ class DilConfig(JobConfig):
     """Everything that `jobs/dil.py` reads."""
 
     run: RunSettings = RunSettings(name="dil")
-    demonstrations: Preferences = Preferences()
+    demonstrations: DilPreferences = DilPreferences()
     sft: SftTraining = SftTraining()
     objective: Objective = Objective(name="dil_lsif")
     training: Training = Training()
@@ -137,6 +137,8 @@ class IrlConfig(JobConfig):
                 raise ValueError(f"preference pairs are made by the golden judge, but best_of_n.golden=none: name one, {mend}")
             if self.responses.samples < 2:
                 raise ValueError(f"preference pairs are made of several samples of a prompt, but responses.samples=1: raise it, {mend}")
+        if self.preferences.path != "golden" and "bt" not in self.rewards.kinds:
+            raise ValueError(f"preferences.path={self.preferences.path!r} is read by nobody: add bt to rewards.kinds")
         choosers = [*self.rewards.kinds, *self.best_of_n.scorers, *(["ensemble"] if self.rewards.ensemble else [])]
         if self.best_of_n.choose_by not in (None, *choosers):
             raise ValueError(f"best_of_n.choose_by={self.best_of_n.choose_by!r} chooses nothing: there are {', '.join(choosers)}")
@@ -157,12 +159,13 @@ class IrlConfig(JobConfig):
 
     def longest(self) -> dict[str, int]:
         """Longest sequences that the model meets, tokens, by the settings that ask for them."""
+        preferences = {"preferences.max_tokens": self.preferences.max_tokens} if self.given_preferences() else {}
+        if not self.needs_policy():
+            return preferences
         longer = "responses" if self.responses.max_new_tokens >= self.best_of_n.max_new_tokens else "best_of_n"
         sampled = self.demonstrations.max_prompt_tokens + max(self.responses.max_new_tokens, self.best_of_n.max_new_tokens)
         given = {"demonstrations.max_tokens": self.demonstrations.max_tokens}
-        if self.given_preferences():
-            given["preferences.max_tokens"] = self.preferences.max_tokens
-        return {f"demonstrations.max_prompt_tokens + {longer}.max_new_tokens": sampled} | given
+        return {f"demonstrations.max_prompt_tokens + {longer}.max_new_tokens": sampled} | given | preferences
 
 
 def longest_given(data: Demonstrations, objective: Objective) -> dict[str, int]:

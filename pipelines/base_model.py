@@ -83,7 +83,7 @@ def prepare(model: Model) -> Any:
 
         # In a worker: the driver never loads a model, nor the libraries for one.
         resolved = model.model_copy(update={"chat_template": stages[0].settings["chat_template"]})
-        numbers = ray.get(ray.remote(_prepare).remote(resolved, _absolute(model.path), run.directory(stages[0])))
+        numbers = ray.get(ray.remote(_prepare).remote(resolved, absolute(model.path), run.directory(stages[0])))
         if numbers["plain_chat_template"]:
             # Said here: what a worker logs does not reach the job's log.
             log.warning("%s has no chat template: a plain one is used (User: ... Assistant: ...)", model.path)
@@ -207,7 +207,7 @@ def gguf_file(path: str) -> Path | None:
     return None
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
     """Workers run elsewhere: a local path is named in full, a hub id stays."""
     return str(Path(path).resolve()) if Path(path).exists() or path.endswith(".gguf") else path
 

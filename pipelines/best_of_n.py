@@ -5,7 +5,7 @@ samples, scorers           --> best_of_n/golden, best_of_n/init-sft-0 ... (scori
 samples, scores            --> best_of_n/results/                         (here)
     samples/held_out/*.parquet         all samples with all scores
     chosen.held_out.jsonl              {input, output, reward}: the best of each prompt; a layout that demonstrations can have
-    preferences.held_out.jsonl         {prompt, chosen, rejected}: the best and the worst
+    preferences.held_out.jsonl         {prompt, chosen, rejected}: the best and the worst, of samples neither cut nor empty
     report.json, best_of_n.png, .svg   golden score and win rate against N
 """
 
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -107,11 +106,10 @@ def write_choices(run: Run, stage: Stage, split: str) -> list[Prompt]:
                 table = table.append_column(column, scores["score"])
             with replacing(folder / "samples" / split / path.name) as temporary:
                 pq.write_table(table, temporary, compression="zstd")
-            for rows, prompt in _by_prompt(table, names):
-                if len(prompt.golden_N):
-                    prompts.append(prompt)
-                    combined = select(prompt, members, stage.settings, centres)
-                    _write_choice(table, rows, combined, chosen, preferences)
+            for start, prompt in _by_prompt(table, names):
+                prompts.append(prompt)
+                scores_N = select(prompt, members, stage.settings, centres)
+                _write_choice(table.slice(start, len(scores_N)), scores_N, chosen, preferences)
     return prompts
 
 
@@ -121,21 +119,27 @@ def _lines(path: Path) -> Iterator[TextIO]:
         yield file
 
 
-def _by_prompt(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[npt.NDArray[np.int64], Prompt]]:
-    """Each prompt with the rows of its samples that have all scores; those of a prompt follow each other."""
+def _by_prompt(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[int, Prompt]]:
+    """Each prompt with the first row of its samples, which follow each other."""
     ids = table["id"].to_numpy()
     rewards = {name: table[f"reward_{name}"].to_numpy() for name in names}
     golden = table["golden"].to_numpy() if "golden" in table.column_names else np.zeros(len(table))
-    scored = np.all([np.isfinite(column) for column in (golden, *rewards.values())], axis=0)
     starts = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1), len(ids)]
     for start, end in itertools.pairwise(starts):
-        rows = start + np.flatnonzero(scored[start:end])
-        yield rows, Prompt(ids[start], golden[rows], {name: rewards[name][rows] for name in names})
+        yield int(start), Prompt(ids[start], golden[start:end], {name: rewards[name][start:end] for name in names})
 
 
-def _write_choice(table: pa.Table, rows: npt.NDArray[np.int64], scores_N: Array, chosen: TextIO, preferences: TextIO) -> None:
-    best, worst = (table.slice(int(rows[place]), 1).to_pylist()[0] for place in (scores_N.argmax(), scores_N.argmin()))
-    line = {"input": best["prompt"], "output": best["response"], "reward": float(scores_N.max())}
+def _write_choice(samples: pa.Table, scores_N: Array, chosen: TextIO, preferences: TextIO) -> None:
+    """Writes the best of a prompt's samples, and the best with the worst: of those that came to their end and say something, since a
+    demonstration that is cut or empty teaches to be so."""
+    said = [bool(text.strip()) for text in samples["response"].to_pylist()]
+    usable = np.isfinite(scores_N) & np.array(said) & (samples["finish_reason"].to_numpy() == "stop")
+    places = np.flatnonzero(usable)
+    if not len(places):
+        return
+    order = places[np.argsort(-scores_N[places], kind="stable")]
+    best, worst = (samples.slice(int(place), 1).to_pylist()[0] for place in (order[0], order[-1]))
+    line = {"input": best["prompt"], "output": best["response"], "reward": float(scores_N[order[0]])}
     chosen.write(json.dumps(line, ensure_ascii=False) + "\n")
     if best["response"] != worst["response"]:
         sides = {key: [{"role": "assistant", "content": row["response"]}] for key, row in (("chosen", best), ("rejected", worst))}
@@ -160,9 +164,9 @@ def choose_from(
     Args:
         root: run directory; the same call continues what was stopped.
         policy: directory or hub id of the model that is sampled.
-        data: whose prompts; all of its rows count as training rows unless it says what is held out.
+        data: whose prompts; rows that it holds out are answered too, into files of their own.
         scorers: reward models by directory or hub id, "exact_answer" or "module:function"; several decide together.
-        settings: n and sampling.
+        settings: n and sampling; by default all prompts.
         rule: how several scores are combined.
         engine: the pool that samples.
         scoring_pool: the pool that scores.
@@ -173,8 +177,8 @@ def choose_from(
     Raises:
         StageError: a model, a scorer or the data cannot be used.
     """
-    settings, engine, scoring_pool = settings or BestOfN(), engine or Engine(), scoring_pool or Scoring()
-    model, run = Model(path=policy), Run(root)
+    settings, engine, scoring_pool = settings or BestOfN(train_prompts=None), engine or Engine(), scoring_pool or Scoring()
+    model, run = Model(path=policy), Run(root.resolve())
     longest = data.max_prompt_tokens + settings.max_new_tokens
     base = base_model.plan(model)
     rows = demonstrations.plan(data, base)

@@ -23,12 +23,13 @@ RANDOM, ORACLE = "random", "oracle (golden)"
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the report needs of a prompt: the scores of the samples that all scorers could score."""
+    """What the report needs of a prompt; what a scorer failed on is not a number."""
 
     id: str
     golden_N: Array
     """zeros where there is no judge"""
     scores_MN: dict[str, Array]
+    """by scorer"""
 
 
 def centres_of(run: Run, stage: Stage, names: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -43,6 +44,8 @@ def centres_of(run: Run, stage: Stage, names: Sequence[str]) -> dict[str, tuple[
         reward = stage.inputs[f"score-{name}"].inputs.get("reward")
         if reward is not None:
             config = json.loads((run.directory(reward) / "reward" / "config.json").read_text(encoding="utf-8"))
+            if "reward_mean" not in config:
+                raise StageError(f"{name} was trained without held-out samples to centre it on: set rewards.normalised=false")
             centres[name] = (config["reward_mean"], config["reward_std"] or 1.0)
         elif name in together:
             raise StageError(f"{name} has no mean and standard deviation to be normalised with: set rewards.normalised=false")
@@ -50,7 +53,7 @@ def centres_of(run: Run, stage: Stage, names: Sequence[str]) -> dict[str, tuple[
 
 
 def select(prompt: Prompt, members: Sequence[str], rule: Mapping[str, Any], centres: Mapping[str, tuple[float, float]]) -> Array:
-    """The score `[N]` by which a selector chooses among the samples of a prompt."""
+    """The score `[N]` by which a selector chooses among the samples of a prompt; not a number where one of its members failed."""
     rewards_MN = np.array([(prompt.scores_MN[name] - centres[name][0]) / centres[name][1] for name in members])
     return combine(rewards_MN, rule["combine"], rule["k"])
 
@@ -58,22 +61,25 @@ def select(prompt: Prompt, members: Sequence[str], rule: Mapping[str, Any], cent
 def report(run: Run, stage: Stage, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Expected golden score and win rate of the best of n, for n = 1, 2, 4 ... N and every selector (exact, see `actors.reward`).
 
-    A prompt some of whose samples have no score counts with the others: for n above their number it stays at what it has. Prompts whose
-    greedy response or demonstration has no golden score are left out.
+    Samples without a golden score are left out for all, those without a reward are never chosen by that selector alone: for n above the
+    number of the others a prompt stays at what it has. Prompts whose greedy response, base response or demonstration has no golden
+    score are left out. All of it is counted.
 
     Returns:
         what report.json holds.
     """
     means = {role: _mean_by_prompt(run, stage.inputs[role]) for role in ("greedy", "base", "demonstrations")}
-    prompts = [prompt for prompt in prompts if prompt.id in means["greedy"] and prompt.id in means["demonstrations"]]
+    asked, names = len(prompts), [role.removeprefix("score-") for role in stage.inputs if role.startswith("score-")]
+    unscored = {"golden": sum(int(np.isnan(prompt.golden_N).sum()) for prompt in prompts)}
+    unscored |= {name: sum(int(np.isnan(prompt.scores_MN[name]).sum()) for prompt in prompts) for name in names}
+    prompts = [judged for prompt in prompts if all(prompt.id in found for found in means.values()) and (judged := _judged(prompt))]
     if not prompts:
-        raise StageError(f"{stage.name}: no held-out prompt has a golden score of its greedy response and of its demonstration")
+        raise StageError(f"{stage.name}: no held-out prompt has a golden score of a sample, its greedy response and its demonstration")
     ids = [prompt.id for prompt in prompts]
-    base, top = (float(np.mean([means[role][key] for key in ids if key in means[role]])) for role in ("base", "demonstrations"))
+    base, top = (float(np.mean([means[role][key] for key in ids])) for role in ("base", "demonstrations"))
     greedy_P = np.array([means["greedy"][key] for key in ids])
     largest = max(len(prompt.golden_N) for prompt in prompts)
     sizes = sizes_up_to(largest)
-    names = [role.removeprefix("score-") for role in stage.inputs if role.startswith("score-")]
     centres = centres_of(run, stage, names)
     choosers: dict[str, list[Array]] = {RANDOM: [np.zeros_like(prompt.golden_N) for prompt in prompts]}
     for name, members in stage.settings["selectors"].items():
@@ -83,10 +89,19 @@ def report(run: Run, stage: Stage, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "sizes": sizes,
         "kl": [kl_to_policy(n) for n in sizes],
         "prompts": len(prompts),
+        "prompts_left_out": asked - len(prompts),
+        "unscored": unscored,
         "samples": int(sum(len(prompt.golden_N) for prompt in prompts)),
         "golden": {"base": base, "demonstrations": top, "greedy": float(greedy_P.mean())},
         "selectors": {name: curve(scores, prompts, greedy_P, sizes, (base, top)) for name, scores in choosers.items()},
     }
+
+
+def _judged(prompt: Prompt) -> Prompt | None:
+    """A prompt with the samples that have a golden score; None if there is none."""
+    kept = np.isfinite(prompt.golden_N)
+    scores = {name: values[kept] for name, values in prompt.scores_MN.items()}
+    return Prompt(prompt.id, prompt.golden_N[kept], scores) if kept.any() else None
 
 
 def _mean_by_prompt(run: Run, stage: Stage) -> dict[str, float]:
@@ -104,7 +119,7 @@ def curve(
     """One selector's line of the report.
 
     Args:
-        scores: by which it chooses, `[N]` a prompt.
+        scores: by which it chooses, `[N]` a prompt; what is not a number is not chosen, unless all are: then the choice is random.
         prompts: with golden scores.
         greedy_P: golden score of the greedy response to each.
         sizes: n, from 1 to the most samples a prompt has.
@@ -116,10 +131,12 @@ def curve(
     """
     expected, wins, ties = (np.empty((len(prompts), len(sizes))) for _ in range(3))
     for p, (chosen_by_N, prompt) in enumerate(zip(scores, prompts, strict=True)):
-        chances_SN = chosen_with_probability(chosen_by_N, [min(n, len(chosen_by_N)) for n in sizes])
-        expected[p] = chances_SN @ prompt.golden_N
-        wins[p] = chances_SN @ (prompt.golden_N > greedy_P[p])
-        ties[p] = chances_SN @ (prompt.golden_N == greedy_P[p])
+        known = np.isfinite(chosen_by_N)
+        usable_N, golden_N = (chosen_by_N[known], prompt.golden_N[known]) if known.any() else (np.zeros(len(known)), prompt.golden_N)
+        chances_SN = chosen_with_probability(usable_N, [min(n, len(usable_N)) for n in sizes])
+        expected[p] = chances_SN @ golden_N
+        wins[p] = chances_SN @ (golden_N > greedy_P[p])
+        ties[p] = chances_SN @ (golden_N == greedy_P[p])
     golden, stderr = _mean_and_error(expected)
     low, high = bootstrap_band(expected, seed=0)
     rate, rate_error = _mean_and_error(wins + ties / 2)
@@ -129,8 +146,8 @@ def curve(
         {
             "normalised": (golden - base) / span,
             "normalised_stderr": stderr / abs(span),
-            "normalised_low": (low - base) / span,
-            "normalised_high": (high - base) / span,
+            "normalised_low": ((low if span > 0 else high) - base) / span,
+            "normalised_high": ((high if span > 0 else low) - base) / span,
         }
         if span
         else {}

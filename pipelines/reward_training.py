@@ -57,11 +57,17 @@ def make_pairs(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]
             for path in shards(run.directory(stage.inputs["negatives"]) / split):
                 positives, negatives = _sides(run, stage, split, path)
                 pairs, identical = paired(positives, negatives)
-                write_rows(folder / path.name, pairs, REWARD_PAIR, {"identical": identical})
+                alike = len(set(pq.read_table(path, columns=["id"])["id"].to_pylist()) - set(negatives))
+                write_rows(folder / path.name, pairs, REWARD_PAIR, {"identical": identical, "alike": alike})
         counts = {split: sum_counts(shards(run.directory(stage) / split)) for split in SPLITS}
         if not counts["train"]["rows"]:
-            dropped = counts["train"].get("identical", 0)
-            raise StageError(f"{stage.name}: no pair is left to train on: {dropped} had two equal sides, the others no second side")
+            dropped = {reason: counts["train"].get(reason, 0) for reason in ("identical", "alike")}
+            judged = f"; the judge likes all samples alike of {dropped['alike']} prompts: raise responses.samples, choose another "
+            judged += "best_of_n.golden, or name preferences.path"
+            raise StageError(
+                f"{stage.name}: no pair is left to train on: {dropped['identical']} had two equal sides"
+                + (judged if "labels" in stage.inputs else "")
+            )
         numbers[stage.name] = counts
     return numbers
 

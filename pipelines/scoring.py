@@ -24,7 +24,7 @@ from actors.settings import Scoring
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.chat import Chat
-from pipelines.evaluation import exact_answer
+from pipelines.evaluation import final_number
 from pipelines.policy_training import memory
 from pipelines.records import SCORE, shards, sum_counts, uncut, write_rows
 from pipelines.shards import Shard, map_shards
@@ -159,7 +159,11 @@ def score(scoring: Scoring, longest: int, trust_remote_code: bool) -> Any:
             if counts.get("unscored"):
                 log.warning("%s: %d of %d responses have no score: %s", stage.name, counts["unscored"], counts["rows"], _reason(run, stage))
             if counts.get("unscored", 0) == counts["rows"]:
-                raise StageError(f"{stage.name}: not one response could be scored: {_reason(run, stage)}")
+                reason = _reason(run, stage)
+                for path in run.directory(stage).glob("*/*.parquet"):
+                    # They would be taken for done when the scorer has been mended.
+                    path.unlink()
+                raise StageError(f"{stage.name}: not one response could be scored: {reason}")
         return numbers
 
     return work
@@ -174,7 +178,7 @@ def _reason(run: Run, stage: Stage) -> str:
 def _tasks(run: Run, stage: Stage) -> list[Shard]:
     reward = stage.inputs.get("reward")
     options = {
-        "scorer": str(run.directory(reward) / "reward") if reward else stage.settings["scorer"],
+        "scorer": str(run.directory(reward) / "reward") if reward else base_model.absolute(stage.settings["scorer"]),
         "ours": reward is not None,
         "precision": stage.settings["precision"],
     }
@@ -228,8 +232,30 @@ class ScoreResponses:
 
 def exact_answers(rows: Sequence[Row], demonstrations: str) -> list[Scored]:
     """1 where the final number is that of the demonstration, else 0."""
-    gold = {row["id"]: row for row in pq.read_table(demonstrations, columns=["id", "source", "response"]).to_pylist()}
-    return [(float(exact_answer(row["response"], gold[row["id"]]["response"], gold[row["id"]]["source"])), None) for row in rows]
+    gold = {row["id"]: final_number(row["response"]) for row in pq.read_table(demonstrations, columns=["id", "response"]).to_pylist()}
+    missing: Scored = (None, "the demonstration has no number after '####'")
+    return [missing if gold[row["id"]] is None else (float(final_number(row["response"]) == gold[row["id"]]), None) for row in rows]
+
+
+def check_answers(run: Run, demonstrations: Stage, setting: str) -> None:
+    """Stops before anything is trained or sampled where exact answers are asked for and the demonstrations have none.
+
+    Args:
+        run: the run.
+        demonstrations: the finished stage.
+        setting: the one that asks.
+
+    Raises:
+        StageError: no demonstration of the first file of a split has a number after "####".
+    """
+    for split in ("train", "held_out"):
+        for path in shards(run.directory(demonstrations) / split)[:1]:
+            responses = pq.read_table(path, columns=["response"])["response"].to_pylist()
+            if not any(final_number(response) is not None for response in responses):
+                raise StageError(
+                    f"{setting}=exact_answer, but no demonstration ({split}) has a number after '####': name a reward model or a "
+                    f"module:function as the judge, or set {setting}=none"
+                )
 
 
 def by_function(scorer: Callable[[list[dict[str, str]], str], float], rows: Sequence[Row], demonstrations: str) -> list[Scored]:

@@ -118,6 +118,11 @@ class Preferences(Demonstrations):
 
     path: str = ""
     """file, directory, glob or URI of jsonl, json, parquet, arrow or csv; or a hub id"""
+
+
+class DilPreferences(Preferences):
+    """Preference pairs: a prompt, a chosen and a rejected response."""
+
     sft_first: bool = False
     """fine-tune on the chosen responses first; else training starts from the base model"""
 

@@ -87,14 +87,41 @@ def test_every_rule_chooses_as_by_hand(rule: Combination, expected: list[tuple[s
 
 def test_a_sample_without_a_score_is_never_chosen_and_never_zero(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    stage = planned(run, [3.0, None, -1.0, None, None, None], [0.0] * 6, Combination(), x=["x"])
+    stage = planned(run, [3.0, None, -1.0, None, None, None], [0.0] * 6, Combination(), x=["x"], y=["y"])
     run.do(best_of_n.choose, stage)
     found = run.numbers(stage)
-    assert (found["prompts"], found["samples"], found["sizes"]) == (1, 2, [1, 2])
-    assert found["selectors"]["x"]["golden"] == [0.0, 0.0] and found["selectors"]["x"]["stderr"] == [None, None]
+    assert found["unscored"] == {"golden": 0, "x": 4, "y": 0} and (found["prompts"], found["samples"]) == (2, 6)
+    # x never takes a1, whose golden score is 1; it knows nothing of b, where it chooses at random. Nobody else is touched.
+    assert found["selectors"]["x"]["golden"] == pytest.approx([(0 + 2 / 3) / 2] * 3)
+    assert found["selectors"]["y"]["golden"] == pytest.approx([1 / 2] * 3) == found["selectors"]["random"]["golden"]
     assert [json.loads(line)["output"] for line in (run.directory(stage) / "chosen.held_out.jsonl").read_text().splitlines()] == ["a0"]
     written = pq.read_table(run.directory(stage) / "samples/held_out/00000.parquet")
     assert written["reward_x"].to_pylist() == [3.0, None, -1.0, None, None, None] and written.num_rows == 6
+
+
+def test_what_the_judge_failed_on_is_left_out_and_counted(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    stage = planned(run, [3.0, 2.0, 1.0, 1.0, 2.0, 3.0], [0.0] * 6, Combination(), x=["x"])
+    rows = [{"id": key, "sample": n, "score": {("a", 1): 1.0, ("a", 2): 0.0}.get((key, n))} for key, n in SAMPLES]
+    write_rows(run.directory(stage.inputs["golden"]) / "held_out/00000.parquet", rows, SCORE)
+    run.do(best_of_n.choose, stage)
+    found = run.numbers(stage)
+    assert (found["prompts"], found["prompts_left_out"], found["samples"], found["unscored"]["golden"]) == (1, 1, 2, 4)
+    assert found["selectors"]["x"]["golden"] == [0.5, 1.0] and found["selectors"]["x"]["stderr"] == [None, None]
+    lines = (run.directory(stage) / "chosen.held_out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["output"] for line in lines] == ["a0", "b2"], "the choice is the reward model's"
+
+
+def test_a_cut_or_empty_response_is_no_demonstration(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    stage = planned(run, [3.0, 2.0, 1.0, 1.0, 2.0, 3.0], [0.0] * 6, Combination(), x=["x"])
+    path = run.directory(stage.inputs["samples"]) / "held_out/00000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0]["finish_reason"], rows[5]["response"], rows[4]["response"], rows[3]["finish_reason"] = "length", " ", "", "length"
+    write_rows(path, rows, SAMPLE)
+    run.do(best_of_n.choose, stage)
+    lines = (run.directory(stage) / "chosen.held_out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["output"] for line in lines] == ["a1"]
 
 
 def test_a_scorer_without_a_centre_decides_alone_or_not_normalised(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def _base(path: str, root: Path) -> tuple[dict[str, Any], str]:
     """The stage without Ray: its numbers, and where the weights are."""
     model, run = Model(path=path), Run(root)
     stage = base_model.plan(model)
-    run.do(lambda *_: {stage.name: base_model._prepare(model, base_model._absolute(path), run.directory(stage))}, stage)
+    run.do(lambda *_: {stage.name: base_model._prepare(model, base_model.absolute(path), run.directory(stage))}, stage)
     return run.numbers(stage), base_model.weights(run, stage)
 
 

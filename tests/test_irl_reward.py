@@ -67,7 +67,7 @@ def finished(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path_facto
 def test_it_goes_on_from_the_main_jobs_policy_and_from_where_it_was_killed(finished: Path, undisturbed: Path) -> None:
     summary = json.loads((finished / "reward-summary.json").read_text())
     skipped = {stage["name"] for stage in summary["stages"] if stage["skipped"]}
-    assert {"sft/training", "sft/samples", "base/responses", "rewards/init-sft/seed-0"} <= skipped
+    assert {"sft/training", "base/responses", "rewards/init-sft/seed-0"} <= skipped
     assert not skipped & {"rewards/bt/seed-0", "best_of_n/golden", "best_of_n/results"}
     for name in ("summary.json", "config.yaml"):
         assert (finished / name).read_bytes() == (undisturbed / name).read_bytes(), "the main job's own"
@@ -79,7 +79,7 @@ def test_it_goes_on_from_the_main_jobs_policy_and_from_where_it_was_killed(finis
 def test_a_second_run_does_nothing_again(finished: Path, tiny: Path, demonstrations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(finished.parent))
     planned = finish(irl_command(tiny, demonstrations, finished.parent, "--dry-run"), env=os.environ).stdout
-    assert "to do" not in planned and planned.count("  done ") == 19
+    assert "to do" not in planned and planned.count("  done ") == 22
 
 
 def test_samples_of_both_sides_are_paired(finished: Path) -> None:
@@ -107,26 +107,27 @@ def test_the_centre_of_the_reward_is_in_the_models_config(finished: Path) -> Non
 
 def test_all_scores_are_written_and_the_best_chosen(finished: Path) -> None:
     folder = finished / "best_of_n/results"
+    centres = {}
+    for kind in ("init-sft", "bt"):
+        config = json.loads((finished / f"rewards/{kind}/seed-0/reward/config.json").read_text())
+        centres[f"reward_{kind}-0"] = config["reward_mean"], config["reward_std"]
     for split, prompts in (("held_out", len(rows_of(finished / "demonstrations/held_out"))), ("train", 4)):
         samples = rows_of(folder / "samples" / split)
         assert len(samples) == 6 * prompts
         assert all(row["golden"] == -len(row["response"]) for row in samples)
-        centres = {}
-        for kind in ("init-sft", "bt"):
-            config = json.loads((finished / f"rewards/{kind}/seed-0/reward/config.json").read_text())
-            centres[f"reward_{kind}-0"] = config["reward_mean"], config["reward_std"]
+        best = {}
+        for row in samples:
+            least = min((row[key] - mean) / std for key, (mean, std) in centres.items())
+            whole = row["finish_reason"] == "stop" and row["response"].strip()
+            if whole and least > best.get(row["id"], ({}, -np.inf))[1]:
+                best[row["id"]] = row, least
         lines = [json.loads(line) for line in (folder / f"chosen.{split}.jsonl").read_text().splitlines()]
-        assert len(lines) == prompts
-        for number, line in enumerate(lines):
-            rows = samples[6 * number : 6 * number + 6]
-            least = [min((row[key] - mean) / std for key, (mean, std) in centres.items()) for row in rows]
-            best = rows[int(np.argmax(least))]
-            assert line == {"input": best["prompt"], "output": best["response"], "reward": pytest.approx(max(least))}
-            if best["response"].strip():
-                assert turns(line, str(detect(line))) == (best["prompt"], best["response"].strip())
+        assert [(line["input"], line["output"]) for line in lines] == [(row["prompt"], row["response"]) for row, _ in best.values()]
+        assert [line["reward"] for line in lines] == pytest.approx([least for _, least in best.values()])
+        for line in lines:
+            assert turns(line, str(detect(line))) == (line["input"], line["output"].strip()), "demonstrations of a next round"
         pairs = [json.loads(line) for line in (folder / f"preferences.{split}.jsonl").read_text().splitlines()]
-        readable = [pair for pair in pairs if all(pair[side][0]["content"].strip() for side in ("chosen", "rejected"))]
-        assert readable and all(rejected(pair, "preference") for pair in readable)
+        assert all(rejected(pair, "preference") for pair in pairs)
     assert (folder / "best_of_n.png").stat().st_size > 10_000 and "</svg>" in (folder / "best_of_n.svg").read_text()
 
 
@@ -139,7 +140,7 @@ def test_the_report(finished: Path) -> None:
         assert report["selectors"][name]["golden"][0] == pytest.approx(np.mean(goldens)), "one sample is one sample"
     assert report["selectors"]["oracle (golden)"]["golden"][-1] == pytest.approx(by_prompt.max(axis=1).mean())
     assert report["selectors"]["random"]["golden"] == pytest.approx([np.mean(goldens)] * 4)
-    greedy = {row["id"]: -len(row["response"]) for row in rows_of(finished / "sft/samples/held_out")}
+    greedy = {row["id"]: -len(row["response"]) for row in rows_of(finished / "best_of_n/greedy/held_out")}
     assert report["golden"]["greedy"] == pytest.approx(np.mean(list(greedy.values())))
     base, top = report["golden"]["base"], report["golden"]["demonstrations"]
     line = report["selectors"]["init-sft"]

@@ -64,7 +64,7 @@ def test_demonstrations_samples_and_preferences_on_disk(tmp_path: Path) -> None:
     run.do(make_pairs, *stages)
     numbers = {stage.name: run.numbers(stage) for stage in stages}
     found = {s.name: [row for f in sorted((tmp_path / s.name / "train").glob("*")) for row in pq.read_table(f).to_pylist()] for s in stages}
-    assert ids_of(found["init-demo"]) == [("b", 1, 7)] and numbers["init-demo"]["train"] == {"rows": 1, "identical": 1}
+    assert ids_of(found["init-demo"]) == [("b", 1, 7)] and numbers["init-demo"]["train"] == {"rows": 1, "identical": 1, "alike": 0}
     assert ids_of(found["bt"]) == [("a", 0, 5), ("b", 1, 5), ("c", 2, 5)]
     assert ids_of(found["golden"]) == [("b", 7, 1)]
     assert pq.read_schema(next((tmp_path / "bt/train").glob("*"))).names == REWARD_PAIR.names
@@ -74,8 +74,11 @@ def test_without_a_pair_the_job_stops(tmp_path: Path) -> None:
     run = Run(tmp_path)
     same = [{"id": "a", "sample": 0, "prompt_ids": [9], "response_ids": [1]}]
     above, below = (stage_with(run, name, SAMPLE, same) for name in ("above", "below"))
-    with pytest.raises(StageError, match="no pair is left to train on: 1 had two equal sides"):
+    with pytest.raises(StageError, match=r"no pair is left to train on: 1 had two equal sides$"):
         run.do(make_pairs, plan_pairs("rewards/init-sft/pairs", above, below))
+    alike = stage_with(run, "labels", SCORE, [{"id": "a", "score": 0.0}])
+    with pytest.raises(StageError, match="the judge likes all samples alike of 1 prompts: raise responses.samples"):
+        run.do(make_pairs, plan_pairs("rewards/bt/pairs", above, above, alike))
 
 
 def test_doubts_name_what_does_as_well() -> None:
@@ -98,6 +101,7 @@ def test_doubts_name_what_does_as_well() -> None:
         (["--rewards.kinds", "[bt]"], "made of several samples of a prompt, but responses.samples=1"),
         (["--rewards.kinds", "[bt]", "--best_of_n.golden", "none"], "made by the golden judge, but best_of_n.golden=none"),
         (["--best_of_n.choose_by", "bt"], "chooses nothing: there are init-sft"),
+        (["--preferences.path", "pairs.jsonl"], "is read by nobody: add bt to rewards.kinds"),
         (["--responses.greedy", "true", "--responses.samples", "2"], "greedy sampling gives the same response"),
     ],
 )
@@ -111,7 +115,9 @@ def test_the_graph_draws_nothing_that_nobody_reads(shared_preferences: Path, tin
     names = [stage.name for stage in irl_reward.plan(build(IrlConfig, [*flags, "--best_of_n.prompts", "0"])).stages()]
     assert names == ["base/model", "preferences", "rewards/bt/pairs", "rewards/bt/seed-0", "rewards/metrics"]
     config = build(IrlConfig, ["--model.path", str(tiny), "--rewards.seeds", "2", "--best_of_n.prompts", "0"])
-    assert [s.name for s in irl_reward.plan(config).stages()][2:] == [
+    graph = irl_reward.plan(config)
+    assert [reward.settings.seed for reward in graph.rewards] == [0, 1], "seeds are seeds"
+    assert [s.name for s in graph.stages()][2:] == [
         "sft/training",
         "base/responses",
         "sft/responses",

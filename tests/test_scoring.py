@@ -116,6 +116,19 @@ def test_exact_answers_are_the_demonstrations(tmp_path: Path) -> None:
     options = {"scorer": "exact_answer", "ours": False, "precision": "float32"}
     actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), options)
     assert [row["score"] for row in pq.read_table(tmp_path / "out.parquet").to_pylist()] == [1, 0, 1, 0, 0, 0, 0, 1]
+    write_rows(tmp_path / "gold.parquet", [gold[0], gold[1] | {"response": "so 12"}], DEMONSTRATION)
+    actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), options)
+    made = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["score"] for row in made] == [1, 0, 1, 0, None, None, None, None] and "no number after" in made[-1]["reason"]
+
+
+def test_demonstrations_without_answers_stop_the_job_before_anything_is_trained(tmp_path: Path) -> None:
+    run, data = Run(tmp_path), Stage("demonstrations", {})
+    for split, response in (("train", "so #### 3"), ("held_out", "so 3")):
+        (run.directory(data) / split).mkdir(parents=True)
+        write_rows(run.directory(data) / split / "00000.parquet", [{"id": "a", "response": response}], DEMONSTRATION)
+    with pytest.raises(StageError, match=r"best_of_n\.golden=exact_answer, but no demonstration \(held_out\) has a number after '####'"):
+        scoring.check_answers(run, data, "best_of_n.golden")
 
 
 def test_a_name_that_scores_nothing_is_refused_before_anything_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,8 +169,10 @@ def test_a_stage_counts_what_has_no_score_and_stops_when_nothing_has(
     some = scoring.plan("golden", samples, samples, "opinions_three:length", "float32", Scoring())
     run.do(work, some)
     assert run.numbers(some) == {"rows": 8, "unscored": 4, "retemplated": 0}
+    never = scoring.plan("other", samples, samples, "opinions_three:never", "float32", Scoring())
     with pytest.raises(StageError, match="not one response could be scored: the score is inf"):
-        run.do(work, scoring.plan("other", samples, samples, "opinions_three:never", "float32", Scoring()))
+        run.do(work, never)
+    assert not list(run.directory(never).glob("*/*.parquet")), "a mended scorer is asked again"
 
 
 def test_common_starts() -> None:

@@ -66,9 +66,16 @@ def load(weights: str, precision: str, longest: int | None, trust_remote_code: b
         weights,
         config=config,
         dtype=DTYPES[precision],
-        attn_implementation=BRANCHING if shares_prompt(config, longest) else "sdpa",
+        attn_implementation=_attention(config, longest, kind),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _attention(config: Any, longest: int | None, kind: str) -> str | None:
+    if shares_prompt(config, longest):
+        return BRANCHING
+    # What is trained has SDPA; of published classifiers each takes the best that it has.
+    return None if kind == "reward" and is_classifier(config) else "sdpa"
 
 
 def is_classifier(config: Any) -> bool:
@@ -161,7 +168,10 @@ def export(
             GenerationConfig.from_pretrained(tokenizer).save_pretrained(directory)
         else:
             state = _pad_apart(model, words, state)
-            words.chat_template = ends_with_its_turn(words.chat_template)
+            named = words.chat_template
+            words.chat_template = (
+                {name: ends_with_its_turn(text) for name, text in named.items()} if isinstance(named, dict) else ends_with_its_turn(named)
+            )
         model.save_pretrained(directory, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
         words.save_pretrained(directory)
         _finish(directory, {"dtype": settings.save_precision, **(facts or {})})
@@ -208,8 +218,8 @@ def _pad_apart(model: PreTrainedModel, tokenizer: Any, state: dict[str, torch.Te
     """
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     text = model.config.get_text_config()
-    if tokenizer.pad_token is None or tokenizer.pad_token in taken:
-        template = tokenizer.chat_template or ""
+    template = str(tokenizer.chat_template or "")
+    if tokenizer.pad_token is None or tokenizer.pad_token in taken or tokenizer.pad_token in template:
         spare = [token for token in tokenizer.all_special_tokens if token not in taken and token not in template]
         tokenizer.add_special_tokens({"pad_token": spare[0] if spare else "<|pad|>"})
     missing = len(tokenizer) - text.vocab_size

@@ -138,7 +138,7 @@ def start_engine(module: Any, settings: Training, theirs: dict[str, Any] | None 
     # Compiles C++ at the first start and serves inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
-    if settings.zero_stage == 3:
+    if settings.zero_stage == 3 and any(isinstance(part, Head) for part in module.modules()):
         deepspeed.utils.set_z3_leaf_modules(module, [Head])
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
