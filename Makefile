@@ -1,5 +1,5 @@
 # make run    sets everything up and runs the main job on its embedded default
-# make reward the same for reward models and Best-of-N
+# make reward sets everything up and learns reward models that choose the best of N samples
 # make test   sets everything up and passes the tests; make test-slow runs those that take many minutes
 # make lint   ruff and mypy over the whole tree
 # make lock   resolves pyproject.toml to requirements/{cpu,gpu}.txt

@@ -13,8 +13,10 @@ from running import command, content, finish, rows_of, start, stop_when, wait_un
 
 from actors.learner.batches import Example
 from actors.scorer import Scorer
-from actors.settings import Scoring
+from actors.settings import Engine, Scoring
+from pipelines.best_of_n import choose_from
 from pipelines.layouts import detect, rejected, turns
+from pipelines.settings import BestOfN, Demonstrations
 
 SHARED_SECTIONS = ("run", "ray", "model", "demonstrations", "sft", "training", "engine")
 JUDGE = "def brevity(messages, response):\n    return -float(len(response))\n"
@@ -168,3 +170,15 @@ def test_the_reward_model_loads_in_vllms_pooling_runner_unchanged(finished: Path
     assert ids[-1] == 1, "the conversation ends where the reward is read"
     want = Scorer(str(directory), Scoring(), "float32", kind="reward")([Example("a", ids[:5], (ids[5:],))])[0][0]
     assert reward == pytest.approx(want, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_best_of_n_from_python(tiny: Path, demonstrations: Path, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "judge_of_python.py").write_text(JUDGE)
+    monkeypatch.chdir(tmp_path)
+    data = Demonstrations(path=str(demonstrations), max_prompt_tokens=96, max_tokens=160, limit=6, max_rejected_fraction=0.1)
+    settings = BestOfN(n=3, train_prompts=None, max_new_tokens=16)
+    folder = choose_from(Path("run"), str(tiny), data, ["judge_of_python:brevity"], settings, engine=Engine(kv_cache_gib=1))
+    samples = rows_of(folder / "samples/train")
+    assert len(samples) == 18 and all(row["reward_judge_of_python:brevity"] == -len(row["response"]) for row in samples)
+    assert folder == tmp_path / "run/best_of_n/results"
