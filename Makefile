@@ -57,6 +57,8 @@ $(BIN)/uv:
 
 # torch and the build tools first: DeepSpeed is built from source and looks at them.
 $(READY): $(LOCK) pyproject.toml | $(BIN)/uv
+	@$(if $(filter-out $(READY),$(wildcard $(VENV)/ready-*)),echo "$(VENV) is set up for another device: a new one"; \
+		$(PYTHON) -m venv --clear $(VENV) && $(BIN)/python -m pip install --quiet uv)
 	@echo "installing $(LOCK) into $(VENV)"
 	$(INSTALL) $$(grep -E '^(torch|setuptools|wheel|ninja|numpy|packaging|psutil|py-cpuinfo|pydantic)==' $(LOCK))
 	$(INSTALL) --no-build-isolation-package deepspeed -r $(LOCK)

@@ -289,8 +289,8 @@ class Training(Settings):
 class SftTraining(Training):
     """Supervised fine-tuning: training on the demonstrations alone."""
 
-    epochs: int = Field(2, ge=1)
-    """passes over the data"""
+    epochs: int = Field(2, ge=0)
+    """passes over the data; 0 takes a base model that is fine-tuned already as it is"""
     learning_rate: float = Field(1e-4, gt=0)
     """peak learning rate"""
     weighting: Literal["uniform", "occupancy"] = "uniform"

@@ -56,7 +56,9 @@ class Graph:
 
     def stages(self) -> list[Stage]:
         """In the order in which they run."""
-        order = [self.base_model, self.demonstrations, self.base.samples, self.base.evaluation, self.sft.weights]
+        order = [self.base_model, self.demonstrations, self.base.samples, self.base.evaluation]
+        if self.sft.weights is not self.base_model:
+            order.append(self.sft.weights)
         last = self.sft
         for step in self.iterations:
             order += [last.samples, step.negatives, last.evaluation, step.pairs, step.policy.weights]
@@ -74,7 +76,9 @@ def plan(config: GsilConfig) -> Graph:
         samples = generation.plan(f"{name}/samples", weights, base, data, sampling, config.engine, 0, {"held_out": None})
         return Policy(name, weights, samples, evaluation.plan(f"{name}/evaluation", samples, data, config.evaluation))
 
-    sft = policy("sft", policy_training.plan("sft/training", base, base, data, config.sft, config.sft.objective()))
+    fine_tuned = policy_training.plan("sft/training", base, base, data, config.sft, config.sft.objective())
+    # Without an epoch of it the base model is the SFT policy.
+    sft = policy("sft", fine_tuned if config.sft.epochs else base)
     policies, negatives, iterations = [sft], [], []
     for t in range(1, config.iterations.count + 1):
         name, previous = f"iteration-{t}", policies[-1].weights
@@ -109,7 +113,8 @@ def align(config: GsilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
     run.do(sample, graph.base.samples)
     run.do(evaluation.evaluate, graph.base.evaluation)
-    run.do(policy_training.train(config.sft, config.sft.objective(), config.tracking, longest, trust), graph.sft.weights)
+    if config.sft.epochs:
+        run.do(policy_training.train(config.sft, config.sft.objective(), config.tracking, longest, trust), graph.sft.weights)
     policy = graph.sft
     for step in graph.iterations:
         run.do(sample, policy.samples, step.negatives)
@@ -149,7 +154,11 @@ class Result:
             self.warn(text)
 
     def should_stop(self, policy: Policy) -> bool:
-        """Whether `policy`, just evaluated, is worse than the one before, or its pairs could not be told apart."""
+        """Whether `policy`, just evaluated, is worse than the one before, or its pairs could not be told apart. Iterations go on from an
+        SFT policy that is worse than the base model: it is what they are there to mend."""
+        accuracies = [self.run.numbers(p.evaluation)["accuracy"] for p in (self.graph.base, self.graph.sft)]
+        if policy is self.graph.sft and accuracies[1] is not None and accuracies[1] < accuracies[0]:
+            self.warn(f"sft is worse than base: {accuracies[1]:.3f} after {accuracies[0]:.3f}; final/ is the best of the trained policies")
         if policy is not self.graph.sft and self.stopped is None:
             accuracy, before = (self.run.numbers(p.evaluation)["accuracy"] for p in (policy, self.trained[-2]))
             if accuracy is not None and accuracy < before:

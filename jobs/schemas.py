@@ -103,6 +103,8 @@ class DilConfig(JobConfig):
 
     @model_validator(mode="after")
     def _needs_pairs(self) -> "DilConfig":
+        if self.demonstrations.sft_first and not self.sft.epochs:
+            raise ValueError("demonstrations.sft_first=true and sft.epochs=0 contradict each other: change one of the two")
         if self.demonstrations.path in ("", "arithmetic"):
             raise ValueError("demonstrations.path must name preference pairs: a file, directory, glob, URI or hub id")
         return self
@@ -139,6 +141,8 @@ class IrlConfig(JobConfig):
                 raise ValueError(f"preference pairs are made of several samples of a prompt, but responses.samples=1: raise it, {mend}")
         if self.preferences.path != "golden" and "bt" not in self.rewards.kinds:
             raise ValueError(f"preferences.path={self.preferences.path!r} is read by nobody: add bt to rewards.kinds")
+        if self.needs_policy() and not self.sft.epochs:
+            raise ValueError("sft.epochs=0: reward models learn what SFT improved, so there has to be some")
         choosers = [*self.rewards.kinds, *self.best_of_n.scorers, *(["ensemble"] if self.rewards.ensemble else [])]
         if self.best_of_n.choose_by not in (None, *choosers):
             raise ValueError(f"best_of_n.choose_by={self.best_of_n.choose_by!r} chooses nothing: there are {', '.join(choosers)}")

@@ -24,6 +24,8 @@ from pipelines.shards import last_words
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "held_out")
+HOPELESS = 10_000
+"""Rows read without a single good one, after which the rest is not read."""
 ARITHMETIC_PROBLEMS = 128
 """Made of each split where no limit says otherwise."""
 
@@ -148,8 +150,6 @@ def tokenize(batch: dict[str, Any], settings: Demonstrations, tokenizer: str, tr
             made["record"][i] = json.dumps(demonstration(json.loads(text), made["source"][i], settings, chat))
         except layouts.RowError as error:
             made["reason"][i] = str(error)
-        except StageError as error:
-            made["fatal"][i] = str(error)
     return made
 
 
@@ -158,20 +158,15 @@ def demonstration(row: dict[str, Any], source: str, settings: Demonstrations, ch
 
     Raises:
         layouts.RowError: the row cannot be used.
-        StageError: no row of this data can: its layout is unknown or a mapped column is missing.
     """
     absent = [theirs for theirs in settings.columns.values() if theirs not in row]
     if absent:
-        raise StageError(f"{source}: {settings.section}.columns names {absent[0]!r}, but the columns are {', '.join(sorted(row))}")
+        raise layouts.RowError(f"{settings.section}.columns names {absent[0]!r}, but the columns are {', '.join(sorted(row))}")
     row = row | {ours: row[theirs] for ours, theirs in settings.columns.items()}
     layout = settings.layout if settings.layout != "auto" else layouts.detect(row)
     if layout is None:
-        if set(row) & {"prompt", "question", "instruction", "input", "completion", "answer", "output"}:
-            raise layouts.RowError(f"fields are missing: only {', '.join(sorted(k for k, v in row.items() if v is not None)) or 'none'}")
-        raise StageError(
-            f"{source}: no layout fits the columns {', '.join(sorted(row))}; name them with {settings.section}.columns "
-            f"(for example --{settings.section}.columns '{{prompt: YOURS, completion: YOURS}}')"
-        )
+        filled = ", ".join(sorted(name for name, value in row.items() if value is not None)) or "none"
+        raise layouts.RowError(f"no layout fits the columns that are filled: {filled}")
     prompt, response = layouts.turns(row, layout)
     if settings.system_prompt and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": settings.system_prompt}, *prompt]
@@ -223,7 +218,7 @@ class _Writer:
         """Takes the rows of one source until all splits that it feeds are full."""
         fed = SPLITS if self._cuts(source_split) else (source_split,)
         for row in rows:
-            if all(self._full(split) for split in fed):
+            if all(self._full(split) for split in fed) or len(self.rejected) == self.read == HOPELESS:
                 break
             self.read += 1
             if row["reason"]:
@@ -286,6 +281,12 @@ def _check(numbers: dict[str, Any], writer: _Writer, settings: Demonstrations) -
     rejected, read = numbers["rejected"], max(1, numbers["read"])
     if rejected:
         log.warning("%d of %d rows rejected, see %s", rejected, read, writer.directory / "rejected.parquet")
+    if rejected == numbers["read"] > 0:
+        worst = writer.rejected[0]
+        raise StageError(
+            f"{settings.path}: not one row can be used. The first, {worst['source']}: {worst['reason']}. Name the layout with "
+            f"--{settings.section}.layout, or the columns (--{settings.section}.columns '{{prompt: YOURS, completion: YOURS}}')"
+        )
     if rejected > settings.max_rejected_fraction * read:
         first = "\n".join(f"  {row['source']}: {row['reason']}" for row in writer.rejected[:5])
         raise StageError(
@@ -295,5 +296,6 @@ def _check(numbers: dict[str, Any], writer: _Writer, settings: Demonstrations) -
         )
     if not numbers["train"]:
         raise StageError(
-            f"{settings.path} holds no usable demonstration: {numbers['read']} rows read, {numbers['held_out']} of them held out"
+            f"{settings.path} holds no demonstration to train on: {numbers['read']} rows read, {numbers['held_out']} of them held out; "
+            "name a file with rows, or hold out less"
         )

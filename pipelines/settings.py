@@ -260,7 +260,7 @@ class Iterations(Settings):
     negatives_window: Literal[1, 2] = 1
     """train on this iteration's negatives, or also on the previous one's"""
     stop_when_worse: bool = True
-    """stop when the held-out metric falls; final/ is the best policy either way"""
+    """stop when the held-out metric falls below that of the policy before; final/ is the best trained policy either way"""
     stop_when_indistinguishable: bool = True
     """stop when held-out pairs are told apart no better than by chance (within two standard errors)"""
 

@@ -92,7 +92,8 @@ def read(file: str, subset: str | None = None, split: str = "train") -> Iterator
         for number, (row, reason) in enumerate(readers[_suffix(file)](file), start=1):
             yield {"source": f"{name}:{number}", "row": row, "reason": reason}
     except (OSError, ValueError) as error:
-        raise StageError(f"{file} cannot be read as {_suffix(file)[1:]}: {str(error).splitlines()[0]}") from None
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StageError(f"{file} cannot be read as {_suffix(file)[1:]}: {said}. Mend or remove it, or rename it to what it is") from None
 
 
 Parsed = tuple[str, str]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.settings import Objective
+from pipelines import base_model
 from pipelines.artifacts import Run, Stage, versions, write_json
 
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
@@ -21,6 +22,7 @@ def iteration_numbers(pairs: dict[str, Any], negatives: dict[str, Any], training
     """One entry of `iterations` in the summary, from the numbers in the manifests of the three stages (of pairs that were given,
     `negatives` has their number alone).
 
+    Negatives and cut ones among them are those of both splits, rejected pairs those that would have been trained on.
     Rewards (beta * rho, nats x beta), margin and classification accuracy are the trained policy's on held-out pairs.
     """
     train, held_out = pairs["train"], training.get("held_out", {})
@@ -164,7 +166,12 @@ def write_final(run: Run, name: str, policy: Stage, card: str) -> None:
     """Puts a policy with its model card at final/; the weights are hard links where the disk allows it."""
     final, building = run.root / "final", run.root / ".final.tmp"
     shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(run.directory(policy) / "policy", building, copy_function=_link)
+    source = base_model.weights(run, policy)
+    if not Path(source).is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = snapshot_download(source)
+    shutil.copytree(source, building, copy_function=_link)
     (building / "README.md").write_text(card, encoding="utf-8")
     write_json(building / "policy.json", {"policy": name, "fingerprint": policy.fingerprint})
     shutil.rmtree(final, ignore_errors=True)

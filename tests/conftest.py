@@ -1,6 +1,7 @@
 """Shared fixtures: tiny models on disk, one local Ray for the suite."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,12 +49,15 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(tiny: Path, demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the main job that nobody stopped. Its tests look, and change copies."""
-    from running import command, finish
+    from running import command, finish, wait_until_gone
 
     root = tmp_path_factory.mktemp("undisturbed")
-    done = finish(command(tiny, demonstrations, root))
+    done = finish(command(tiny, demonstrations, root), env=os.environ | {"GSIL_TEST": str(root)})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "told apart" in done.stdout and "final policy" in done.stdout
+    assert "told apart" in done.stdout and "final policy" in done.stdout and f"logs: {root / 'job' / 'logs'}" in done.stdout
+    chatter = [line for line in done.stdout.splitlines() if any(word in line for word in ("INFO", "WARNING", "[deepspeed]", "pid="))]
+    assert not chatter and not done.stderr.strip(), done.stdout + done.stderr
+    wait_until_gone(root)
     return root / "job"
 
 

@@ -106,8 +106,24 @@ def test_a_users_deepspeed_json_is_laid_over_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "said",
+    [
+        '{"fp16": {"enabled": false}}',
+        '{"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}}',
+        '{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}, "gradient_clipping": 1.0}',
+    ],
+)
+def test_a_deepspeed_json_that_agrees_is_no_contradiction(said: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(said)
+    assert deepspeed_config(Training(deepspeed=str(path)), 1, read_deepspeed(str(path))) == deepspeed_config(Training(), 1)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
+        ('{"fp16": {"enabled": true}}', ["fp16=", "precision=float32"]),
+        ('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', ["offload_optimizer=", "offload=False"]),
         ('{"zero_optimization": {"stage": 3}}', ["zero_optimization.stage=3", "1", "zero_stage"]),
         ('{"train_batch_size": 64}', ["train_batch_size=64", "8", "batch_size"]),
         ('{"bf16": {"enabled": true}}', ["bf16.enabled=True", "False", "precision"]),

@@ -133,11 +133,33 @@ def test_rows_become_shards_and_bad_ones_are_set_aside(tiny: Path, tmp_path: Pat
     assert len(reasons) == 7 == numbers["rejected"]
     for reason, words in zip(
         reasons,
-        ["prompt is empty", "more than max_prompt_tokens=64", "earlier row", "a number", "missing", "token '<s>'", "token '<s>'"],
+        ["prompt is empty", "more than max_prompt_tokens=64", "earlier row", "a number", "columns that are filled: prompt", "token '<s>'", "token '<s>'"],
         strict=True,
     ):
         assert words in reason
     assert rejected[0]["source"] == "a.jsonl:31" and json.loads(rejected[0]["row"]) == bad[0]
+
+
+MESSAGES = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ({"messages": MESSAGES}, {"messages": None}),
+        ({"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}]}, {"conversations": None}),
+        ({"real": MESSAGES, "generated": MESSAGES}, {"real": None, "generated": MESSAGES}),
+        ({"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes.", "rejected": "x"}, {"chosen": None, "rejected": "x"}),
+        ({"q": "Hi?", "a": "Yes."}, {"a": "Yes."}),
+    ],
+    ids=["messages", "sharegpt", "spin", "hh", "columns"],
+)
+def test_an_empty_row_is_set_aside_in_every_layout(good: dict[str, Any], bad: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [good, bad, {"id": 1}])
+    columns = {"columns": {"prompt": "q", "completion": "a"}} if "q" in good else {}
+    _, _, numbers = prepare(tmp_path, tiny, path=str(path), held_out_fraction=0.0, max_rejected_fraction=0.7, **columns)
+    assert (numbers["train"], numbers["rejected"]) == (1, 2)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -145,7 +167,7 @@ def test_too_many_bad_rows_stop_the_job_and_show_the_first(tiny: Path, tmp_path:
     path = write(tmp_path / "a.jsonl", [*ROWS[:8], {"prompt": "x"}, {"prompt": "y"}])
     with pytest.raises(StageError) as error:
         prepare(tmp_path, tiny, path=str(path))
-    assert "2 of 10 rows" in str(error.value) and "a.jsonl:9: fields are missing" in str(error.value)
+    assert "2 of 10 rows" in str(error.value) and "a.jsonl:9: no layout fits the columns that are filled: prompt" in str(error.value)
     assert (tmp_path / "run" / "demonstrations" / "rejected.parquet").exists()
 
 
@@ -153,9 +175,11 @@ def test_too_many_bad_rows_stop_the_job_and_show_the_first(tiny: Path, tmp_path:
 @pytest.mark.parametrize(
     ("rows", "settings", "words"),
     [
-        ([{"text": "a"}], {}, "no layout fits the columns text"),
-        (ROWS, {"columns": {"prompt": "q"}}, "'q', but the columns are completion, prompt"),
-        ([], {}, "no usable demonstration: 0 rows read"),
+        ([{"text": "a"}], {}, "The first, a.jsonl:1: no layout fits the columns that are filled: text. Name the layout with --demonstrations"),
+        ([{"prompt": "a", "text": "b"}] * 3, {}, "no layout fits the columns that are filled: prompt, text. Name the layout with"),
+        (ROWS, {"columns": {"prompt": "q"}}, "demonstrations.columns names 'q', but the columns are completion, prompt. Name the layout"),
+        (ROWS, {"layout": "messages"}, "The first, a.jsonl:1: 'messages' is missing. Name the layout with --demonstrations.layout"),
+        ([], {}, "no demonstration to train on: 0 rows read, 0 of them held out; name a file with rows"),
     ],
 )
 def test_wrong_data_as_a_whole_is_one_clear_line(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from running import ROOT, command, content, finish, free_ports, rows_of, start, stop_when, wait_until_gone
+from running import ROOT, command, content, finish, free_ports, ours_alive, rows_of, start, stop_when, wait_until_gone
 
 STAGES = [
     "base/model",
@@ -112,6 +112,7 @@ def test_a_second_run_of_a_finished_job_does_nothing_again(undisturbed: Path, ti
     assert all(stage["skipped"] for stage in summary["stages"]) and content(undisturbed) == before
     planned = finish(command(tiny, demonstrations, undisturbed.parent, "--dry-run")).stdout
     assert planned.count("  done ") == len(STAGES) and "to do" not in planned
+    assert "learning_rate: 0.001" in planned and "2 x (1 CPU, 0 GPU), ZeRO-1" in planned
 
 
 def test_killed_after_every_stage_and_within_generation_it_ends_with_the_same_files(
@@ -119,6 +120,8 @@ def test_killed_after_every_stage_and_within_generation_it_ends_with_the_same_fi
 ) -> None:
     argv, run = command(tiny, demonstrations, tmp_path), tmp_path / "job"
     first_shards: dict[Path, int] = {}
+    finished: dict[Path, bytes] = {}
+    kills = 0
     moments: list[Callable[[], bool]] = [(run / name / "manifest.json").exists for name in STAGES if not name.endswith("evaluation")]
     moments.insert(4, lambda: len(list((run / "sft/samples").glob("*/*.parquet"))) >= 1)
     for number, moment in enumerate(moments[:-1]):
@@ -127,27 +130,33 @@ def test_killed_after_every_stage_and_within_generation_it_ends_with_the_same_fi
         process = start(argv, tmp_path)
         stop_when(process, moment, signal.SIGKILL)
         wait_until_gone(tmp_path)
+        kills += 1
+        finished |= {path: path.read_bytes() for path in run.rglob("manifest.json")}
         if number == 4:
             first_shards = {p: p.stat().st_mtime_ns for p in (run / "sft/samples").glob("*/*.parquet")}
             assert first_shards and not (run / "sft/samples/manifest.json").exists()
     done = finish(argv)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(path.stat().st_mtime_ns == made for path, made in first_shards.items()), "finished shards were made again"
+    assert kills >= len(moments) - 3 and all(path.read_bytes() == made for path, made in finished.items()), "finished stages ran again"
     assert content(run) == content(undisturbed)
+    numbers = [json.loads((root / "summary.json").read_text()) for root in (run, undisturbed)]
+    for key in ("policies", "iterations", "final", "demonstrations"):
+        assert numbers[0][key] == numbers[1][key]
 
 
 def test_ctrl_c_leaves_nothing_behind_and_says_how_to_go_on(tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
     argv = command(tiny, demonstrations, tmp_path)
-    process = subprocess.Popen(
-        argv, cwd=ROOT, env=os.environ | {"GSIL_TEST": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    # In a group of its own, all of which gets the signal, as from a terminal.
+    options = {"env": os.environ | {"GSIL_TEST": str(tmp_path)}, "start_new_session": True}
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
     while not (tmp_path / "job/base/samples/started.json").exists():
         assert process.poll() is None
         time.sleep(0.1)
     time.sleep(3)
     second = finish(argv)
     assert second.returncode == 1 and "in use by another process" in second.stderr
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command continues" in errors
     wait_until_gone(tmp_path)
@@ -255,6 +264,10 @@ def test_a_job_submitted_to_a_running_cluster(undisturbed: Path, tiny: Path, dem
         done = finish([*job, "--ray.address", f"127.0.0.1:{port}"], env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         assert all(stage["skipped"] for stage in json.loads((tmp_path / "job" / "summary.json").read_text())["stages"])
+        deadline = time.monotonic() + 30
+        while held := [words for words in ours_alive(tmp_path) if any(name in words for name in ("MapWorker", "RayTrainWorker"))]:
+            assert time.monotonic() < deadline, f"left on the cluster: {held}"
+            time.sleep(0.5)
     finally:
         cluster.send_signal(signal.SIGTERM)
         cluster.wait(timeout=60)

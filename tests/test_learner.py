@@ -35,6 +35,15 @@ def test_the_first_step_starts_at_the_reference(alone: tuple[list[dict[str, floa
     assert first["reward_real"] == pytest.approx(0, abs=1e-5) and first["reward_generated"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize(("precision", "world"), [("float32", 2), ("bfloat16", 2)])
+def test_without_a_step_every_log_ratio_is_zero(precision: str, world: int, tiny: Path, tmp_path: Path) -> None:
+    data = write_pairs(tiny, tmp_path / "pairs.parquet", precision=precision)
+    train(tiny, data, tmp_path / "out", world, Objective(), precision=precision, learning_rate=1e-30, micro_batch_tokens=40)
+    held_out = pq.read_table(tmp_path / "out/held_out.parquet")
+    for side in ("rho_real", "rho_generated"):
+        assert np.abs(held_out[side].to_numpy()).max() < (1e-4 if precision == "float32" else 5e-2)
+
+
 def test_training_tells_real_from_generated(alone: tuple[list[dict[str, float]], Path]) -> None:
     steps = alone[0]
     assert len(steps) == 4 and steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["margin"] > 0.01

@@ -13,10 +13,11 @@ from test_rewards import reward_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.settings import Scoring
-from pipelines import scoring
+from pipelines import scorers, scoring
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
-from pipelines.scoring import ByModel, ScoreResponses, check_reward_model
+from pipelines.scorers import ByModel
+from pipelines.scoring import ScoreResponses, check_reward_model
 
 USER = [{"role": "user", "content": "What is 1 and 2?"}]
 ANSWERS = ["3 apples #### 3", "4", "3 apples #### 3", "there are 12 apples. #### 12"]
@@ -176,9 +177,9 @@ def test_a_stage_counts_what_has_no_score_and_stops_when_nothing_has(
 
 
 def test_common_starts() -> None:
-    assert scoring._common([(1, 2, 3), (1, 2, 4, 5), (1, 2, 3, 9)]) == 2
-    assert scoring._common([(1, 2)]) == 1 and scoring._common([(1,), (1, 2)]) == 0
-    assert math.isclose(scoring.finite(2.0)[0] or 0, 2.0)
+    assert scorers._common([(1, 2, 3), (1, 2, 4, 5), (1, 2, 3, 9)]) == 2
+    assert scorers._common([(1, 2)]) == 1 and scorers._common([(1,), (1, 2)]) == 0
+    assert math.isclose(scorers.finite(2.0)[0] or 0, 2.0)
 
 
 def test_the_reward_models_template_ends_with_its_turn(tmp_path: Path) -> None:

@@ -70,6 +70,21 @@ def test_it_stops_when_the_metric_falls_and_keeps_the_best(tmp_path: Path) -> No
     assert goes_on["stopped"] is None and goes_on["final"] == "sft" and len(goes_on["iterations"]) == 2
 
 
+def test_an_sft_policy_worse_than_the_base_model_is_said_and_mended(tmp_path: Path) -> None:
+    summary = finished(tmp_path, {"base": 0.4, "sft": 0.3, "iteration-1": 0.35, "iteration-2": 0.38})
+    assert summary["warnings"] == ["sft is worse than base: 0.300 after 0.400; final/ is the best of the trained policies"]
+    assert summary["stopped"] is None and summary["final"] == "iteration-2"
+
+
+def test_without_sft_the_base_model_is_where_the_iterations_start(tmp_path: Path) -> None:
+    argv = ("--sft.epochs", "0", "--iterations.count", "1")
+    graph = plan(build(GsilConfig, argv))
+    assert graph.sft.weights is graph.base_model and graph.iterations[0].negatives.inputs["policy"] is graph.base_model
+    assert "sft/training" not in [stage.name for stage in graph.stages()]
+    summary = finished(tmp_path, {"base": 0.3, "sft": 0.3, "iteration-1": 0.2}, argv)
+    assert summary["final"] == "sft" and (tmp_path / "final/config.json").exists()
+
+
 def test_it_stops_when_held_out_pairs_are_told_apart_by_chance(tmp_path: Path) -> None:
     scores = {"base": 0.0, "sft": 0.3, "iteration-1": 0.4, "iteration-2": 0.5}
     training = {"held_out": APART | {"accuracy": 0.55}, "tail_reward_real": 0.5}

@@ -25,7 +25,7 @@ ROWS = 14
 SIDES = ("real", "generated", "mismatched")
 
 
-def write_pairs(model: Path, path: Path, spoil: dict[int, float] | None = None) -> Path:
+def write_pairs(model: Path, path: Path, spoil: dict[int, float] | None = None, precision: str = "float32") -> Path:
     """Pairs whose reference is the model itself; `spoil` replaces reference log-probs of real responses by row."""
     draw = np.random.default_rng(0)
 
@@ -34,7 +34,7 @@ def write_pairs(model: Path, path: Path, spoil: dict[int, float] | None = None) 
 
     rows = [(ids(5 + i % 3), [*ids(3 + i % 7), 1], ids(4 + i % 5)) for i in range(ROWS)]
     rows = [(*row, rows[(i + 1) % ROWS][1 + i % 2]) for i, row in enumerate(rows)]  # type: ignore[misc]
-    logps = Scorer(str(model), Scoring(), "float32")([Example(str(i), row[0], row[1:]) for i, row in enumerate(rows)])
+    logps = Scorer(str(model), Scoring(), precision)([Example(str(i), row[0], row[1:]) for i, row in enumerate(rows)])
     columns: dict[str, Any] = {"id": [f"row-{i}" for i in range(ROWS)], "prompt_ids": [row[0] for row in rows]}
     for k, side in enumerate(SIDES):
         columns |= {f"{side}_ids": [row[k + 1] for row in rows], f"ref_logp_{side}": [values[k] for values in logps]}

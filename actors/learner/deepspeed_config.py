@@ -85,11 +85,26 @@ SETTING_OF_KEY = {
 }
 
 
+def _agrees(key: str, value: Any, settings: Training) -> bool:
+    """Whether the value of a key that settings of ours replace says the same as they do, or leaves it open."""
+    if not isinstance(value, Mapping):
+        return value == "auto"
+    if key == "fp16":
+        return value.get("enabled") is False
+    if key == "optimizer":
+        params = value.get("params", {})
+        return str(value.get("type", "")).lower() == settings.optimizer and all(number == "auto" for number in params.values())
+    if key.startswith("zero_optimization.offload"):
+        wanted = settings.offload and (key.endswith("optimizer") or settings.zero_stage == 3)
+        return value.get("device", "none") == ("cpu" if wanted else "none")
+    return False
+
+
 def _overlaid(ours: dict[str, Any], theirs: Mapping[str, Any], settings: Training, prefix: str = "") -> dict[str, Any]:
     result = dict(ours)
     for key, value in theirs.items():
         dotted = prefix + key
-        if value == "auto":
+        if value == "auto" or (dotted in INSTEAD and _agrees(dotted, value, settings)):
             continue
         if dotted in INSTEAD:
             said = ", ".join(f"{name}={getattr(settings, name)}" for name in INSTEAD[dotted])

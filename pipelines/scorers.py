@@ -1,0 +1,138 @@
+"""Scorers of responses: (rows, demonstrations' file) -> a score for each row, or none and why.
+
+Rows have `id, prompt, prompt_ids, response, response_ids` and, of samples, `finish_reason`.
+"""
+
+import importlib
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from actors.settings import Scoring
+from pipelines.artifacts import StageError
+from pipelines.chat import Chat
+from pipelines.evaluation import final_number
+
+Row = dict[str, Any]
+Scored = tuple[float | None, str | None]
+"""A score, or None and why there is none."""
+
+
+def function(scorer: str, folder: str) -> Callable[[list[dict[str, str]], str], float]:
+    """Imports a Python scorer, (messages, response) -> float.
+
+    Args:
+        scorer: "module:function".
+        folder: searched first.
+
+    Raises:
+        StageError: the module cannot be imported, or has no such function.
+    """
+    module, _, name = scorer.partition(":")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # noqa: BLE001
+        # A module of somebody else's may fail in ways of its own.
+        raise StageError(f"scorer {scorer!r}: the module {module!r} cannot be imported from {folder}: {error}") from None
+    if not callable(found):
+        raise StageError(f"scorer {scorer!r}: the module {module!r} has no function {name!r}")
+    return found
+
+
+def exact_answers(rows: Sequence[Row], demonstrations: str) -> list[Scored]:
+    """1 where the final number is that of the demonstration, else 0."""
+    gold = {row["id"]: final_number(row["response"]) for row in pq.read_table(demonstrations, columns=["id", "response"]).to_pylist()}
+    missing: Scored = (None, "the demonstration has no number after '####'")
+    return [missing if gold[row["id"]] is None else (float(final_number(row["response"]) == gold[row["id"]]), None) for row in rows]
+
+
+def by_function(scorer: Callable[[list[dict[str, str]], str], float], rows: Sequence[Row], demonstrations: str) -> list[Scored]:
+    """A person's function of (messages, response)."""
+    results: list[Scored] = []
+    for row in rows:
+        try:
+            results.append(finite(float(scorer(row["prompt"], row["response"]))))
+        except Exception as error:  # noqa: BLE001
+            # Whatever it raises is about this response.
+            results.append((None, f"the scorer raised {type(error).__name__}: {error}"))
+    return results
+
+
+def finite(value: float) -> Scored:
+    """A score, unless it is not a finite number."""
+    return (value, None) if math.isfinite(value) else (None, f"the score is {value}")
+
+
+class ByModel:
+    """A reward model.
+
+    Args:
+        weights: its directory or hub id.
+        ours: trained by this run, on the run's token ids; else the text is written in the model's own chat template.
+        scoring: the pool, for threads, device and tokens a batch.
+        precision: of the forward pass.
+        longest: no prompt with one of its responses is longer, in the run's tokens.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    def __init__(self, weights: str, ours: bool, scoring: Scoring, precision: str, longest: int, trust_remote_code: bool):
+        from actors.scorer import Scorer
+
+        self.scorer = Scorer(weights, scoring, precision, longest if ours else None, trust_remote_code, "reward")
+        self.chat = None if ours else Chat(weights, trust_remote_code)
+        config = self.scorer.module.model.config
+        self.context = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        self.retemplated = False
+
+    def __call__(self, rows: Sequence[Row], demonstrations: str) -> list[Scored]:
+        """Scores rows; equal responses to a prompt once."""
+        from actors.learner.batches import Example
+
+        results: list[Scored] = [(None, "")] * len(rows)
+        examples: list[Example] = []
+        places: list[list[list[int]]] = []
+        for key, group in itertools.groupby(range(len(rows)), lambda number: rows[number]["id"]):
+            same: dict[tuple[int, ...], list[int]] = {}
+            for number in group:
+                try:
+                    ids = self._ids(rows[number])
+                except Exception as error:  # noqa: BLE001
+                    # Chat templates are programs of others.
+                    results[number] = None, f"the reward model's chat template refuses the conversation: {error}"
+                    continue
+                if len(ids) > self.context:
+                    results[number] = None, f"{len(ids)} tokens, the context of the reward model is {self.context}"
+                    continue
+                same.setdefault(ids, []).append(number)
+            if same:
+                shared = _common(list(same))
+                examples.append(Example(key, next(iter(same))[:shared], tuple(ids[shared:] for ids in same)))
+                places.append(list(same.values()))
+        for values, groups in zip(self.scorer(examples), places, strict=True):
+            for value, numbers in zip(values, groups, strict=True):
+                for number in numbers:
+                    results[number] = finite(value)
+        return results
+
+    def _ids(self, row: Row) -> tuple[int, ...]:
+        """Prompt and response, in the words of the model."""
+        if self.chat is None:
+            return (*row["prompt_ids"], *row["response_ids"])
+        # A response that was cut did not end its turn.
+        ids = self.chat.conversation_ids(row["prompt"], row["response"], ended=row.get("finish_reason") != "length")
+        self.retemplated |= ids != [*row["prompt_ids"], *row["response_ids"]]
+        return tuple(ids)
+
+
+def _common(sequences: Iterable[tuple[int, ...]]) -> int:
+    """Length of the longest common start that leaves a token to each."""
+    rows = list(sequences)
+    shortest, longest = min(rows), max(rows)
+    limit = min(len(row) for row in rows) - 1
+    return next((k for k, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b or k == limit), limit)
