@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.allocator import GENERATION
 from actors.settings import Engine, Sampling
 
 
@@ -29,7 +30,7 @@ def environment(engine: Engine, gpu: bool) -> dict[str, str]:
     values = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not gpu:
         threads = max(1, int(engine.num_cpus))
-        values |= {"VLLM_CPU_KVCACHE_SPACE": f"{engine.kv_cache_gib}", "OMP_NUM_THREADS": str(threads)}
+        values |= {"VLLM_CPU_KVCACHE_SPACE": f"{engine.kv_cache_gib}", "OMP_NUM_THREADS": str(threads)} | GENERATION
         # One engine a machine may take its cores by number; several would take the same ones.
         values["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}" if engine.max_actors == 1 and threads > 1 else "nobind"
     return values

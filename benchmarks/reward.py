@@ -68,11 +68,11 @@ def measure(options: Any, reward: Path, data: Path, rows: list[dict[str, Any]], 
 
 def run_child(job: dict[str, Any]) -> dict[str, Any]:
     """Runs one system in a process of its own, with the environment that its actors have in a job."""
+    from actors.allocator import TRAINING
     from actors.generator import environment
     from actors.settings import Engine
-    from pipelines.policy_training import memory
 
-    own = memory(job["precision"]) if job["who"] == "ours" else environment(Engine(num_cpus=job["threads"]), gpu=False)
+    own = TRAINING[job["precision"]] if job["who"] == "ours" else environment(Engine(num_cpus=job["threads"]), gpu=False)
     threads = {"OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--child", json.dumps(job)]
     done = subprocess.run(command, env=os.environ | threads | own, capture_output=True, text=True)

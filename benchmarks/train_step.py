@@ -97,10 +97,10 @@ def measure(options: Any, work: Path, model: Path, rows: list[dict[str, Any]], p
 
 def run_child(job: dict[str, Any], allocator: bool) -> dict[str, Any]:
     """Runs one measurement in a process of its own."""
-    from pipelines.policy_training import memory
+    from actors.allocator import TRAINING
 
     environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    environment |= memory(job["precision"]) if allocator else {}
+    environment |= TRAINING[job["precision"]] if allocator else {}
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, __file__, "--child", json.dumps(job)]
         done = subprocess.run(command, env=environment | {"HF_DATASETS_CACHE": cache}, capture_output=True, text=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from actors.allocator import TRAINING
 from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
 from actors.settings import Objective, Tracking, Training
 from pipelines import base_model
@@ -24,8 +25,6 @@ from pipelines.records import shards
 from pipelines.shards import last_words
 
 log = logging.getLogger(__name__)
-KEPT_MIB = {"bfloat16": (32, 256), "float32": (128, 2**15)}
-"""By precision: the largest block that is kept when it is freed, and how much in all."""
 
 
 def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, objective: Objective, centre: Stage | None = None) -> Stage:
@@ -101,17 +100,6 @@ def train(training: Training, objective: Objective, tracking: Tracking, longest:
     return work
 
 
-def memory(precision: str) -> dict[str, str]:
-    """Environment of a process that computes on a CPU: what glibc does with freed memory.
-
-    By default it gives blocks back, and every step faults activations, gradients and logits in again, page by page. With 12 pairs of
-    GSM8K (SmolLM2-135M, 2 threads) bfloat16 takes 22.1 s at 4.15 GiB as it is here, 25.4 s at 4.1 GiB with huge pages alone, 22.4 s at
-    4.8 GiB with all blocks below 128 MiB kept; float32 takes 41 s at 4.1 GiB as it is here, and 45 s at 3.9 GiB with bfloat16's numbers.
-    """
-    block, total = (str(mib * 2**20) for mib in KEPT_MIB[precision])
-    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "MALLOC_MMAP_THRESHOLD_": block, "MALLOC_TRIM_THRESHOLD_": total}
-
-
 def count_lines(path: Path) -> int:
     """Lines written so far; 0 before the file is there."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -129,7 +117,7 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
 
     gpu = training.gpus_per_worker > 0
     threads = max(1, int(training.cpus_per_worker))
-    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | memory(training.precision)
+    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | TRAINING[training.precision]
     if not gpu:
         # Ray hides no GPU from a worker that asked for none, and DeepSpeed takes what it sees.
         env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

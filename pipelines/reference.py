@@ -12,10 +12,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from actors.allocator import TRAINING
 from actors.settings import Objective, Scoring, Training
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage
-from pipelines.policy_training import memory
 from pipelines.records import PAIR, shards, sum_counts, uncut, write_rows
 from pipelines.shards import Shard, map_shards
 
@@ -75,7 +75,7 @@ def score(scoring: Scoring, precision: str, longest: int, trust_remote_code: boo
             for split in SPLITS
             for inputs in _aligned(run, stage, split)
         ]
-        env = memory(precision) | {"OMP_NUM_THREADS": str(max(1, int(scoring.num_cpus)))}
+        env = TRAINING[precision] | {"OMP_NUM_THREADS": str(max(1, int(scoring.num_cpus)))}
         numbers = map_shards(run, tasks, ScoreShards, arguments, scoring, env)
         counts = {split: sum_counts(shards(run.directory(stage) / split)) for split in SPLITS}
         return {stage.name: numbers[stage.name] | counts}

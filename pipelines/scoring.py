@@ -16,11 +16,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from actors.allocator import TRAINING
 from actors.settings import Scoring
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.evaluation import final_number
-from pipelines.policy_training import memory
 from pipelines.records import SCORE, shards, sum_counts, uncut, write_rows
 from pipelines.scorers import ByModel, Row, Scored, by_function, exact_answers, function
 from pipelines.shards import Shard, map_shards
@@ -116,7 +116,7 @@ def score(scoring: Scoring, longest: int, trust_remote_code: bool) -> Any:
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         arguments = {"scoring": scoring, "longest": longest, "trust_remote_code": trust_remote_code, "folder": str(Path.cwd())}
         tasks = [task for stage in stages for task in _tasks(run, stage)]
-        env = memory(stages[0].settings["precision"]) | {
+        env = TRAINING[stages[0].settings["precision"]] | {
             "OMP_NUM_THREADS": str(max(1, int(scoring.num_cpus))),
             "TOKENIZERS_PARALLELISM": "false",
         }

@@ -1,0 +1,28 @@
+"""What glibc does with freed memory in a process that computes on a CPU.
+
+By default it gives blocks back to the system, and every step faults activations, gradients and logits in again, page by page. In huge
+pages, and with freed blocks kept, that time is gone; how much is kept is weighed against memory. Measured on 2 cores (AMD EPYC) with
+SmolLM2-135M:
+
+    generation, vLLM, bfloat16, 256 samples      glibc's default 471 to 515 tokens/s, tcmalloc 614, GENERATION 714
+    training, bfloat16, 12 pairs of GSM8K        huge pages alone 25.4 s at 4.1 GiB, BFLOAT16 22.1 s at 4.15, all kept 22.4 s at 4.8
+    training, float32, 12 pairs of GSM8K         BFLOAT16's numbers 45 s at 3.9 GiB, FLOAT32 41 s at 4.1
+"""
+
+MIB = 2**20
+
+
+def keeping(block_mib: int, total_mib: int) -> dict[str, str]:
+    """Environment variables, to be set before a process starts.
+
+    Args:
+        block_mib: the largest block that is kept when it is freed.
+        total_mib: how much of free memory at the top of the heap is kept in all.
+    """
+    thresholds = {"MALLOC_MMAP_THRESHOLD_": str(block_mib * MIB), "MALLOC_TRIM_THRESHOLD_": str(total_mib * MIB)}
+    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | thresholds
+
+
+GENERATION = keeping(512, 32 * 1024)
+TRAINING = {"bfloat16": keeping(32, 256), "float32": keeping(128, 32 * 1024)}
+"""By precision; for scoring too."""
