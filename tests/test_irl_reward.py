@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_all_scores_are_written_and_the_best_chosen(finished: Path) -> None:
         samples = rows_of(folder / "samples" / split)
         assert len(samples) == 6 * prompts
         assert all(row["golden"] == -len(row["response"]) for row in samples)
-        best = {}
+        best: dict[str, tuple[dict[str, Any], float]] = {}
         for row in samples:
             least = min((row[key] - mean) / std for key, (mean, std) in centres.items())
             whole = row["finish_reason"] == "stop" and row["response"].strip()

@@ -148,8 +148,10 @@ def test_killed_after_every_stage_and_within_generation_it_ends_with_the_same_fi
 def test_ctrl_c_leaves_nothing_behind_and_says_how_to_go_on(tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
     argv = command(tiny, demonstrations, tmp_path)
     # In a group of its own, all of which gets the signal, as from a terminal.
-    options = {"env": os.environ | {"GSIL_TEST": str(tmp_path)}, "start_new_session": True}
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    environment = os.environ | {"GSIL_TEST": str(tmp_path)}
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while not (tmp_path / "job/base/samples/started.json").exists():
         assert process.poll() is None
         time.sleep(0.1)
