@@ -39,14 +39,12 @@ def find(path: str, split: str, must: bool = False, key: str = "demonstrations.p
     Raises:
         StageError: nothing is there, or nothing that can be read.
     """
-    import fsspec
-
     if "://" not in path and not glob.has_magic(path) and not Path(path).exists():
         if HUB_ID.match(path) and not path.endswith(SUFFIXES):
             return [f"hub:{path}"]
         raise StageError(f"{key}={path!r}: there is no such file or directory (in {Path.cwd()})")
     try:
-        fs, root = fsspec.core.url_to_fs(path)
+        fs, root = filesystem(path)
         found = fs.glob(root) if glob.has_magic(root) else fs.find(root) if fs.isdir(root) else [root]
     except (OSError, ValueError, ImportError) as error:
         raise StageError(f"{key}={path!r} cannot be listed: {error}") from None
@@ -60,16 +58,29 @@ def find(path: str, split: str, must: bool = False, key: str = "demonstrations.p
     return [str(fs.unstrip_protocol(file)) if "://" in path else str(Path(file).resolve()) for file in named or files]
 
 
-def identity(files: list[str], subset: str | None, split: str) -> list[Any]:
-    """What identifies the content of files, for a fingerprint: local files by content, remote ones by what their store says."""
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The fsspec file system of a path or URI, and the path in it. s3:// and gs:// without fsspec's packages for them (s3fs, gcsfs) are
+    read by pyarrow's own clients."""
     import fsspec
 
+    try:
+        return fsspec.core.url_to_fs(uri)
+    except ImportError:
+        from fsspec.implementations.arrow import ArrowFSWrapper
+        from pyarrow.fs import FileSystem
+
+        fs, path = FileSystem.from_uri(uri)
+        return ArrowFSWrapper(fs), path
+
+
+def identity(files: list[str], subset: str | None, split: str) -> list[Any]:
+    """What identifies the content of files, for a fingerprint: local files by content, remote ones by what their store says."""
     marks: list[Any] = []
     for file in files:
         if is_hub(file):
             marks.append([file, subset, split])
         elif "://" in file:
-            fs, path = fsspec.core.url_to_fs(file)
+            fs, path = filesystem(file)
             marks.append([Path(file).name, fs.ukey(path)])
         else:
             with Path(file).open("rb") as opened:
@@ -105,9 +116,8 @@ def _suffix(file: str) -> str:
 
 
 def _open(file: str) -> Any:
-    import fsspec
-
-    return fsspec.open(file, "rb", compression="infer").open()
+    fs, path = filesystem(file)
+    return fs.open(path, "rb", compression="infer")
 
 
 def _read_lines(file: str) -> Iterator[Parsed]:

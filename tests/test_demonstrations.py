@@ -71,6 +71,21 @@ def test_directories_globs_splits_and_uris(tmp_path: Path) -> None:
     assert sources.find("openai/gsm8k", "train") == ["hub:openai/gsm8k"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_a_store_that_fsspec_has_no_client_for_is_read_by_pyarrows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / name, ROWS)
+
+    def missing(uri: str) -> None:
+        raise ImportError(f"Install s3fs to access {uri}")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    (file,) = sources.find(f"file://{tmp_path}/a.*", "train")
+    assert [json.loads(row["row"]) for row in sources.read(file)] == ROWS
+    marks = sources.identity([file], None, "train")
+    write(tmp_path / name, ROWS[:5])
+    assert sources.identity([file], None, "train") != marks
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [("no/such/file.jsonl", "no such file"), ("EMPTY", "holds no file"), ("nosuch://x/y.jsonl", "cannot be listed")],
