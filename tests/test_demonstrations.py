@@ -12,8 +12,9 @@ import pytest
 
 from pipelines import base_model, demonstrations, sources
 from pipelines.artifacts import Run, Stage, StageError, write_json
+from pipelines.chat import Chat
 from pipelines.records import shards
-from pipelines.settings import Demonstrations
+from pipelines.settings import Demonstrations, Model
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(30)]
 
@@ -233,3 +234,16 @@ def test_no_row_is_lost_between_the_splits(tiny: Path, tmp_path: Path) -> None:
     write(folder / "test.jsonl", ROWS[20:])
     _, _, numbers = prepare(tmp_path / "several", tiny, path=str(folder), held_out_split="test")
     assert (numbers["train"], numbers["held_out"], numbers["rejected"]) == (20, 10, 0)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_model_without_a_chat_template_gets_a_plain_one_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from models import write_tiny
+
+    model = Model(path=str(write_tiny(tmp_path / "model", template=None)))
+    run, stage = Run(tmp_path / "run"), base_model.plan(model)
+    run.do(base_model.prepare(model), stage)
+    assert run.numbers(stage)["plain_chat_template"] and "has no chat template: a plain one is used" in caplog.text
+    words = Chat(base_model.tokenizer(run, stage)).tokenizer
+    talk = [{"role": "user", "content": "Hi?"}]
+    assert words.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) == "User: Hi?\n\nAssistant: "
