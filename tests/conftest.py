@@ -13,8 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-# Before xdist reads the groups.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two processes share the suite, a file at a time; those that look at the undisturbed run are one file, and begin."""
     shared = {"test_job", "test_irl_reward"}
