@@ -13,14 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the suite, a file at a time; those that look at the undisturbed run are one file, and begin."""
-    shared = {"test_job", "test_irl_reward"}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("job" if item.path.stem in shared else item.path.stem))
-    items.sort(key=lambda item: item.path.stem not in shared)
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with weights large enough to have opinions."""
