@@ -19,6 +19,8 @@ from pipelines.best_of_n import choose_from
 from pipelines.layouts import detect, rejected, turns
 from pipelines.settings import BestOfN, Demonstrations
 
+# The whole job beside the main job's: the quick suite has its parts in test_reward_training, test_scoring, test_choice and test_rewards.
+pytestmark = pytest.mark.slow
 SHARED_SECTIONS = ("run", "ray", "model", "demonstrations", "sft", "training", "engine")
 JUDGE = "def brevity(messages, response):\n    return -float(len(response))\n"
 
@@ -173,7 +175,6 @@ def test_the_reward_model_loads_in_vllms_pooling_runner_unchanged(finished: Path
     assert reward == pytest.approx(want, abs=1e-3)
 
 
-@pytest.mark.slow
 def test_best_of_n_from_python(tiny: Path, demonstrations: Path, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "judge_of_python.py").write_text(JUDGE)
     monkeypatch.chdir(tmp_path)
