@@ -146,7 +146,7 @@ def plan(config: IrlConfig) -> Graph:
         return head
 
     golden, judge = None, config.best_of_n.golden
-    if judge != "none":
+    if judge != "none" and "held_out" in config.best_of_n.asked():
         golden = best_of_n.Golden(
             samples=score("best_of_n/golden", policy.many, judge),
             greedy=score("best_of_n/golden-greedy", policy.greedy, judge, "held_out"),

@@ -126,6 +126,9 @@ def test_the_graph_draws_nothing_that_nobody_reads(shared_preferences: Path, tin
         "rewards/init-sft/seed-1",
         "rewards/metrics",
     ]
+    flags = ["--model.path", str(tiny), "--best_of_n.prompts", "0", "--best_of_n.train_prompts", "4"]
+    names = [stage.name for stage in irl_reward.plan(build(IrlConfig, flags)).stages()]
+    assert "best_of_n/results" in names and not {"best_of_n/greedy", "best_of_n/golden"} & set(names), "nothing held out, nothing to judge"
     config = build(IrlConfig, ["--model.path", str(tiny), "--best_of_n.golden", "none", "--best_of_n.train_prompts", "null"])
     assert config.best_of_n.asked() == {"held_out": None, "train": None}
     names = [stage.name for stage in irl_reward.plan(config).stages()]
