@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.allocator import GENERATION
-from actors.settings import Engine, Sampling
+from actors.settings import Engine, EnginePool, Sampling
 
 
 @dataclass(frozen=True)
@@ -19,20 +19,15 @@ class Response:
     """"stop", or "length" for a response cut at max_new_tokens"""
 
 
-def environment(engine: Engine, gpu: bool) -> dict[str, str]:
-    """Environment variables that have to be set before a process imports vLLM.
-
-    Args:
-        engine: settings of the pool.
-        gpu: whether the engine runs on a GPU.
-    """
+def environment(pool: EnginePool) -> dict[str, str]:
+    """Environment variables that have to be set before a process of a pool imports vLLM."""
     # In the actor's own process: then nothing outlives the actor. Engines on several GPUs need processes of their own.
     values = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not gpu:
-        threads = max(1, int(engine.num_cpus))
-        values |= {"VLLM_CPU_KVCACHE_SPACE": f"{engine.kv_cache_gib}", "OMP_NUM_THREADS": str(threads)} | GENERATION
+    if not pool.num_gpus:
+        threads = max(1, int(pool.num_cpus))
+        values |= {"VLLM_CPU_KVCACHE_SPACE": f"{pool.kv_cache_gib}", "OMP_NUM_THREADS": str(threads)} | GENERATION
         # One engine a machine may take its cores by number; several would take the same ones.
-        values["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}" if engine.max_actors == 1 and threads > 1 else "nobind"
+        values["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}" if pool.max_actors == 1 and threads > 1 else "nobind"
     return values
 
 

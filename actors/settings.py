@@ -82,34 +82,41 @@ class Pool(Settings):
         return f"{size} x ({self.num_cpus:g} CPU, {self.num_gpus:g} GPU)"
 
 
-class Engine(Pool):
-    """vLLM generation actors."""
+class EnginePool(Pool):
+    """Actors with a vLLM engine each."""
 
     tensor_parallel: int = placement(1, ge=1)
     """GPUs that share one engine; num_gpus must be as many"""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """weights and activations of the engine"""
-    max_num_seqs: int = placement(256, ge=1)
-    """sequences decoded at once"""
     kv_cache_gib: int = placement(2, ge=1)
     """key-value cache on a CPU, GiB"""
     gpu_memory_utilization: float = placement(0.9, gt=0, le=1)
     """share of a GPU's memory that the engine may take"""
-    enforce_eager: bool = placement(False)
-    """skip CUDA graphs: starts faster, decodes slower"""
 
     @model_validator(mode="after")
-    def _gpus(self) -> "Engine":
+    def _gpus(self) -> "EnginePool":
         if self.tensor_parallel > 1 and self.num_gpus != self.tensor_parallel:
             raise ValueError(f"tensor_parallel={self.tensor_parallel} needs num_gpus={self.tensor_parallel}, not {self.num_gpus:g}")
         return self
 
 
-class Scoring(Pool):
-    """Actors that compute log-probs of given responses."""
+class Engine(EnginePool):
+    """vLLM generation actors."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """weights and activations of the engine"""
+    max_num_seqs: int = placement(256, ge=1)
+    """sequences decoded at once"""
+    enforce_eager: bool = placement(False)
+    """skip CUDA graphs: starts faster, decodes slower"""
+
+
+class Scoring(EnginePool):
+    """Actors that compute log-probs or rewards of given responses."""
 
     max_batch_tokens: int = placement(8192, ge=1)
     """tokens with padding in one forward pass"""
+    backend: Literal["auto", "vllm", "transformers"] = placement("auto")
+    """what a reward model runs in: auto takes vLLM where it knows the model. Log-probs are always computed as the learner does"""
 
 
 PRESETS: dict[str, dict[str, Any]] = {

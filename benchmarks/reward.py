@@ -4,8 +4,8 @@
 
 A random reward head on SmolLM2-135M; the prompts and responses are those of the GSM8K pairs (or words of such lengths, see train_step.py):
 of R responses to a prompt the first two are its own, the others those of the next rows. Each system is a fresh process that loads, scores
-a few responses to warm up, then all of them `rounds` times; the median counts. vLLM gets the ids of every conversation in one call of
-`classify`.
+a few responses to warm up, then all of them `rounds` times, every time with an empty prefix cache; the median counts. vLLM gets the ids of
+every conversation in one call of `classify`. `--backend transformers` shows what scoring without vLLM costs.
 """
 
 import argparse
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["bfloat16", "float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--max-batch-tokens", type=int, default=2048, help="ours: tokens at once")
+    parser.add_argument("--backend", default="auto", choices=["auto", "vllm", "transformers"], help="ours: scoring.backend")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -57,7 +58,7 @@ def measure(options: Any, reward: Path, data: Path, rows: list[dict[str, Any]], 
     found = {}
     for who in ("ours", "vllm"):
         job = {"who": who, "model": str(reward), "data": str(data), "precision": precision, "threads": options.threads}
-        job |= {"rounds": options.rounds, "max_batch_tokens": options.max_batch_tokens}
+        job |= {"rounds": options.rounds, "backend": options.backend, "max_batch_tokens": options.max_batch_tokens}
         found[who] = run_child(job)
         each = responses / found[who]["seconds"]
         print(f"  {who:5} {found[who]['seconds']:6.1f} s  {each:6.1f} responses/s  (rounds {found[who]['rounds']})", flush=True)
@@ -68,14 +69,12 @@ def measure(options: Any, reward: Path, data: Path, rows: list[dict[str, Any]], 
 
 def run_child(job: dict[str, Any]) -> dict[str, Any]:
     """Runs one system in a process of its own, with the environment that its actors have in a job."""
-    from actors.allocator import TRAINING
     from actors.generator import environment
-    from actors.settings import Engine
+    from actors.settings import Scoring
 
-    own = TRAINING[job["precision"]] if job["who"] == "ours" else environment(Engine(num_cpus=job["threads"]), gpu=False)
-    threads = {"OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    own = environment(Scoring(num_cpus=job["threads"])) | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--child", json.dumps(job)]
-    done = subprocess.run(command, env=os.environ | threads | own, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         sys.exit(done.stdout + done.stderr)
@@ -95,13 +94,13 @@ def timed(score: Any, job: dict[str, Any], rows: list[dict[str, Any]]) -> dict[s
 
 
 def ours(job: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The scorer of `pipelines/scoring.py`."""
+    """The model of `pipelines/scorers.py`."""
+    from actors import reward_engine
     from actors.learner.batches import Example
-    from actors.scorer import Scorer
     from actors.settings import Scoring
 
-    scoring = Scoring(num_cpus=job["threads"], max_batch_tokens=job["max_batch_tokens"])
-    scorer = Scorer(job["model"], scoring, job["precision"], kind="reward")
+    scoring = Scoring(num_cpus=job["threads"], max_batch_tokens=job["max_batch_tokens"], backend=job["backend"])
+    scorer, _ = reward_engine.load(job["model"], scoring, job["precision"], 2048)
 
     def score(some: list[dict[str, Any]]) -> list[float]:
         examples = [Example(str(k), row["prompt_ids"], tuple(row["responses"])) for k, row in enumerate(some)]
@@ -118,6 +117,7 @@ def bare_vllm(job: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]
     raw = PoolingParams(use_activation=False)
 
     def score(some: list[dict[str, Any]]) -> list[float]:
+        llm.reset_prefix_cache()
         prompts = [{"prompt_token_ids": [*row["prompt_ids"], *ids]} for row in some for ids in row["responses"]]
         return [output.outputs.probs[0] for output in llm.classify(prompts, pooling_params=raw, use_tqdm=False)]
 

@@ -81,8 +81,8 @@ class Graph:
     """golden scores of the K samples, where preference pairs are made of them"""
     rewards: tuple[Reward, ...]
     metrics: Stage
-    scores: tuple[Stage, ...]
-    """of the N samples by every reward model, and golden ones"""
+    scores: tuple[tuple[Stage, ...], ...]
+    """golden ones, and those of the N samples by every reward model; a tuple for each scorer"""
     choice: Stage | None
 
     def samples(self) -> tuple[list[Stage], list[Stage]]:
@@ -102,7 +102,8 @@ class Graph:
         sampled = [self.policy.training, *base, *sft] if self.policy else []
         labels = [self.labels] if self.labels else []
         learned = [*self.pairs(), *(reward.training for reward in self.rewards), self.metrics]
-        return [*data, *sampled, *labels, *learned, *self.scores, *([self.choice] if self.choice else [])]
+        scores = [stage for stages in self.scores for stage in stages]
+        return [*data, *sampled, *labels, *learned, *scores, *([self.choice] if self.choice else [])]
 
     def pairs(self) -> list[Stage]:
         """Of all kinds, once each."""
@@ -161,7 +162,7 @@ def plan(config: IrlConfig) -> Graph:
     if config.rewards.ensemble:
         selectors["ensemble"] = [reward.name for reward in rewards if reward.kind in config.rewards.ensemble]
     choice = best_of_n.plan(policy.many, golden, scores, selectors, config.chooser(), config.rewards.rule())
-    return replace(head, scores=(*(golden.stages() if golden else ()), *scores.values()), choice=choice)
+    return replace(head, scores=(*([golden.stages()] if golden else []), *((stage,) for stage in scores.values())), choice=choice)
 
 
 def _policy(config: IrlConfig, base: Stage, data: Stage) -> Policy:
@@ -209,7 +210,8 @@ def learn(config: IrlConfig, graph: Graph, run: Run) -> dict[str, Any]:
         run.do(policy_training.train(reward.settings, objective, config.tracking, longest, trust), reward.training)
     run.do(reward_training.measure, graph.metrics)
     if graph.choice:
-        run.do(score, *graph.scores)
+        for stages in graph.scores:
+            run.do(score, *stages)
         run.do(best_of_n.choose, graph.choice)
     return _summary(graph, run)
 

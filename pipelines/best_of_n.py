@@ -192,6 +192,7 @@ def choose_from(
     base_model.check(run, base, {"max_prompt_tokens + max_new_tokens": longest}, {})
     run.do(demonstrations.prepare(data, False), rows)
     run.do(generation.sample(engine, longest, False), samples)
-    run.do(scoring.score(scoring_pool, longest, False), *scores.values())
+    for stage in scores.values():
+        run.do(scoring.score(scoring_pool, longest, False), stage)
     run.do(choose, results)
     return run.directory(results)

@@ -37,26 +37,22 @@ def evaluate(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         for row in pq.read_table(path, columns=["id", "response", "finish_reason"]).to_pylist():
             truncated += row["finish_reason"] == "length"
             if metric == "exact_answer":
-                scores.append(
-                    {"id": row["id"], "score": float(exact_answer(row["response"], gold[row["id"]]["response"], gold[row["id"]]["source"]))}
-                )
+                right = exact_answer(row["response"], gold[row["id"]]["response"])
+                if right is None:
+                    raise StageError(
+                        f"{gold[row['id']]['source']}: the demonstration has no number after '####'; set --evaluation.metric none and "
+                        "--iterations.stop_when_worse false"
+                    )
+                scores.append({"id": row["id"], "score": float(right)})
     write_rows(run.directory(stage) / "scores.parquet", scores, SCORES)
     mean, error = mean_and_error([row["score"] for row in scores])
     return {stage.name: {"accuracy": mean, "stderr": error, "n": len(scores), "truncated": truncated}}
 
 
-def exact_answer(response: str, demonstration: str, source: str = "") -> bool:
-    """Whether the number after the last `####` of a response is that of the demonstration (the GSM8K layout).
-
-    Raises:
-        StageError: the demonstration has no such number.
-    """
+def exact_answer(response: str, demonstration: str) -> bool | None:
+    """Whether the number after the last `####` of a response is that of the demonstration (the GSM8K layout), which may have none."""
     gold = final_number(demonstration)
-    if gold is None:
-        raise StageError(
-            f"{source}: the demonstration has no number after '####'; set --evaluation.metric none and --iterations.stop_when_worse false"
-        )
-    return final_number(response) == gold
+    return None if gold is None else final_number(response) == gold
 
 
 def final_number(text: str) -> Decimal | None:

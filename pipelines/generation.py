@@ -74,7 +74,7 @@ def sample(engine: Engine, max_model_len: int, trust_remote_code: bool) -> Any:
             "trust_remote_code": trust_remote_code,
         }
         tasks = [task for stage in stages for task in _tasks(run, stage)]
-        numbers = map_shards(run, tasks, SampleShards, arguments, engine, environment(engine, gpu=engine.num_gpus > 0))
+        numbers = map_shards(run, tasks, SampleShards, arguments, engine, environment(engine))
         for stage in stages:
             numbers[stage.name] |= sum_counts(run.directory(stage).glob("*/*.parquet"))
         return numbers

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from actors.settings import Scoring
 from pipelines.artifacts import StageError
 from pipelines.chat import Chat
-from pipelines.evaluation import final_number
+from pipelines.evaluation import exact_answer
 
 Row = dict[str, Any]
 Scored = tuple[float | None, str | None]
@@ -47,9 +47,9 @@ def function(scorer: str, folder: str) -> Callable[[list[dict[str, str]], str], 
 
 def exact_answers(rows: Sequence[Row], demonstrations: str) -> list[Scored]:
     """1 where the final number is that of the demonstration, else 0."""
-    gold = {row["id"]: final_number(row["response"]) for row in pq.read_table(demonstrations, columns=["id", "response"]).to_pylist()}
-    missing: Scored = (None, "the demonstration has no number after '####'")
-    return [missing if gold[row["id"]] is None else (float(final_number(row["response"]) == gold[row["id"]]), None) for row in rows]
+    gold = {row["id"]: row["response"] for row in pq.read_table(demonstrations, columns=["id", "response"]).to_pylist()}
+    right = (exact_answer(row["response"], gold[row["id"]]) for row in rows)
+    return [(None, "the demonstration has no number after '####'") if r is None else (float(r), None) for r in right]
 
 
 def by_function(scorer: Callable[[list[dict[str, str]], str], float], rows: Sequence[Row], demonstrations: str) -> list[Scored]:
@@ -82,12 +82,12 @@ class ByModel:
     """
 
     def __init__(self, weights: str, ours: bool, scoring: Scoring, precision: str, longest: int, trust_remote_code: bool):
-        from actors.scorer import Scorer
+        from actors import reward_engine
 
-        self.scorer = Scorer(weights, scoring, precision, longest if ours else None, trust_remote_code, "reward")
+        # In another tokenizer's tokens a conversation has another length; an engine needs room for one of the longest.
+        room = longest if ours else max(2 * longest, 8192)
+        self.model, self.context = reward_engine.load(weights, scoring, precision, room, trust_remote_code)
         self.chat = None if ours else Chat(weights, trust_remote_code)
-        config = self.scorer.module.model.config
-        self.context = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         self.retemplated = False
 
     def __call__(self, rows: Sequence[Row], demonstrations: str) -> list[Scored]:
@@ -114,7 +114,7 @@ class ByModel:
                 shared = _common(list(same))
                 examples.append(Example(key, next(iter(same))[:shared], tuple(ids[shared:] for ids in same)))
                 places.append(list(same.values()))
-        for values, groups in zip(self.scorer(examples), places, strict=True):
+        for values, groups in zip(self.model(examples), places, strict=True):
             for value, numbers in zip(values, groups, strict=True):
                 for number in numbers:
                     results[number] = finite(value)

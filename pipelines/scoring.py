@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.allocator import TRAINING
+from actors.generator import environment
 from actors.settings import Scoring
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
@@ -105,7 +105,7 @@ def check_reward_model(path: str) -> None:
 
 
 def score(scoring: Scoring, longest: int, trust_remote_code: bool) -> Any:
-    """Returns the work of scoring stages; those of one call share a pool of actors.
+    """Returns the work of scoring stages, all by the same scorer: they share a pool of actors.
 
     Args:
         scoring: the pool.
@@ -114,13 +114,18 @@ def score(scoring: Scoring, longest: int, trust_remote_code: bool) -> Any:
     """
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
-        arguments = {"scoring": scoring, "longest": longest, "trust_remote_code": trust_remote_code, "folder": str(Path.cwd())}
-        tasks = [task for stage in stages for task in _tasks(run, stage)]
-        env = TRAINING[stages[0].settings["precision"]] | {
-            "OMP_NUM_THREADS": str(max(1, int(scoring.num_cpus))),
-            "TOKENIZERS_PARALLELISM": "false",
+        ((scorer, ours),) = {_scorer(run, stage) for stage in stages}
+        arguments = {
+            "scorer": scorer,
+            "ours": ours,
+            "precision": stages[0].settings["precision"],
+            "scoring": scoring,
+            "longest": longest,
+            "trust_remote_code": trust_remote_code,
+            "folder": str(Path.cwd()),
         }
-        numbers = map_shards(run, tasks, ScoreResponses, arguments, scoring, env)
+        tasks = [task for stage in stages for task in _tasks(run, stage)]
+        numbers = map_shards(run, tasks, ScoreResponses, arguments, scoring, environment(scoring))
         for stage in stages:
             counts = sum_counts(run.directory(stage).glob("*/*.parquet"))
             numbers[stage.name] |= counts
@@ -145,20 +150,20 @@ def _reason(run: Run, stage: Stage) -> str:
     return next(r for file in sorted(files) for r in pq.read_table(file, columns=["reason"])["reason"].to_pylist() if r)
 
 
-def _tasks(run: Run, stage: Stage) -> list[Shard]:
+def _scorer(run: Run, stage: Stage) -> tuple[str, bool]:
+    """What scores in a stage, and whether it is a reward model of this run."""
     reward = stage.inputs.get("reward")
-    options = {
-        "scorer": str(run.directory(reward) / "reward") if reward else base_model.absolute(stage.settings["scorer"]),
-        "ours": reward is not None,
-        "precision": stage.settings["precision"],
-    }
+    return (str(run.directory(reward) / "reward"), True) if reward else (base_model.absolute(stage.settings["scorer"]), False)
+
+
+def _tasks(run: Run, stage: Stage) -> list[Shard]:
     responses, demonstrations = run.directory(stage.inputs["responses"]), run.directory(stage.inputs["demonstrations"])
     return [
         Shard(
             stage,
             (str(path), str(demonstrations / split / uncut(path))),
             run.directory(stage) / split / path.name,
-            options,
+            {},
             pq.read_metadata(path).num_rows,
         )
         for split in stage.settings["splits"]
@@ -167,11 +172,16 @@ def _tasks(run: Run, stage: Stage) -> list[Shard]:
 
 
 class ScoreResponses:
-    """The actor: one scorer at a time, and the files around it."""
+    """The actor: a scorer, and the files around it."""
 
-    def __init__(self, **arguments: Any):
-        self.arguments = arguments
-        self.scorer = functools.lru_cache(1)(self._scorer)
+    def __init__(self, scorer: str, ours: bool, folder: str, **model: Any):
+        self.scorer: Callable[[Sequence[Row], str], list[Scored]]
+        if not ours and scorer == "exact_answer":
+            self.scorer = exact_answers
+        elif not ours and is_function(scorer):
+            self.scorer = functools.partial(by_function, function(scorer, folder))
+        else:
+            self.scorer = ByModel(scorer, ours, **model)
 
     def __call__(self, inputs: list[str], output: str, options: dict[str, Any]) -> None:
         """Scores one shard.
@@ -182,22 +192,13 @@ class ScoreResponses:
         present = pq.read_schema(inputs[0]).names
         wanted = ("id", "sample", "prompt", "prompt_ids", "response", "response_ids", "finish_reason")
         rows = pq.read_table(inputs[0], columns=[name for name in wanted if name in present]).to_pylist()
-        scorer = self.scorer(options["scorer"], options["ours"], options["precision"])
-        results = scorer(rows, inputs[1])
-        counts = {"unscored": sum(score is None for score, _ in results), "retemplated": int(getattr(scorer, "retemplated", False))}
+        results = self.scorer(rows, inputs[1])
+        counts = {"unscored": sum(score is None for score, _ in results), "retemplated": int(getattr(self.scorer, "retemplated", False))}
         made = [
             {"id": row["id"], "sample": row.get("sample", 0), "score": score, "reason": reason}
             for row, (score, reason) in zip(rows, results, strict=True)
         ]
         write_rows(Path(output), made, SCORE, counts)
-
-    def _scorer(self, name: str, ours: bool, precision: str) -> Callable[[Sequence[Row], str], list[Scored]]:
-        if not ours and name == "exact_answer":
-            return exact_answers
-        if not ours and is_function(name):
-            return functools.partial(by_function, function(name, self.arguments["folder"]))
-        options = {key: self.arguments[key] for key in ("scoring", "longest", "trust_remote_code")}
-        return ByModel(name, ours, precision=precision, **options)
 
 
 def check_answers(run: Run, demonstrations: Stage, setting: str) -> None:

@@ -46,7 +46,7 @@ def config(family: str, vocab_size: int) -> PreTrainedConfig:
     """A two-layer config of a family."""
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": vocab_size}
     if family == "gpt2":
-        return GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=512, **ids)
+        return GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=512, **ids)
     if family == "mistral_window":
         return MistralConfig(**SIZES, **ids, max_position_embeddings=512, sliding_window=8)
     if family == "gpt_neox":

@@ -1,12 +1,16 @@
 """Exact answers, means with errors, and when to stop or warn."""
 
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
 from actors.settings import Objective
-from pipelines.artifacts import StageError
+from pipelines import evaluation
+from pipelines.artifacts import Run, Stage, StageError
 from pipelines.evaluation import exact_answer, final_number, mean_and_error
+from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
+from pipelines.settings import Evaluation
 from pipelines.summary import doubts, indistinguishable, reward_warnings, table
 
 
@@ -32,8 +36,18 @@ def test_the_final_number(text: str, number: int | Decimal | None) -> None:
 def test_exact_answer_compares_numbers_not_text() -> None:
     assert exact_answer("so #### 1,000", "#### 1000")
     assert not exact_answer("1000", "#### 1000")
-    with pytest.raises(StageError, match=r"row 3.*evaluation\.metric none"):
-        exact_answer("#### 1", "no number", "row 3")
+    assert exact_answer("#### 1", "no number") is None
+
+
+def test_a_demonstration_without_an_answer_is_named(tmp_path: Path) -> None:
+    run, data, samples = Run(tmp_path), Stage("demonstrations", {}), Stage("samples", {})
+    demonstration = {"id": "a", "source": "data.jsonl row 3", "response": "no number"}
+    for stage, row, schema in ((data, demonstration, DEMONSTRATION), (samples, {"id": "a", "response": "#### 1"}, SAMPLE)):
+        (run.directory(stage) / "held_out").mkdir(parents=True)
+        write_rows(run.directory(stage) / "held_out" / "00000.parquet", [row], schema)
+    stage = evaluation.plan("sft/evaluation", samples, data, Evaluation())
+    with pytest.raises(StageError, match=r"data\.jsonl row 3: .*evaluation\.metric none"):
+        evaluation.evaluate(run, (stage,))
 
 
 def test_mean_and_standard_error_by_hand() -> None:

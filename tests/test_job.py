@@ -1,5 +1,6 @@
 """The whole job with the real Ray, vLLM and DeepSpeed on a tiny random model: files, resume, refusal, leftovers."""
 
+import functools
 import json
 import os
 import shutil
@@ -8,12 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from running import ROOT, command, content, finish, free_ports, ours_alive, rows_of, start, stop_when, wait_until_gone
+from transformers import AutoTokenizer
 
 STAGES = [
     "base/model",
@@ -55,26 +56,47 @@ def test_the_run_directory(undisturbed: Path) -> None:
     assert all(f"done: {name}," in log for name in STAGES)
 
 
-def test_the_ids_that_were_sampled_scored_and_trained_on_are_the_same(undisturbed: Path) -> None:
+def assert_same_ids(run: Path, end: int, limit: int) -> set[str]:
+    """The ids of demonstrations, samples and pairs of the first iteration are the same; returns how samples ended."""
+    reasons = set()
     for split in ("train", "held_out"):
-        real = {
-            r["id"]: r for p in sorted((undisturbed / "demonstrations" / split).glob("*.parquet")) for r in pq.read_table(p).to_pylist()
-        }
-        samples = [
-            r for p in sorted((undisturbed / "iteration-1/negatives" / split).glob("*.parquet")) for r in pq.read_table(p).to_pylist()
-        ]
-        pairs = [r for p in sorted((undisturbed / "iteration-1/pairs" / split).glob("*.parquet")) for r in pq.read_table(p).to_pylist()]
-        assert [s["id"] for s in samples] == list(real), "one sample a prompt, in order"
+        real = {row["id"]: row for row in rows_of(run / "demonstrations" / split)}
+        samples = rows_of(run / "iteration-1/negatives" / split)
+        assert [s["id"] for s in samples] == list(real)[: len(samples)], "one sample a prompt, in order"
         drawn = {s["id"]: s for s in samples}
-        for pair in pairs:
+        for pair in rows_of(run / "iteration-1/pairs" / split):
             assert pair["prompt_ids"] == real[pair["id"]]["prompt_ids"] == drawn[pair["id"]]["prompt_ids"]
             assert pair["real_ids"] == real[pair["id"]]["response_ids"]
             assert pair["generated_ids"] == drawn[pair["id"]]["response_ids"]
         for sample in samples:
-            ids = sample["response_ids"]
-            assert sample["prompt_ids"].count(0) == 1 and sample["prompt_ids"][0] == 0
-            assert (ids.count(1), ids[-1] == 1) == ((1, True) if sample["finish_reason"] == "stop" else (0, False))
-            assert len(ids) == 24 or sample["finish_reason"] == "stop"
+            ids, stopped = sample["response_ids"], sample["finish_reason"] == "stop"
+            assert (ids.count(end), ids[-1] == end) == ((1, True) if stopped else (0, False))
+            assert len(ids) == limit or stopped
+            reasons.add(sample["finish_reason"])
+    return reasons
+
+
+def test_the_ids_that_were_sampled_scored_and_trained_on_are_the_same(undisturbed: Path) -> None:
+    assert "length" in assert_same_ids(undisturbed, end=1, limit=24)
+    for path in ("demonstrations/train", "demonstrations/held_out", "iteration-1/negatives/train"):
+        assert all(row["prompt_ids"].count(0) == 1 and row["prompt_ids"][0] == 0 for row in rows_of(undisturbed / path))
+
+
+@pytest.mark.slow
+def test_so_are_smollm2s(tmp_path: Path) -> None:
+    sizes = {"demonstrations.limit": 48, "demonstrations.held_out_limit": 8, "sft.epochs": 2, "iterations.count": 1}
+    options = {"run.name": "job", "run.root": tmp_path, "ray.num_cpus": 2, "negatives.max_new_tokens": 48, "evaluation.max_new_tokens": 48}
+    flags = [part for key, value in (sizes | options).items() for part in (f"--{key}", str(value))]
+    done = finish([sys.executable, "jobs/gsil_iterative.py", "--config", "jobs/configs/quickstart.yaml", *flags])
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "job"
+    assert assert_same_ids(run, end=2, limit=48) == {"stop", "length"}
+    tokenizer = AutoTokenizer.from_pretrained(run / "sft/training/policy")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    for row in rows_of(run / "iteration-1/negatives/train"):
+        assert row["prompt_ids"] == tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        # Its template begins every turn with the token that is its BOS: system, user, assistant.
+        assert row["prompt_ids"].count(1) == 3 and row["prompt_ids"][0] == 1 != row["prompt_ids"][1]
 
 
 def test_the_first_step_of_the_iteration_starts_at_the_reference(undisturbed: Path) -> None:
@@ -115,30 +137,40 @@ def test_a_second_run_of_a_finished_job_does_nothing_again(undisturbed: Path, ti
     assert "learning_rate: 0.001" in planned and "2 x (1 CPU, 0 GPU), ZeRO-1" in planned
 
 
+IN_GENERATION = "sft/samples, one of its shards"
+OFTEN = [name for name in STAGES[:-2] if not name.endswith("evaluation")]
+OFTEN.insert(4, IN_GENERATION)
+# Stages of a moment, most of which end in the same breath as the one before.
+REST = ["base/evaluation", "sft/evaluation", "iteration-1/samples", "iteration-1/evaluation"]
+
+
+@pytest.mark.parametrize("behind", [OFTEN, pytest.param(REST, marks=pytest.mark.slow)], ids=["generation and training", "the others"])
 def test_killed_after_every_stage_and_within_generation_it_ends_with_the_same_files(
-    undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path
+    behind: list[str], undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path
 ) -> None:
     argv, run = command(tiny, demonstrations, tmp_path), tmp_path / "job"
     first_shards: dict[Path, int] = {}
     finished: dict[Path, bytes] = {}
     kills = 0
-    moments: list[Callable[[], bool]] = [(run / name / "manifest.json").exists for name in STAGES if not name.endswith("evaluation")]
-    moments.insert(4, lambda: len(list((run / "sft/samples").glob("*/*.parquet"))) >= 1)
-    for number, moment in enumerate(moments[:-1]):
-        if moment():
+
+    def reached(moment: str) -> bool:
+        return any((run / "sft/samples").glob("*/*.parquet")) if moment == IN_GENERATION else (run / moment / "manifest.json").exists()
+
+    for moment in behind:
+        if reached(moment):
             continue
         process = start(argv, tmp_path)
-        stop_when(process, moment, signal.SIGKILL)
+        stop_when(process, functools.partial(reached, moment), signal.SIGKILL)
         wait_until_gone(tmp_path)
         kills += 1
         finished |= {path: path.read_bytes() for path in run.rglob("manifest.json")}
-        if number == 4:
+        if moment == IN_GENERATION:
             first_shards = {p: p.stat().st_mtime_ns for p in (run / "sft/samples").glob("*/*.parquet")}
             assert first_shards and not (run / "sft/samples/manifest.json").exists()
     done = finish(argv)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(path.stat().st_mtime_ns == made for path, made in first_shards.items()), "finished shards were made again"
-    assert kills >= len(moments) - 3 and all(path.read_bytes() == made for path, made in finished.items()), "finished stages ran again"
+    assert kills >= len(behind) - 2 and all(path.read_bytes() == made for path, made in finished.items()), "finished stages ran again"
     assert content(run) == content(undisturbed)
     numbers = [json.loads((root / "summary.json").read_text()) for root in (run, undisturbed)]
     for key in ("policies", "iterations", "final", "demonstrations"):

@@ -1,6 +1,9 @@
 """Reward models: where the reward is read, training through the learner, the exported directory in transformers."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from models import write_tiny
 from training import assert_same_steps, train, write_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from actors.generator import environment
 from actors.learner import policy
 from actors.learner.batches import Example, collate, shares_prompt
 from actors.scorer import Scorer
@@ -109,6 +113,40 @@ def test_transformers_reads_the_same_rewards_whatever_the_padding_side(
         got = model(**batch, position_ids=positions).logits[:, 0]
     assert got.tolist() == pytest.approx([value for row in want for value in row], abs=1e-4)
     assert np.std(got.numpy()) > 0
+
+
+ENGINE = """
+import json, sys
+from actors import reward_engine
+from actors.learner.batches import Example
+from actors.settings import Scoring
+from test_rewards import EXAMPLES
+
+for directory in sys.argv[1:]:
+    model, context = reward_engine.load(directory, Scoring(num_cpus=2), "float32", 256)
+    assert isinstance(model, reward_engine.RewardEngine) and context == 256, model
+    # Twice: the second call must not read what the first left in the cache.
+    print("RESULT", json.dumps([model(EXAMPLES), model(EXAMPLES)]), flush=True)
+    del model
+"""
+
+
+def test_vllm_reads_the_same_rewards(tmp_path: Path) -> None:
+    families = ["llama", "gpt2", "qwen2"]
+    directories = [reward_model(tmp_path / family, family) for family in families]
+    done = subprocess.run(
+        [sys.executable, "-c", ENGINE, *map(str, directories)],
+        env=os.environ | environment(Scoring(num_cpus=2)) | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), str(Path(__file__).parent)])},
+        capture_output=True,
+        text=True,
+    )
+    got = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0 and len(got) == len(families), done.stderr[-3000:]
+    for directory, calls in zip(directories, got, strict=True):
+        want = [[one_by_one(directory, list(e.prompt_ids), list(r)) for r in e.responses] for e in EXAMPLES]
+        assert calls[0] == calls[1]
+        for rewards, expected in zip(calls[0], want, strict=True):
+            assert rewards == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_is_no_reward_model_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pipelines.scorers import ByModel
 from pipelines.scoring import ScoreResponses, check_reward_model
 
 USER = [{"role": "user", "content": "What is 1 and 2?"}]
+TRANSFORMERS = Scoring(backend="transformers")
 ANSWERS = ["3 apples #### 3", "4", "3 apples #### 3", "there are 12 apples. #### 12"]
 
 
@@ -47,7 +48,7 @@ def by_transformers(directory: Path, conversations: list[list[int]]) -> list[flo
 @pytest.mark.parametrize("max_batch_tokens", [64, 4096])
 def test_a_model_of_the_run_reads_its_token_ids(max_batch_tokens: int, tmp_path: Path) -> None:
     directory = reward_model(tmp_path, "llama")
-    scorer = ByModel(str(directory), True, Scoring(max_batch_tokens=max_batch_tokens), "float32", 512, False)
+    scorer = ByModel(str(directory), True, Scoring(max_batch_tokens=max_batch_tokens, backend="transformers"), "float32", 512, False)
     got = scorer(rows(), "")
     assert [reason for _, reason in got] == [None] * 8 and not scorer.retemplated
     want = by_transformers(directory, [[*row["prompt_ids"], *row["response_ids"]] for row in rows()])
@@ -61,7 +62,7 @@ def test_a_published_model_reads_text_in_its_own_template(tmp_path: Path) -> Non
     # Another model's habits: no header for the assistant, white space behind its turn.
     words.chat_template = TEMPLATE.replace("{% if add_generation_prompt %}[assistant]{% endif %}", "").replace("[{{", "# [{{") + " "
     words.save_pretrained(directory)
-    scorer = ByModel(str(directory), False, Scoring(), "float32", 512, False)
+    scorer = ByModel(str(directory), False, TRANSFORMERS, "float32", 512, False)
     got = scorer(rows(), "")
     conversations = []
     for row in rows():
@@ -76,7 +77,7 @@ def test_a_published_model_reads_text_in_its_own_template(tmp_path: Path) -> Non
 def test_a_response_beyond_the_context_is_set_aside(tmp_path: Path) -> None:
     directory = reward_model(tmp_path, "gpt2")
     config = json.loads((directory / "config.json").read_text())
-    scorer = ByModel(str(directory), True, Scoring(), "float32", 512, False)
+    scorer = ByModel(str(directory), True, TRANSFORMERS, "float32", 512, False)
     long = rows()
     long[1]["response_ids"] = [7] * config["n_positions"]
     got = scorer(long, "")
@@ -100,9 +101,8 @@ thing = 3
 def test_what_a_program_fails_on_has_no_score_and_a_reason(tmp_path: Path) -> None:
     (tmp_path / "opinions.py").write_text(SCORER)
     write_rows(tmp_path / "in.parquet", rows(), SAMPLE)
-    actor = ScoreResponses(scoring=Scoring(), longest=512, trust_remote_code=False, folder=str(tmp_path))
-    options = {"scorer": "opinions:length", "ours": False, "precision": "float32"}
-    actor([str(tmp_path / "in.parquet"), ""], str(tmp_path / "out.parquet"), options)
+    actor = ScoreResponses("opinions:length", False, str(tmp_path))
+    actor([str(tmp_path / "in.parquet"), ""], str(tmp_path / "out.parquet"), {})
     made = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["score"] for row in made[:4]] == [15.0, None, 15.0, None]
     assert [row["reason"] for row in made[:4]] == [None, "the scorer raised RuntimeError: no opinion", None, "the score is nan"]
@@ -113,12 +113,11 @@ def test_exact_answers_are_the_demonstrations(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.parquet", rows(), SAMPLE)
     gold = [{"id": key, "source": "x", "response": f"so #### {n}"} for key, n in (("a", 3), ("b", 12))]
     write_rows(tmp_path / "gold.parquet", gold, DEMONSTRATION)
-    actor = ScoreResponses(scoring=Scoring(), longest=512, trust_remote_code=False, folder=str(tmp_path))
-    options = {"scorer": "exact_answer", "ours": False, "precision": "float32"}
-    actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), options)
+    actor = ScoreResponses("exact_answer", False, str(tmp_path))
+    actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), {})
     assert [row["score"] for row in pq.read_table(tmp_path / "out.parquet").to_pylist()] == [1, 0, 1, 0, 0, 0, 0, 1]
     write_rows(tmp_path / "gold.parquet", [gold[0], gold[1] | {"response": "so 12"}], DEMONSTRATION)
-    actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), options)
+    actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), {})
     made = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["score"] for row in made] == [1, 0, 1, 0, None, None, None, None] and "no number after" in made[-1]["reason"]
 

@@ -1,0 +1,102 @@
+"""A reward model in a vLLM engine: conversations as token ids in, rewards out."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig
+
+from actors.learner import policy
+from actors.learner.batches import Example
+from actors.scorer import Scorer
+from actors.settings import Scoring
+
+BLOCK = 32
+"""Tokens a block of the key-value cache on a CPU, the least its attention is made for: what is shared by the responses to a prompt is whole
+blocks, and vLLM's own 128 are longer than many prompts."""
+
+
+def load(
+    weights: str, scoring: Scoring, precision: str, longest: int, trust_remote_code: bool = False
+) -> "tuple[RewardEngine | Scorer, int]":
+    """Loads a reward model into what runs it faster: vLLM where it knows the model (benchmarks/reward.py), else transformers.
+
+    Args:
+        weights: its directory or hub id.
+        scoring: settings of the pool.
+        precision: of the forward pass, "float32" or "bfloat16".
+        longest: no conversation is longer, tokens.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        the model, and how many tokens a conversation may have.
+
+    Raises:
+        ValueError: it is no reward model, or vLLM, where it is taken, cannot load it.
+    """
+    config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    right = policy.is_classifier(config) and config.num_labels == 1
+    if right and scoring.backend != "transformers":
+        if knows(config.architectures[0]):
+            context = min(limit, longest)
+            try:
+                return RewardEngine(weights, scoring, precision, context, trust_remote_code), context
+            except Exception as error:
+                # Head sizes, memory, kernels: an engine has many ways to refuse a model that transformers takes.
+                raise ValueError(f"vLLM cannot load {weights} (scoring.backend=transformers may): {error}") from error
+        if scoring.backend == "vllm":
+            raise ValueError(f"vLLM does not know {config.architectures[0]}: set scoring.backend=transformers")
+    return Scorer(weights, scoring, precision, longest, trust_remote_code, "reward"), limit
+
+
+def knows(architecture: str) -> bool:
+    """Whether vLLM has a reward model's class itself, or its language model's class, to which it puts a head."""
+    from vllm import ModelRegistry
+
+    language_model = architecture.replace("ForSequenceClassification", "ForCausalLM")
+    return not ModelRegistry.get_supported_archs().isdisjoint({architecture, language_model})
+
+
+class RewardEngine:
+    """Loads a reward model into vLLM's pooling runner, which reads the reward at the last token.
+
+    Args:
+        weights: its directory or hub id.
+        scoring: settings of the pool.
+        precision: of the forward pass, "float32" or "bfloat16".
+        context: no conversation is longer, tokens.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    def __init__(self, weights: str, scoring: Scoring, precision: str, context: int, trust_remote_code: bool):
+        from vllm import LLM, PoolingParams
+
+        self.raw = PoolingParams(use_activation=False)
+        gpu = scoring.num_gpus > 0
+        options: dict[str, Any] = {"gpu_memory_utilization": scoring.gpu_memory_utilization} if gpu else {"block_size": BLOCK}
+        self.llm = LLM(
+            model=weights,
+            runner="pooling",
+            convert="classify",
+            dtype=precision,
+            max_model_len=context,
+            max_num_batched_tokens=max(context, scoring.max_batch_tokens),
+            tensor_parallel_size=scoring.tensor_parallel,
+            enforce_eager=True,
+            trust_remote_code=trust_remote_code,
+            disable_log_stats=True,
+            **options,
+        )
+
+    def __call__(self, examples: Sequence[Example]) -> list[list[float]]:
+        """Scores rows.
+
+        Returns:
+            the reward of every response of every row, in the order given.
+        """
+        prompts: list[Any] = [{"prompt_token_ids": [*row.prompt_ids, *response]} for row in examples for response in row.responses]
+        # Cached prefixes change rounding: every call starts alike.
+        self.llm.reset_prefix_cache()
+        outputs = iter(self.llm.classify(prompts, pooling_params=self.raw, use_tqdm=False))
+        return [[next(outputs).outputs.probs[0] for _ in row.responses] for row in examples]
