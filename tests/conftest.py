@@ -61,9 +61,14 @@ def undisturbed(tiny: Path, demonstrations: Path, tmp_path_factory: pytest.TempP
     return root / "job"
 
 
-@pytest.fixture(scope="module")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a local Ray instance come last: beside it no job can be submitted to another cluster."""
+    items.sort(key=lambda item: "local_ray" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """A local Ray instance for tests of single stages. It ends with its module: beside it no job can be submitted to another cluster."""
+    """One local Ray instance for all tests of single stages."""
     from pipelines.cluster import connected
     from pipelines.settings import RaySettings
 

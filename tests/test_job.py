@@ -138,13 +138,11 @@ def test_a_second_run_of_a_finished_job_does_nothing_again(undisturbed: Path, ti
 
 
 IN_GENERATION = "sft/samples, one of its shards"
-OFTEN = [name for name in STAGES[:-2] if not name.endswith("evaluation")]
-OFTEN.insert(4, IN_GENERATION)
-# Stages of a moment, most of which end in the same breath as the one before.
-REST = ["base/evaluation", "sft/evaluation", "iteration-1/samples", "iteration-1/evaluation"]
+WITH_MODELS = ["base/samples", "sft/training", IN_GENERATION, *STAGES[5:7], *STAGES[8:10]]
+THE_OTHERS = [name for name in STAGES if name not in WITH_MODELS]
 
 
-@pytest.mark.parametrize("behind", [OFTEN, pytest.param(REST, marks=pytest.mark.slow)], ids=["generation and training", "the others"])
+@pytest.mark.parametrize("behind", [WITH_MODELS, pytest.param(THE_OTHERS, marks=pytest.mark.slow)], ids=["with models", "the others"])
 def test_killed_after_every_stage_and_within_generation_it_ends_with_the_same_files(
     behind: list[str], undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path
 ) -> None:
@@ -239,6 +237,7 @@ def test_cut_samples_are_dropped(undisturbed: Path, tiny: Path, demonstrations: 
     assert numbers["rejected"] == len(samples) - len(stopped) > 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_stops_at_once_too(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path / "job")
     shutil.rmtree(tmp_path / "job/iteration-1/training")

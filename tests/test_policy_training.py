@@ -74,6 +74,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_only(
     assert_same_steps(steps_of(stage), undisturbed, rel=4e-3)
 
 
+@pytest.mark.slow
 def test_with_too_few_free_places_it_trains_with_fewer_workers(undisturbed: Any, local_ray: None, tiny: Path, tmp_path: Path) -> None:
     stage = run_stage(tmp_path, tiny, workers=4, min_workers=1)
     assert_same_steps(steps_of(stage), undisturbed, rel=4e-3)

@@ -131,8 +131,8 @@ for directory in sys.argv[1:]:
 """
 
 
-def test_vllm_reads_the_same_rewards(tmp_path: Path) -> None:
-    families = ["llama", "gpt2", "qwen2"]
+@pytest.mark.parametrize("families", [["llama"], pytest.param(["gpt2", "qwen2"], marks=pytest.mark.slow)], ids="-".join)
+def test_vllm_reads_the_same_rewards(families: list[str], tmp_path: Path) -> None:
     directories = [reward_model(tmp_path / family, family) for family in families]
     done = subprocess.run(
         [sys.executable, "-c", ENGINE, *map(str, directories)],
