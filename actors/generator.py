@@ -1,12 +1,21 @@
 """A vLLM engine: prompts as token ids in, responses as token ids out."""
 
+import functools
 import hashlib
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm import tqdm
+
 from actors.allocator import GENERATION
 from actors.settings import Engine, EnginePool, Sampling
+
+
+BLOCK = 32
+"""Tokens a block of the key-value cache on a CPU, the least its attention is made for. Whole blocks are what the samples of a prompt share,
+and vLLM's own 128 are longer than many prompts: 64 samples of 12 prompts of 43 to 59 tokens came at 758 tokens/s instead of 557."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,20 @@ def environment(pool: EnginePool) -> dict[str, str]:
     return values
 
 
+def counted(tell: Callable[[int], None] | None) -> Any:
+    """What vLLM takes for `use_tqdm`: a bar that shows nothing and tells how many requests are finished; without `tell` none."""
+    if tell is None:
+        return False
+
+    class Count(tqdm):  # type: ignore[type-arg]
+        def update(self, n: float | None = 1) -> bool | None:
+            self.n += n or 0
+            tell(int(self.n))
+            return None
+
+    return functools.partial(Count, file=io.StringIO())
+
+
 class Generator:
     """Loads a policy into an engine.
 
@@ -47,7 +70,7 @@ class Generator:
 
         self.gpu = engine.num_gpus > 0
         self.stop_ids = list(stop_ids)
-        options: dict[str, Any] = {"gpu_memory_utilization": engine.gpu_memory_utilization} if self.gpu else {}
+        options: dict[str, Any] = {"gpu_memory_utilization": engine.gpu_memory_utilization} if self.gpu else {"block_size": BLOCK}
         self.llm = LLM(
             model=weights,
             skip_tokenizer_init=True,
@@ -61,13 +84,16 @@ class Generator:
             **options,
         )
 
-    def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[Response]]:
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, tell: Callable[[int], None] | None = None
+    ) -> list[list[Response]]:
         """Samples responses.
 
         Args:
             prompts: token ids.
             sampling: how to draw.
             seed: the same prompts in the same call with the same seed give the same responses.
+            tell: called with the number of responses that are finished, as it grows.
 
         Returns:
             `sampling.samples` responses for each prompt.
@@ -79,7 +105,7 @@ class Generator:
         # The CPU engine draws from torch's generator and cannot take a seed a request; a GPU engine can.
         torch.manual_seed(seed)
         params = [self._params(sampling, _mixed(seed, row) if self.gpu else None) for row in range(len(prompts))]
-        outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False)
+        outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=counted(tell))
         return [[self._response(list(sample.token_ids), sample.finish_reason) for sample in output.outputs] for output in outputs]
 
     def _params(self, sampling: Sampling, seed: int | None) -> Any:

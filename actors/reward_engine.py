@@ -1,19 +1,16 @@
 """A reward model in a vLLM engine: conversations as token ids in, rewards out."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import AutoConfig
 
+from actors.generator import BLOCK, counted
 from actors.learner import policy
 from actors.learner.batches import Example
 from actors.scorer import Scorer
 from actors.settings import Scoring
-
-BLOCK = 32
-"""Tokens a block of the key-value cache on a CPU, the least its attention is made for: what is shared by the responses to a prompt is whole
-blocks, and vLLM's own 128 are longer than many prompts."""
 
 
 def load(
@@ -89,8 +86,12 @@ class RewardEngine:
             **options,
         )
 
-    def __call__(self, examples: Sequence[Example]) -> list[list[float]]:
+    def __call__(self, examples: Sequence[Example], tell: Callable[[int], None] | None = None) -> list[list[float]]:
         """Scores rows.
+
+        Args:
+            examples: the rows.
+            tell: called with the number of responses that are scored, as it grows.
 
         Returns:
             the reward of every response of every row, in the order given.
@@ -98,5 +99,5 @@ class RewardEngine:
         prompts: list[Any] = [{"prompt_token_ids": [*row.prompt_ids, *response]} for row in examples for response in row.responses]
         # Cached prefixes change rounding: every call starts alike.
         self.llm.reset_prefix_cache()
-        outputs = iter(self.llm.classify(prompts, pooling_params=self.raw, use_tqdm=False))
+        outputs = iter(self.llm.classify(prompts, pooling_params=self.raw, use_tqdm=counted(tell)))
         return [[next(outputs).outputs.probs[0] for _ in row.responses] for row in examples]

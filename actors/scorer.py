@@ -3,7 +3,7 @@
 The forward pass is the learner's own, so that at the first step of training every log ratio is 0.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -48,14 +48,19 @@ class Scorer:
         self.module = module.to(self.device).eval()
         self.share_prompt = shares_prompt(model.config, longest)
 
-    def __call__(self, examples: Sequence[Example]) -> list[list[float]]:
+    def __call__(self, examples: Sequence[Example], tell: Callable[[int], None] | None = None) -> list[list[float]]:
         """Scores rows.
+
+        Args:
+            examples: the rows.
+            tell: called with the number of responses that are scored, as it grows.
 
         Returns:
             the summed log-prob (nats) or the reward of every response of every row, in the order given.
         """
         results: list[list[float]] = [[0.0] * len(example.responses) for example in examples]
         parts = [(row, part) for row, example in enumerate(examples) for part in self._parts(example)]
+        scored = 0
         cut = [replace(examples[row], responses=tuple(examples[row].responses[r] for r in part), ref_logps=()) for row, part in parts]
         with torch.no_grad():
             for numbers in batches_by_length([example.cost(self.share_prompt) for example in cut], self.max_batch_tokens):
@@ -64,6 +69,9 @@ class Scorer:
                 for row, part in (parts[number] for number in numbers):
                     for response in part:
                         results[row][response] = next(values)
+                scored += sum(len(parts[number][1]) for number in numbers)
+                if tell:
+                    tell(scored)
         return results
 
     def _parts(self, example: Example) -> list[list[int]]:

@@ -7,6 +7,7 @@
 Stages that sample the same policy run in one call and share its engines.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class SampleShards:
         self.chat = Chat(tokenizer, arguments["trust_remote_code"])
         self.generator = Generator(**arguments)
 
-    def __call__(self, inputs: list[str], output: str, options: dict[str, Any]) -> None:
+    def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
         """Samples for every row of one shard.
 
         INPUT  DEMONSTRATION rows
@@ -119,7 +120,7 @@ class SampleShards:
         rows = pq.read_table(inputs[0], columns=["id", "prompt", "prompt_ids"]).slice(options["first"], options["prompts"]).to_pylist()
         # Each shard draws its own numbers, whatever ran before it on this engine.
         seed = shard_seed(sampling.seed, options["iteration"], options["shard"], options["split"], options["first"])
-        responses = self.generator([row["prompt_ids"] for row in rows], sampling, seed)
+        responses = self.generator([row["prompt_ids"] for row in rows], sampling, seed, tell)
         made = [
             row
             | {

@@ -67,7 +67,7 @@ class Terminal(Display):
             if self.live:
                 self.task = self.bars.add_task(self.title, total=None, rate="starting")
             else:
-                self.console.print(f"  {self.title} ...", highlight=False)
+                self.say(f"  {self.title} ...")
 
     def follow(self, total: int, unit: str, done: Callable[[], int]) -> None:
         with self.lock:
@@ -105,7 +105,7 @@ class Terminal(Display):
                     self.bars.update(self.task, completed=count, total=self.total, rate=rate)
                 elif not self.live and time.monotonic() - self.said > PLAIN_EVERY_SECONDS:
                     self.said = time.monotonic()
-                    self.console.print(f"  {self.title}: {count}/{self.total} {rate}", highlight=False)
+                    self.say(f"  {self.title}: {count}/{self.total} {rate}")
 
     def _rate(self, count: int) -> str:
         passed, made = time.monotonic() - self.since, count - self.before

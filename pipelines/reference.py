@@ -7,6 +7,7 @@
 Shards of all inputs hold the same prompts, so the join is local to a shard.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class ScoreShards:
 
         self.scorer = Scorer(**arguments)
 
-    def __call__(self, inputs: list[str], output: str, options: dict[str, Any]) -> None:
+    def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
         """Pairs and scores one shard.
 
         INPUT  DEMONSTRATION rows and SAMPLE rows, one file or more; or PREFERENCE rows alone
@@ -132,7 +133,8 @@ class ScoreShards:
             names.append("mismatched")
             pairs, alone = mismatched(pairs)
             dropped += alone
-        logps = self.scorer([Example(p["id"], p["prompt_ids"], tuple(p[f"{name}_ids"] for name in names)) for p in pairs])
+        examples = [Example(p["id"], p["prompt_ids"], tuple(p[f"{name}_ids"] for name in names)) for p in pairs]
+        logps = self.scorer(examples, lambda responses: tell(responses // len(names)))
         rows = [pair | {f"ref_logp_{name}": v for name, v in zip(names, row, strict=True)} for pair, row in zip(pairs, logps, strict=True)]
         write_rows(Path(output), rows, PAIR, {"identical": identical, "dropped": dropped})
 

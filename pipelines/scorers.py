@@ -1,4 +1,4 @@
-"""Scorers of responses: (rows, demonstrations' file) -> a score for each row, or none and why.
+"""Scorers of responses: (rows, demonstrations' file, tell) -> a score for each row, or none and why.
 
 Rows have `id, prompt, prompt_ids, response, response_ids` and, of samples, `finish_reason`.
 """
@@ -20,6 +20,8 @@ from pipelines.evaluation import exact_answer
 Row = dict[str, Any]
 Scored = tuple[float | None, str | None]
 """A score, or None and why there is none."""
+Tell = Callable[[int], None]
+"""Called with the number of responses that are scored, as it grows."""
 
 
 def function(scorer: str, folder: str) -> Callable[[list[dict[str, str]], str], float]:
@@ -45,17 +47,18 @@ def function(scorer: str, folder: str) -> Callable[[list[dict[str, str]], str], 
     return found
 
 
-def exact_answers(rows: Sequence[Row], demonstrations: str) -> list[Scored]:
+def exact_answers(rows: Sequence[Row], demonstrations: str, tell: Tell) -> list[Scored]:
     """1 where the final number is that of the demonstration, else 0."""
     gold = {row["id"]: row["response"] for row in pq.read_table(demonstrations, columns=["id", "response"]).to_pylist()}
     right = (exact_answer(row["response"], gold[row["id"]]) for row in rows)
     return [(None, "the demonstration has no number after '####'") if r is None else (float(r), None) for r in right]
 
 
-def by_function(scorer: Callable[[list[dict[str, str]], str], float], rows: Sequence[Row], demonstrations: str) -> list[Scored]:
+def by_function(scorer: Callable[[list[dict[str, str]], str], float], rows: Sequence[Row], demonstrations: str, tell: Tell) -> list[Scored]:
     """A person's function of (messages, response)."""
     results: list[Scored] = []
     for row in rows:
+        tell(len(results))
         try:
             results.append(finite(float(scorer(row["prompt"], row["response"]))))
         except Exception as error:  # noqa: BLE001
@@ -90,7 +93,7 @@ class ByModel:
         self.chat = None if ours else Chat(weights, trust_remote_code)
         self.retemplated = False
 
-    def __call__(self, rows: Sequence[Row], demonstrations: str) -> list[Scored]:
+    def __call__(self, rows: Sequence[Row], demonstrations: str, tell: Tell) -> list[Scored]:
         """Scores rows; equal responses to a prompt once."""
         from actors.learner.batches import Example
 
@@ -114,7 +117,7 @@ class ByModel:
                 shared = _common(list(same))
                 examples.append(Example(key, next(iter(same))[:shared], tuple(ids[shared:] for ids in same)))
                 places.append(list(same.values()))
-        for values, groups in zip(self.model(examples), places, strict=True):
+        for values, groups in zip(self.model(examples, tell), places, strict=True):
             for value, numbers in zip(values, groups, strict=True):
                 for number in numbers:
                     results[number] = finite(value)

@@ -175,7 +175,7 @@ class ScoreResponses:
     """The actor: a scorer, and the files around it."""
 
     def __init__(self, scorer: str, ours: bool, folder: str, **model: Any):
-        self.scorer: Callable[[Sequence[Row], str], list[Scored]]
+        self.scorer: Callable[[Sequence[Row], str, Callable[[int], None]], list[Scored]]
         if not ours and scorer == "exact_answer":
             self.scorer = exact_answers
         elif not ours and is_function(scorer):
@@ -183,7 +183,7 @@ class ScoreResponses:
         else:
             self.scorer = ByModel(scorer, ours, **model)
 
-    def __call__(self, inputs: list[str], output: str, options: dict[str, Any]) -> None:
+    def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
         """Scores one shard.
 
         INPUT  SAMPLE (or DEMONSTRATION) rows, DEMONSTRATION rows of the same prompts
@@ -192,7 +192,7 @@ class ScoreResponses:
         present = pq.read_schema(inputs[0]).names
         wanted = ("id", "sample", "prompt", "prompt_ids", "response", "response_ids", "finish_reason")
         rows = pq.read_table(inputs[0], columns=[name for name in wanted if name in present]).to_pylist()
-        results = self.scorer(rows, inputs[1])
+        results = self.scorer(rows, inputs[1], tell)
         counts = {"unscored": sum(score is None for score, _ in results), "retemplated": int(getattr(self.scorer, "retemplated", False))}
         made = [
             {"id": row["id"], "sample": row.get("sample", 0), "score": score, "reason": reason}

@@ -9,6 +9,7 @@ engine start serves all of them.
 import itertools
 import logging
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ def map_shards(
     Args:
         run: the run.
         work: all shards of all stages concerned.
-        actor: a class whose instances take one item and write its output: `(inputs, output, options) -> None`.
+        actor: a class whose instances take one item and write its output: `(inputs, output, options, tell) -> None`, where `tell(rows)`
+            says how many of its rows are made so far.
         arguments: for its constructor.
         pool: how many actors and what each asks for.
         env: environment variables of the actors.
@@ -59,7 +61,7 @@ def map_shards(
     for shard in work:
         shard.output.parent.mkdir(parents=True, exist_ok=True)
     pending = [shard for shard in work if not shard.output.exists()]
-    run.display.follow(sum(s.rows for s in work), "rows", lambda: sum(s.rows for s in work if s.output.exists()))
+    run.display.follow(sum(s.rows for s in work), "rows", lambda: sum(map(_made, work)))
     if pending:
         items = [{"inputs": list(s.inputs), "output": str(s.output), "options": s.options} for s in pending]
         done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -98,8 +100,38 @@ class Adapter:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """INPUT inputs, output, options; OUTPUT output."""
         for inputs, output, options in zip(batch["inputs"], batch["output"], batch["options"], strict=True):
-            self.actor([str(path) for path in inputs], str(output), dict(options))
+            tally = Tally(Path(output))
+            self.actor([str(path) for path in inputs], str(output), dict(options), tally)
+            tally.path.unlink(missing_ok=True)
         return {"output": batch["output"]}
+
+
+class Tally:
+    """Tells the driver's display how many rows of an unfinished shard are made, about once a second, in a file beside the shard."""
+
+    def __init__(self, output: Path):
+        self.path = _tally(output)
+        self.said = time.monotonic()
+
+    def __call__(self, rows: int) -> None:
+        """Says how many are made so far."""
+        if time.monotonic() - self.said > 1:
+            self.said = time.monotonic()
+            self.path.write_text(str(rows))
+
+
+def _tally(output: Path) -> Path:
+    return output.with_name(f".{output.name}.rows")
+
+
+def _made(shard: Shard) -> int:
+    """Rows of a shard that are made."""
+    if shard.output.exists():
+        return shard.rows
+    try:
+        return min(shard.rows, int(_tally(shard.output).read_text() or 0))
+    except FileNotFoundError:
+        return 0
 
 
 RAISED = re.compile(r"(?!ray\.exceptions)([a-zA-Z_]\w*\.)*[A-Z]\w*(Error|Exception|Interrupt|Exit): ")

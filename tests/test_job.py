@@ -48,6 +48,7 @@ def test_the_run_directory(undisturbed: Path) -> None:
     for name in STAGES:
         assert json.loads((undisturbed / name / "manifest.json").read_text())["name"] == name
     assert list(undisturbed.glob("sft/training/events.out.tfevents.*"))
+    assert not [*undisturbed.rglob(".*.rows"), *undisturbed.rglob("*.tmp")]
     assert "base_model:" not in (undisturbed / "final" / "README.md").read_text(), "a local directory is no name on the hub"
     policy = undisturbed / "iteration-1/training/policy"
     assert json.loads((policy / "config.json").read_text())["dtype"] == "float32"

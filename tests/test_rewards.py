@@ -126,7 +126,9 @@ for directory in sys.argv[1:]:
     model, context = reward_engine.load(directory, Scoring(num_cpus=2), "float32", 256)
     assert isinstance(model, reward_engine.RewardEngine) and context == 256, model
     # Twice: the second call must not read what the first left in the cache.
-    print("RESULT", json.dumps([model(EXAMPLES), model(EXAMPLES)]), flush=True)
+    told = []
+    print("RESULT", json.dumps([model(EXAMPLES, told.append), model(EXAMPLES)]), flush=True)
+    assert told == [1, 2, 3, 4], told
     del model
 """
 

@@ -24,6 +24,10 @@ TRANSFORMERS = Scoring(backend="transformers")
 ANSWERS = ["3 apples #### 3", "4", "3 apples #### 3", "there are 12 apples. #### 12"]
 
 
+def nobody(rows: int) -> None:
+    """Hears how far a scorer is."""
+
+
 def rows() -> list[dict[str, Any]]:
     """Samples of two prompts; two are equal, the last was cut."""
     words = tokenizer()
@@ -49,7 +53,7 @@ def by_transformers(directory: Path, conversations: list[list[int]]) -> list[flo
 def test_a_model_of_the_run_reads_its_token_ids(max_batch_tokens: int, tmp_path: Path) -> None:
     directory = reward_model(tmp_path, "llama")
     scorer = ByModel(str(directory), True, Scoring(max_batch_tokens=max_batch_tokens, backend="transformers"), "float32", 512, False)
-    got = scorer(rows(), "")
+    got = scorer(rows(), "", nobody)
     assert [reason for _, reason in got] == [None] * 8 and not scorer.retemplated
     want = by_transformers(directory, [[*row["prompt_ids"], *row["response_ids"]] for row in rows()])
     assert [score for score, _ in got] == pytest.approx(want, abs=1e-4)
@@ -63,7 +67,7 @@ def test_a_published_model_reads_text_in_its_own_template(tmp_path: Path) -> Non
     words.chat_template = TEMPLATE.replace("{% if add_generation_prompt %}[assistant]{% endif %}", "").replace("[{{", "# [{{") + " "
     words.save_pretrained(directory)
     scorer = ByModel(str(directory), False, TRANSFORMERS, "float32", 512, False)
-    got = scorer(rows(), "")
+    got = scorer(rows(), "", nobody)
     conversations = []
     for row in rows():
         text = words.apply_chat_template([*USER, {"role": "assistant", "content": row["response"]}], tokenize=False)
@@ -80,7 +84,7 @@ def test_a_response_beyond_the_context_is_set_aside(tmp_path: Path) -> None:
     scorer = ByModel(str(directory), True, TRANSFORMERS, "float32", 512, False)
     long = rows()
     long[1]["response_ids"] = [7] * config["n_positions"]
-    got = scorer(long, "")
+    got = scorer(long, "", nobody)
     assert got[1][0] is None and "the context of the reward model is 512" in str(got[1][1])
     assert all(score is not None for number, (score, _) in enumerate(got) if number != 1)
 
@@ -102,7 +106,7 @@ def test_what_a_program_fails_on_has_no_score_and_a_reason(tmp_path: Path) -> No
     (tmp_path / "opinions.py").write_text(SCORER)
     write_rows(tmp_path / "in.parquet", rows(), SAMPLE)
     actor = ScoreResponses("opinions:length", False, str(tmp_path))
-    actor([str(tmp_path / "in.parquet"), ""], str(tmp_path / "out.parquet"), {})
+    actor([str(tmp_path / "in.parquet"), ""], str(tmp_path / "out.parquet"), {}, nobody)
     made = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["score"] for row in made[:4]] == [15.0, None, 15.0, None]
     assert [row["reason"] for row in made[:4]] == [None, "the scorer raised RuntimeError: no opinion", None, "the score is nan"]
@@ -114,10 +118,10 @@ def test_exact_answers_are_the_demonstrations(tmp_path: Path) -> None:
     gold = [{"id": key, "source": "x", "response": f"so #### {n}"} for key, n in (("a", 3), ("b", 12))]
     write_rows(tmp_path / "gold.parquet", gold, DEMONSTRATION)
     actor = ScoreResponses("exact_answer", False, str(tmp_path))
-    actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), {})
+    actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), {}, nobody)
     assert [row["score"] for row in pq.read_table(tmp_path / "out.parquet").to_pylist()] == [1, 0, 1, 0, 0, 0, 0, 1]
     write_rows(tmp_path / "gold.parquet", [gold[0], gold[1] | {"response": "so 12"}], DEMONSTRATION)
-    actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), {})
+    actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), {}, nobody)
     made = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["score"] for row in made] == [1, 0, 1, 0, None, None, None, None] and "no number after" in made[-1]["reason"]
 

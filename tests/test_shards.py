@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ray import cloudpickle
 from actors.settings import Engine, Pool, Sampling
 from pipelines import generation
 from pipelines.artifacts import Run, Stage, StageError
-from pipelines.shards import Shard, map_shards
+from pipelines.shards import Shard, Tally, _made, map_shards
 
 # Ray's workers cannot import a test: the class travels with the task.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -24,7 +25,7 @@ class Writes:
         if broken:
             raise RuntimeError("no engine\nhead size 16 is not supported")
 
-    def __call__(self, inputs: list[str], output: str, options: dict[str, Any]) -> None:
+    def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
         if options["bad"]:
             raise OSError(f"{inputs[0]} is gone")
         Path(output).write_text("done")
@@ -40,6 +41,20 @@ def test_every_shard_once_and_its_share(local_ray: None, tmp_path: Path) -> None
     work[0].output.write_text("before")
     assert map_shards(Run(tmp_path), work, Writes, {}, Pool(), {}) == {"a": {"share": 1.0}}
     assert [shard.output.read_text() for shard in work] == ["before", "done", "done"]
+
+
+def test_rows_of_an_unfinished_shard_count_as_far_as_it_tells(tmp_path: Path) -> None:
+    *_, shard = shards(tmp_path)
+    shard.output.parent.mkdir()
+    tally = Tally(shard.output)
+    assert _made(shard) == 0
+    tally(1)
+    assert _made(shard) == 0, "once a second is enough"
+    tally.said -= 2
+    tally(2)
+    assert _made(shard) == 2
+    shard.output.write_text("done")
+    assert _made(shard) == shard.rows == 3
 
 
 @pytest.mark.parametrize(
