@@ -39,18 +39,23 @@ def environment(pool: EnginePool) -> dict[str, str]:
     return values
 
 
+class Count(tqdm):
+    """A bar that shows nothing and tells how many responses are finished."""
+
+    def __init__(self, tell: Callable[[int], None], **options: Any):
+        super().__init__(**options, file=io.StringIO())
+        self.tell = tell
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """vLLM calls it with the responses of every finished request."""
+        self.n += n or 0
+        self.tell(int(self.n))
+        return None
+
+
 def counted(tell: Callable[[int], None] | None) -> Any:
-    """What vLLM takes for `use_tqdm`: a bar that shows nothing and tells how many requests are finished; without `tell` none."""
-    if tell is None:
-        return False
-
-    class Count(tqdm):  # type: ignore[type-arg]
-        def update(self, n: float | None = 1) -> bool | None:
-            self.n += n or 0
-            tell(int(self.n))
-            return None
-
-    return functools.partial(Count, file=io.StringIO())
+    """What vLLM takes for `use_tqdm`; without `tell` no bar at all."""
+    return functools.partial(Count, tell) if tell else False
 
 
 class Generator:
