@@ -241,7 +241,8 @@ def show(content: dict[str, Any], root: Path) -> summary.Shown:
     lines += [f"reward models: {root / 'rewards'}/*/seed-*/reward"]
     found = content["best_of_n"]
     if found:
-        tables.append(summary.Table(f"best of N on {found['prompts']} held-out prompts", best_of_n_report.table(found)))
+        title = f"best of N on {found['prompts']} held-out prompts"
+        tables += [summary.Table(f"{title}: {what}", rows) for what, rows in best_of_n_report.tables(found).items()]
     if found is not None:
         lines.append(f"plot, report and chosen responses: {root / 'best_of_n' / 'results'}")
     return summary.Shown(tables, [*lines, f"summary: {root / IrlConfig.file('summary.json')}"])

@@ -164,19 +164,19 @@ def _mean_and_error(values_PS: Array) -> tuple[Array, Array]:
     return values_PS.mean(axis=0), error
 
 
-def table(found: Mapping[str, Any], shown: Sequence[int] = (1, 4, 16, 64)) -> list[list[str]]:
-    """Rows of the report for a person, the header first: win rate and normalised golden score at some n."""
-    sizes = [n for n in found["sizes"] if n in (*shown, found["sizes"][-1])]
-    key = "normalised" if found["selectors"][RANDOM]["normalised"] else "golden"
-    rows = [["chosen by", *(f"{what}, N = {n}" for n in sizes for what in ("win rate", key))]]
-    for name, line in found["selectors"].items():
-        cells = []
-        for n in sizes:
-            place = found["sizes"].index(n)
-            error = "normalised_stderr" if key == "normalised" else "stderr"
-            cells += [_cell(line["win_rate"][place], line["win_rate_stderr"][place]), _cell(line[key][place], line[error][place])]
-        rows.append([name, *cells])
-    return rows
+def tables(found: Mapping[str, Any], shown: Sequence[int] = (1, 4, 16, 64)) -> dict[str, list[list[str]]]:
+    """The report at some n for a person, by title: win rate and golden score. Rows, the header first."""
+    places = [k for k, n in enumerate(found["sizes"]) if n in (*shown, found["sizes"][-1])]
+    golden = ("normalised", "normalised_stderr") if found["selectors"][RANDOM]["normalised"] else ("golden", "stderr")
+    titles = {
+        "win rate against the greedy response": ("win_rate", "win_rate_stderr"),
+        f"{golden[0]} golden score".removeprefix("golden "): golden,
+    }
+    return {
+        title: [["chosen by", *(f"N = {found['sizes'][k]}" for k in places)]]
+        + [[name, *(_cell(line[value][k], line[error][k]) for k in places)] for name, line in found["selectors"].items()]
+        for title, (value, error) in titles.items()
+    }
 
 
 def _cell(value: float, error: float | None) -> str:

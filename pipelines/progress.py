@@ -12,7 +12,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipelines.artifacts import Display, Stage
 from pipelines.summary import Shown
@@ -160,7 +160,8 @@ def print_result(shown: Shown) -> None:
     """The final tables and where everything is."""
     console = Console()
     for table in shown.tables:
-        grid = Table(*table.rows[0], title=table.title)
+        first, *others = table.rows[0]
+        grid = Table(Column(first, no_wrap=True), *others, title=table.title)
         for row in table.rows[1:]:
             grid.add_row(*row, style="bold" if row[0] == table.bold else "")
         console.print(grid)

@@ -145,19 +145,20 @@ def doubts(name: str, numbers: Mapping[str, Any]) -> list[str]:
         found.append(f"{name}: held-out pairs are told apart no better than by chance ({told:.3f} of {numbers['pairs']})")
     for what, how in (("length", "the length alone"), ("origin", "the words of whoever wrote it")):
         alone = numbers[f"baseline_{what}"]
-        if alone > 0.5 + 2 * error and told < alone + 2 * error:
+        if alone > 0.5 + 2 * error and told <= alone + 2 * error:
             found.append(f"{name}: {how} tells held-out pairs apart as well ({alone:.3f}, the reward model {told:.3f})")
     return found
 
 
 def table(rewards: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Rows for a person, the header first."""
-    columns = {"told apart": "pair_accuracy", "+-": "stderr", "AUC": "auc", "accuracy at 0": "accuracy"}
-    columns |= {"calibration error": "calibration_error", "by length alone": "baseline_length", "by origin alone": "baseline_origin"}
-    rows = [["reward model", "pairs", *columns]]
+    columns = {"AUC": "auc", "right at 0": "accuracy", "calibration error": "calibration_error"}
+    columns |= {"by length alone": "baseline_length", "by origin alone": "baseline_origin"}
+    rows = [["reward model", "pairs", "told apart", *columns]]
     for name, numbers in rewards.items():
+        told = "" if numbers["stderr"] is None else f"{numbers['pair_accuracy']:.3f} ± {numbers['stderr']:.3f}"
         cells = ["" if numbers[key] is None else f"{numbers[key]:.3f}" for key in columns.values()]
-        rows.append([name, str(numbers["pairs"]), *cells])
+        rows.append([name, str(numbers["pairs"]), told, *cells])
     return rows
 
 

@@ -61,8 +61,9 @@ def test_the_report_by_hand(tmp_path: Path) -> None:
     assert x["win"] == pytest.approx([1 / 6, 1 / 6, 0]) and x["tie"] == pytest.approx([1 / 3 + 1 / 3, 1 / 3 + 1 / 6, 1 / 2])
     assert both["golden"] == pytest.approx([1 / 2, 5 / 6, 1])
     assert found["selectors"]["oracle (golden)"]["golden"] == pytest.approx([1 / 2, 5 / 6, 1])
-    rows = best_of_n_report.table(found)
-    assert rows[0] == ["chosen by", "win rate, N = 1", "normalised, N = 1", "win rate, N = 3", "normalised, N = 3"]
+    wins, golden = best_of_n_report.tables(found).values()
+    assert wins[0] == golden[0] == ["chosen by", "N = 1", "N = 3"]
+    assert golden[2] == ["x", "0.44 ± 0.19", "-0.11 ± 0.00"]
     chosen = [json.loads(line) for line in (run.directory(stage) / "chosen.held_out.jsonl").read_text().splitlines()]
     assert [(line["input"][0]["content"], line["output"], line["reward"]) for line in chosen] == [("a", "a0", 3.0), ("b", "b2", 3.0)]
     preferences = [json.loads(line) for line in (run.directory(stage) / "preferences.held_out.jsonl").read_text().splitlines()]

@@ -88,6 +88,8 @@ def test_doubts_name_what_does_as_well() -> None:
     (length,) = doubts("r", good | {"baseline_length": 0.89})
     assert length == "r: the length alone tells held-out pairs apart as well (0.890, the reward model 0.900)"
     assert "the words of whoever wrote it" in doubts("r", good | {"baseline_origin": 0.95})[0]
+    perfect = {"pair_accuracy": 1.0, "stderr": 0.0, "baseline_origin": 1.0}
+    assert "the words of whoever wrote it" in doubts("r", good | perfect)[0], "a standard error of 0 hides nothing"
     assert "no held-out pair" in doubts("r", good | {"pairs": 0})[0]
 
 
