@@ -1,11 +1,11 @@
 """Our batch scorer and a bare vLLM pooling engine on the same responses with the same reward model.
 
-    python benchmarks/reward.py [--prompts 32] [--responses 2 16] [--precision bfloat16 float32] [--rounds 3]
+    python benchmarks/reward.py [--prompts 32] [--responses 2 16] [--response-tokens 40] [--precision bfloat16 float32] [--rounds 3]
 
 A random reward head on SmolLM2-135M; the prompts and responses are those of the GSM8K pairs (or words of such lengths, see train_step.py):
 of R responses to a prompt the first two are its own, the others those of the next rows. Each system is a fresh process that loads, scores
 a few responses to warm up, then all of them `rounds` times, every time with an empty prefix cache; the median counts. vLLM gets the ids of
-every conversation in one call of `classify`. `--backend transformers` shows what scoring without vLLM costs.
+every conversation in one call of `classify`; ours is measured in vLLM and in transformers (`scoring.backend`).
 """
 
 import argparse
@@ -30,13 +30,13 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["bfloat16", "float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--max-batch-tokens", type=int, default=2048, help="ours: tokens at once")
-    parser.add_argument("--backend", default="auto", choices=["auto", "vllm", "transformers"], help="ours: scoring.backend")
+    parser.add_argument("--response-tokens", type=int, help="responses are cut to so many; as they are by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         job = json.loads(options.child)
-        print("RESULT " + json.dumps({"ours": ours, "vllm": bare_vllm}[job["who"]](job, json.loads(Path(job["data"]).read_text()))))
+        print("RESULT " + json.dumps((bare_vllm if job["who"] == "bare vLLM" else ours)(job, json.loads(Path(job["data"]).read_text()))))
         return
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -44,7 +44,7 @@ def main() -> None:
         peaks = ", ".join(f"{p} {matmul_peak(p, options.threads):.0f} GFLOP/s" for p in options.precision)
         print(f"{options.threads} threads of {cpu_name()}; matmul peak {peaks}")
         for count in options.responses:
-            rows = with_responses(read_pairs(work, options.prompts), count)
+            rows = with_responses(read_pairs(work, options.prompts), count, options.response_tokens)
             (work / "rows.json").write_text(json.dumps(rows))
             for precision in options.precision:
                 measure(options, reward, work / "rows.json", rows, precision)
@@ -56,15 +56,16 @@ def measure(options: Any, reward: Path, data: Path, rows: list[dict[str, Any]], 
     tokens = sum(len(row["prompt_ids"]) + len(ids) for row in rows for ids in row["responses"])
     print(f"\n{precision}, {len(rows)} prompts x {responses // len(rows)} responses, mean {tokens / responses:.0f} tokens with the prompt")
     found = {}
-    for who in ("ours", "vllm"):
+    for who in ("bare vLLM", "ours, vllm", "ours, transformers"):
         job = {"who": who, "model": str(reward), "data": str(data), "precision": precision, "threads": options.threads}
-        job |= {"rounds": options.rounds, "backend": options.backend, "max_batch_tokens": options.max_batch_tokens}
+        job |= {"rounds": options.rounds, "backend": who.removeprefix("ours, "), "max_batch_tokens": options.max_batch_tokens}
         found[who] = run_child(job)
         each = responses / found[who]["seconds"]
-        print(f"  {who:5} {found[who]['seconds']:6.1f} s  {each:6.1f} responses/s  (rounds {found[who]['rounds']})", flush=True)
-    pairs = [(a, b) for a, b in zip(found["ours"]["rewards"], found["vllm"]["rewards"], strict=True)]
-    apart = max(abs(a - b) for a, b in pairs)
-    print(f"  ours to vLLM: {found['vllm']['seconds'] / found['ours']['seconds']:.2f} x; rewards differ by {apart:.3f} at most", flush=True)
+        print(f"  {who:18} {found[who]['seconds']:6.1f} s  {each:6.1f} responses/s  (rounds {found[who]['rounds']})", flush=True)
+    bare = found.pop("bare vLLM")
+    for who, run in found.items():
+        apart = max(abs(a - b) for a, b in zip(run["rewards"], bare["rewards"], strict=True))
+        print(f"  {who} to bare vLLM: {bare['seconds'] / run['seconds']:.2f} x; rewards differ by {apart:.3f} at most", flush=True)
 
 
 def run_child(job: dict[str, Any]) -> dict[str, Any]:
@@ -124,9 +125,9 @@ def bare_vllm(job: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]
     return timed(score, job, rows)
 
 
-def with_responses(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """`count` responses to each prompt: its own two, then those of the next rows."""
-    both = [ids for row in rows for ids in (row["real_ids"], row["generated_ids"])]
+def with_responses(rows: list[dict[str, Any]], count: int, tokens: int | None) -> list[dict[str, Any]]:
+    """`count` responses to each prompt, of so many tokens at most: its own two, then those of the next rows."""
+    both = [ids[:tokens] for row in rows for ids in (row["real_ids"], row["generated_ids"])]
     return [
         {"prompt_ids": row["prompt_ids"], "responses": [both[(2 * k + r) % len(both)] for r in range(count)]} for k, row in enumerate(rows)
     ]
