@@ -1,6 +1,5 @@
 """A vLLM engine: prompts as token ids in, responses as token ids out."""
 
-import functools
 import hashlib
 import io
 from collections.abc import Callable, Sequence
@@ -54,8 +53,8 @@ class Count(tqdm):
 
 
 def counted(tell: Callable[[int], None] | None) -> Any:
-    """What vLLM takes for `use_tqdm`; without `tell` no bar at all."""
-    return functools.partial(Count, tell) if tell else False
+    """What vLLM takes for `use_tqdm`; without `tell` no bar at all. It has another bar for the requests that it takes in."""
+    return (lambda taken=None, **options: Count(tell, **options) if taken is None else taken) if tell else False
 
 
 class Generator:
