@@ -165,7 +165,7 @@ READ_BY = {
 
 
 class Objective(Settings):
-    """What training on pairs minimises (METHODS: score f = beta * rho + gamma). A number left out is the preset's."""
+    """What training on pairs minimises, by the score f = beta * rho + gamma of a log ratio rho. A number left out is the preset's."""
 
     name: PresetName = "gsil_logistic"
     """a preset: a function of actors/learner/objectives.py with its numbers"""

@@ -171,6 +171,8 @@ def _readable(item: Any) -> str:
         return f"{where}={item['input']!r}: did you mean {nearest!r}? It {message.partition('should ')[1]}{message.partition('should ')[2]}"
     if item["type"] == "value_error":
         return f"{where}: {message}" if where else message
+    if item["type"] in ("list_type", "tuple_type"):
+        return f"{where}={item['input']!r}: a list is wanted, such as '[{item['input']}]'"
     return f"{where}={item['input']!r}: {message[0].lower()}{message[1:]}"
 
 
@@ -194,6 +196,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(str(choice) for choice in typing.get_args(annotation))
     if origin in (typing.Union, types.UnionType):
         return " | ".join("null" if part is type(None) else _type_name(part) for part in typing.get_args(annotation))
+    if origin in (list, tuple):
+        return f"[{_type_name(typing.get_args(annotation)[0])}, ...]"
     return str(annotation) if origin else annotation.__name__
 
 

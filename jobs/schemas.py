@@ -62,6 +62,8 @@ class GsilConfig(JobConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> "GsilConfig":
+        if not self.sft.epochs and not self.iterations.count:
+            raise ValueError("sft.epochs=0 and iterations.count=0 train nothing: raise one of the two")
         if self.evaluation.metric == "none" and self.iterations.stop_when_worse:
             raise ValueError("iterations.stop_when_worse=true needs a held-out metric, but evaluation.metric=none: set one of the two")
         if self.demonstrations.path == "arithmetic" and self.demonstrations.layout not in ("auto", "question_answer"):

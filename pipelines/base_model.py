@@ -20,7 +20,13 @@ log = logging.getLogger(__name__)
 
 
 def plan(model: Model) -> Stage:
-    """The stage that readies the base model."""
+    """The stage that readies the base model.
+
+    Raises:
+        StageError: a local model is not there.
+    """
+    if model.path.startswith((".", "/", "~")) and not Path(model.path).expanduser().exists():
+        raise StageError(f"model.path={model.path!r}: there is no such directory")
     settings = model.identity() | {"files": files(model.path)}
     if model.chat_template:
         settings["chat_template"] = _template(model.chat_template)
@@ -122,8 +128,6 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
 
     from actors.learner.batches import shares_prompt
 
-    if model.path.startswith((".", "/", "~")) and not Path(model.path).expanduser().exists():
-        raise StageError(f"model.path={model.path!r}: there is no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         config = AutoConfig.from_pretrained(**source)

@@ -5,6 +5,7 @@
 A response that a scorer fails on has no score and a reason: it is set aside and counted, never taken for 0.
 """
 
+import difflib
 import functools
 import hashlib
 import json
@@ -82,6 +83,12 @@ def check_reward_model(path: str) -> None:
     Raises:
         StageError: there is no such model, it is a language model, or it has more than one label.
     """
+    # Ids of the hub are owner/name; nobody is asked about what cannot be one.
+    if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") != 1):
+        near = "; did you mean exact_answer?" if difflib.get_close_matches(path, ["exact_answer"]) else ""
+        raise StageError(
+            f"scorer {path!r} is no reward model's directory or hub id (owner/name), nor exact_answer, nor module:function{near}"
+        )
     try:
         if Path(path).exists():
             file = Path(path, "config.json")

@@ -39,7 +39,7 @@ def iteration_numbers(pairs: dict[str, Any], negatives: dict[str, Any], training
 
 
 def reward_warnings(name: str, training: dict[str, Any], objective: Objective) -> list[str]:
-    """Warns when the reward of real responses fell below zero and stayed, or heads for -gamma (METHODS, the pitfall)."""
+    """Warns when the reward of real responses fell below zero and stayed, or heads for -gamma: what cannot be told apart ends there."""
     reward, gamma = training.get("tail_reward_real"), objective.gamma if objective.pointwise else 0.0
     if reward is None or reward >= 0:
         return []

@@ -29,7 +29,6 @@ def command(model: Path, data: Path, root: Path, *extra: str) -> list[str]:
         "demonstrations.shard_rows": 8,
         "demonstrations.max_prompt_tokens": 96,
         "demonstrations.max_tokens": 160,
-        "sft.workers": 2,
         "sft.epochs": 1,
         "sft.learning_rate": 1e-3,
         "training.learning_rate": 1e-3,

@@ -63,6 +63,7 @@ def test_overrides_win_over_files_and_numbers_are_read_as_people_write_them(tmp_
         (["--demonstrations.columns", "{promt: q}"], ["'promt'", "prompt, completion"]),
         (["--objective.name", "gsil_logistik"], ["did you mean 'gsil_logistic'?"]),
         (["--training.epochs", "many"], ["training.epochs", "many"]),
+        (["--sft.epochs", "0", "--iterations.count", "0"], ["train nothing", "raise one"]),
     ],
 )
 def test_mistakes_are_named(argv: list[str], words: list[str]) -> None:

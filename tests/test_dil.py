@@ -118,11 +118,10 @@ SCRIPT = [sys.executable, "jobs/dil.py"]
 
 def test_the_job_on_preference_pairs(tiny: Path, preferences: Path, tmp_path: Path) -> None:
     run = tmp_path / "dil"
-    first = dil(tiny, preferences, tmp_path, "--demonstrations.sft_first", "true")
-    done = finish([*SCRIPT, *first])
+    done = finish([*SCRIPT, *dil(tiny, preferences, tmp_path)])
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((run / "summary.json").read_text())
-    assert set(summary["policies"]) == {"base", "sft", "dil"} and summary["final"] == "dil"
+    assert set(summary["policies"]) == {"base", "dil"} and summary["final"] == "dil"
     (numbers,) = summary["iterations"]
     assert numbers["negatives"] == summary["demonstrations"]["train"] and 0 <= numbers["classification_accuracy"] <= 1
     (bad,) = pq.read_table(run / "demonstrations/rejected.parquet").to_pylist()

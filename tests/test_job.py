@@ -135,11 +135,11 @@ def test_a_second_run_of_a_finished_job_does_nothing_again(undisturbed: Path, ti
     assert all(stage["skipped"] for stage in summary["stages"]) and content(undisturbed) == before
     planned = finish(command(tiny, demonstrations, undisturbed.parent, "--dry-run")).stdout
     assert planned.count("  done ") == len(STAGES) and "to do" not in planned
-    assert "learning_rate: 0.001" in planned and "2 x (1 CPU, 0 GPU), ZeRO-1" in planned
+    assert "learning_rate: 0.001" in planned and "1 x (1 CPU, 0 GPU), ZeRO-1" in planned
 
 
 IN_GENERATION = "sft/samples, one of its shards"
-WITH_MODELS = ["base/samples", "sft/training", IN_GENERATION, *STAGES[5:7], *STAGES[8:10]]
+WITH_MODELS = ["base/samples", "sft/training", IN_GENERATION, "iteration-1/negatives", *STAGES[8:10]]
 THE_OTHERS = [name for name in STAGES if name not in WITH_MODELS]
 
 
@@ -262,7 +262,7 @@ def test_a_prompt_that_cannot_fit_the_model_is_refused_before_an_engine_starts(t
 
 
 def test_a_job_submitted_to_a_running_cluster(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
-    again = {"base/samples", "sft/training"}
+    again = {"sft/training"}
     binaries = Path(sys.executable).parent
     # A local instance that ran in this process before leaves variables behind that are not meant for another cluster.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -278,7 +278,7 @@ def test_a_job_submitted_to_a_running_cluster(undisturbed: Path, tiny: Path, dem
     )
     try:
         submit = [str(binaries / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--"]
-        # A part of a finished run has to be made again there: an engine's and a training's.
+        # A part of a finished run has to be made again there.
         shutil.copytree(undisturbed, tmp_path / "job")
         for name in again:
             shutil.rmtree(tmp_path / "job" / name)

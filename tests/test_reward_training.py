@@ -98,6 +98,7 @@ def test_doubts_name_what_does_as_well() -> None:
     [
         (["--best_of_n.n", "0"], r"best_of_n\.n=0: input should be greater than or equal to 1"),
         (["--rewards.kinds", "[init-stf]"], "init-sft"),
+        (["--rewards.kinds", "init-sft"], r"rewards\.kinds='init-sft': a list is wanted, such as '\[init-sft\]'"),
         (["--rewards.kinds", "[init-sft, init-sft]"], "names a kind twice"),
         (["--rewards.ensemble", "[bt]"], "bt is not among kinds"),
         (["--rewards.kinds", "[bt]"], "made of several samples of a prompt, but responses.samples=1"),

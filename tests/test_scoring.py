@@ -147,6 +147,8 @@ def test_a_name_that_scores_nothing_is_refused_before_anything_runs(tiny: Path, 
         "opinions_too:width": "the module 'opinions_too' has no function 'width'",
         "opinions_too:thing": "the module 'opinions_too' has no function 'thing'",
         "nowhere:f": "the module 'nowhere' cannot be imported",
+        "exact_answr": "did you mean exact_answer",
+        "/nowhere/at/all": "is no reward model's directory or hub id",
         str(tmp_path): "is no reward model's directory or hub id, nor exact_answer, nor module:function",
         str(tiny): "is LlamaForCausalLM: a reward model is a ...ForSequenceClassification with one label",
     }.items():

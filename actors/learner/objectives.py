@@ -2,7 +2,7 @@
 
 Pure functions: both sides of a batch of pairs `[B]` in, the loss per pair `[B]` out. Whoever calls them reduces.
 
-Notation (METHODS of the three papers in one): `y_r` the real response (a demonstration, or the chosen one of a preference pair),
+Notation (that of the three papers in one): `y_r` the real response (a demonstration, or the chosen one of a preference pair),
 `y_g` the generated one (a sample of the policy, or the rejected one), logp(y) = sum over response tokens of log pi(token | prefix),
 rho = logp - ref_logp, divided by |y| where `length_normalised`; score f = beta * rho + gamma.
 
