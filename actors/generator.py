@@ -32,10 +32,17 @@ def environment(pool: EnginePool) -> dict[str, str]:
     values = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not pool.num_gpus:
         threads = max(1, int(pool.num_cpus))
-        values |= {"VLLM_CPU_KVCACHE_SPACE": f"{pool.kv_cache_gib}", "OMP_NUM_THREADS": str(threads)} | GENERATION
+        values |= {"OMP_NUM_THREADS": str(threads)} | GENERATION
         # One engine a machine may take its cores by number; several would take the same ones.
         values["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}" if pool.max_actors == 1 and threads > 1 else "nobind"
     return values
+
+
+def cache(pool: EnginePool) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for the key-value cache of a pool's engines."""
+    if pool.num_gpus:
+        return {"gpu_memory_utilization": pool.gpu_memory_utilization}
+    return {"block_size": BLOCK, "kv_cache_memory_bytes": int(pool.kv_cache_gib * 2**30)}
 
 
 class Count(tqdm):
@@ -73,7 +80,6 @@ class Generator:
 
         self.gpu = engine.num_gpus > 0
         self.stop_ids = list(stop_ids)
-        options: dict[str, Any] = {"gpu_memory_utilization": engine.gpu_memory_utilization} if self.gpu else {"block_size": BLOCK}
         self.llm = LLM(
             model=weights,
             skip_tokenizer_init=True,
@@ -84,7 +90,7 @@ class Generator:
             enforce_eager=engine.enforce_eager or not self.gpu,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
-            **options,
+            **cache(engine),
         )
 
     def __call__(

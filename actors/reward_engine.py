@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from actors.generator import BLOCK, counted
+from actors.generator import cache, counted
 from actors.learner import policy
 from actors.learner.batches import Example
 from actors.scorer import Scorer
@@ -70,8 +70,6 @@ class RewardEngine:
         from vllm import LLM, PoolingParams
 
         self.raw = PoolingParams(use_activation=False)
-        gpu = scoring.num_gpus > 0
-        options: dict[str, Any] = {"gpu_memory_utilization": scoring.gpu_memory_utilization} if gpu else {"block_size": BLOCK}
         self.llm = LLM(
             model=weights,
             runner="pooling",
@@ -83,7 +81,7 @@ class RewardEngine:
             enforce_eager=True,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
-            **options,
+            **cache(scoring),
         )
 
     def __call__(self, examples: Sequence[Example], tell: Callable[[int], None] | None = None) -> list[list[float]]:

@@ -87,8 +87,8 @@ class EnginePool(Pool):
 
     tensor_parallel: int = placement(1, ge=1)
     """GPUs that share one engine; num_gpus must be as many"""
-    kv_cache_gib: int = placement(2, ge=1)
-    """key-value cache on a CPU, GiB"""
+    kv_cache_gib: float = placement(2.0, gt=0)
+    """key-value cache on a CPU, GiB; all of it is filled at the start, up to 3 s each"""
     gpu_memory_utilization: float = placement(0.9, gt=0, le=1)
     """share of a GPU's memory that the engine may take"""
 

@@ -36,7 +36,7 @@ def command(model: Path, data: Path, root: Path, *extra: str) -> list[str]:
         "negatives.max_new_tokens": 24,
         "evaluation.max_new_tokens": 24,
         "engine.num_cpus": 2,
-        "engine.kv_cache_gib": 1,
+        "engine.kv_cache_gib": 0.1,
     }
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     return [sys.executable, "jobs/gsil_iterative.py", *flags, *extra]

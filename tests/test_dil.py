@@ -108,7 +108,7 @@ def dil(model: Path, data: Path, root: Path, *extra: str) -> list[str]:
         "training.learning_rate": 1e-3,
         "evaluation.max_new_tokens": 8,
         "engine.num_cpus": 2,
-        "engine.kv_cache_gib": 1,
+        "engine.kv_cache_gib": 0.1,
     }
     return [*(part for key, value in options.items() for part in (f"--{key}", str(value))), *extra]
 

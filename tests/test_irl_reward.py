@@ -180,7 +180,7 @@ def test_best_of_n_from_python(tiny: Path, demonstrations: Path, local_ray: None
     monkeypatch.chdir(tmp_path)
     data = Demonstrations(path=str(demonstrations), max_prompt_tokens=96, max_tokens=160, limit=6, max_rejected_fraction=0.1)
     settings = BestOfN(n=3, train_prompts=None, max_new_tokens=16)
-    folder = choose_from(Path("run"), str(tiny), data, ["judge_of_python:brevity"], settings, engine=Engine(kv_cache_gib=1))
+    folder = choose_from(Path("run"), str(tiny), data, ["judge_of_python:brevity"], settings, engine=Engine(kv_cache_gib=0.1))
     samples = rows_of(folder / "samples/train")
     assert len(samples) == 18 and all(row["reward_judge_of_python:brevity"] == -len(row["response"]) for row in samples)
     assert folder == tmp_path / "run/best_of_n/results"
