@@ -115,6 +115,9 @@ class Generator:
         torch.manual_seed(seed)
         params = [self._params(sampling, _mixed(seed, row) if self.gpu else None) for row in range(len(prompts))]
         outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=counted(tell))
+        for ids, output in zip(prompts, outputs, strict=True):
+            if list(output.prompt_token_ids) != list(ids):
+                raise RuntimeError(f"the engine was given the prompt {list(ids)} and says that it sampled from {output.prompt_token_ids}")
         return [[self._response(list(sample.token_ids), sample.finish_reason) for sample in output.outputs] for output in outputs]
 
     def _params(self, sampling: Sampling, seed: int | None) -> Any:

@@ -69,8 +69,8 @@ class Display:
     def started(self, stages: tuple[Stage, ...]) -> None:
         """`stages` begin."""
 
-    def follow(self, total: int, unit: str, done: Callable[[], int]) -> None:
-        """The stages that began have `total` units of work; `done` tells, whenever asked, how many are done."""
+    def follow(self, total: int | None, unit: str, done: Callable[[], int]) -> None:
+        """The stages that began have `total` units of work (None: nobody knows yet); `done` tells, whenever asked, how many are done."""
 
     def finished(self, stage: Stage, seconds: float, skipped: bool) -> None:
         """A stage is done, or was done before."""

@@ -30,7 +30,7 @@ def plan(model: Model) -> Stage:
     settings = model.identity() | {"files": files(model.path)}
     if model.chat_template:
         settings["chat_template"] = _template(model.chat_template)
-    return Stage("base/model", settings, version=3)
+    return Stage("base/model", settings, demand="2 x (1 CPU, 0 GPU)", version=3)
 
 
 def files(path: str) -> dict[str, list[int]]:

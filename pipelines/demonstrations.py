@@ -39,7 +39,7 @@ def plan(settings: Demonstrations, base: Stage) -> Stage:
     identity = settings.identity() | {"content": {split: _identity(settings, split) for split in SPLITS}}
     # Where the data lies is not what it is.
     del identity["path"], identity["held_out_path"]
-    return Stage(settings.section, identity | {"pairs": isinstance(settings, Preferences)}, {"base": base})
+    return Stage(settings.section, identity | {"pairs": isinstance(settings, Preferences)}, {"base": base}, "1 task (1 CPU, 0 GPU) a file")
 
 
 def prepare(settings: Demonstrations, trust_remote_code: bool) -> Any:
@@ -48,6 +48,7 @@ def prepare(settings: Demonstrations, trust_remote_code: bool) -> Any:
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         stage = stages[0]
         writer = _Writer(run.directory(stage), settings)
+        run.display.follow(None, "rows", lambda: writer.read)
         tokenizer = base_model.tokenizer(run, stage.inputs["base"])
         # Held-out first: a row that is in both belongs there.
         for split in ("held_out", "train"):

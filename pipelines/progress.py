@@ -40,7 +40,8 @@ class Terminal(Display):
         self.done: Callable[[], int] | None = None
         self.task: TaskID | None = None
         self.title = self.unit = ""
-        self.total = self.before = 0
+        self.total: int | None = None
+        self.before = 0
         self.since = self.said = time.monotonic()
         self.over = threading.Event()
         self.lock = threading.Lock()
@@ -62,14 +63,14 @@ class Terminal(Display):
     def started(self, stages: tuple[Stage, ...]) -> None:
         log.info("started: %s", ", ".join(stage.name for stage in stages))
         with self.lock:
-            self.title, self.unit, self.total, self.done = " + ".join(stage.name for stage in stages), "", 0, None
+            self.title, self.unit, self.total, self.done = " + ".join(stage.name for stage in stages), "", None, None
             self.since = self.said = time.monotonic()
             if self.live:
                 self.task = self.bars.add_task(self.title, total=None, rate="starting")
             else:
                 self.say(f"  {self.title} ...")
 
-    def follow(self, total: int, unit: str, done: Callable[[], int]) -> None:
+    def follow(self, total: int | None, unit: str, done: Callable[[], int]) -> None:
         with self.lock:
             self.total, self.unit, self.done, self.before = total, unit, done, done()
             self.since = time.monotonic()
@@ -105,15 +106,15 @@ class Terminal(Display):
                     self.bars.update(self.task, completed=count, total=self.total, rate=rate)
                 elif not self.live and time.monotonic() - self.said > PLAIN_EVERY_SECONDS:
                     self.said = time.monotonic()
-                    self.say(f"  {self.title}: {count}/{self.total} {rate}")
+                    self.say(f"  {self.title}: {count}{'' if self.total is None else f'/{self.total}'} {rate}")
 
     def _rate(self, count: int) -> str:
         passed, made = time.monotonic() - self.since, count - self.before
         if not made:
             return f"{self.unit}, starting"
-        left = (self.total - count) * passed / made
         speed = f"{made / passed:.1f}/s" if made > passed else f"{passed / made:.1f} s each"
-        return f"{self.unit}, {speed}, {left:.0f} s left"
+        left = "" if self.total is None else f", {(self.total - count) * passed / made:.0f} s left"
+        return f"{self.unit}, {speed}{left}"
 
 
 @contextlib.contextmanager

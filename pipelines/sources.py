@@ -4,10 +4,13 @@ A raw row is `{"source": "file:row", "row": JSON text, "reason": why it could no
 lines travel with the good ones and are counted.
 """
 
+import csv
 import glob
 import hashlib
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,18 +77,23 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
 
 def identity(files: list[str], subset: str | None, split: str) -> list[Any]:
-    """What identifies the content of files, for a fingerprint: local files by content, remote ones by what their store says."""
-    marks: list[Any] = []
-    for file in files:
-        if is_hub(file):
-            marks.append([file, subset, split])
-        elif "://" in file:
+    """What identifies the content of files, for a fingerprint: local files by content, remote ones by what their store says.
+
+    Raises:
+        StageError: a file is not there or cannot be opened.
+    """
+    return [[file, subset, split] if is_hub(file) else [Path(file).name, _mark(file)] for file in files]
+
+
+def _mark(file: str) -> Any:
+    try:
+        if "://" in file:
             fs, path = filesystem(file)
-            marks.append([Path(file).name, fs.ukey(path)])
-        else:
-            with Path(file).open("rb") as opened:
-                marks.append([Path(file).name, hashlib.file_digest(opened, "sha256").hexdigest()])
-    return marks
+            return fs.ukey(path)
+        with Path(file).open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise StageError(f"{file} cannot be read: {error.strerror or 'there is no such file'}") from None
 
 
 def read(file: str, subset: str | None = None, split: str = "train") -> Iterator[RawRow]:
@@ -102,7 +110,7 @@ def read(file: str, subset: str | None = None, split: str = "train") -> Iterator
     try:
         for number, (row, reason) in enumerate(readers[_suffix(file)](file), start=1):
             yield {"source": f"{name}:{number}", "row": row, "reason": reason}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error, csv.Error) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StageError(f"{file} cannot be read as {_suffix(file)[1:]}: {said}. Mend or remove it, or rename it to what it is") from None
 
@@ -145,7 +153,7 @@ def _read_parquet(file: str) -> Iterator[Parsed]:
 
     with _open(file) as opened:
         for batch in pq.ParquetFile(opened).iter_batches(1024):
-            yield from (_object(row) for row in batch.to_pylist())
+            yield from _rows_of(batch)
 
 
 def _read_arrow(file: str) -> Iterator[Parsed]:
@@ -159,16 +167,25 @@ def _read_arrow(file: str) -> Iterator[Parsed]:
     except pa.ArrowInvalid:
         batches = pa.ipc.open_stream(content)
     for batch in batches:
-        yield from (_object(row) for row in batch.to_pylist())
+        yield from _rows_of(batch)
+
+
+def _rows_of(batch: Any) -> Iterator[Parsed]:
+    """Rows of an arrow batch. A string that is not UTF-8 spoils its row, not the file."""
+    try:
+        yield from [_object(row) for row in batch.to_pylist()]
+    except UnicodeDecodeError:
+        for number in range(len(batch)):
+            try:
+                yield _object(batch.slice(number, 1).to_pylist()[0])
+            except UnicodeDecodeError as error:
+                yield "", f"not UTF-8: byte {error.start} of a string"
 
 
 def _read_csv(file: str) -> Iterator[Parsed]:
-    import csv
-    import io
-
     with _open(file) as opened:
         # A wrong byte spoils its row, not the file.
-        text = io.TextIOWrapper(opened, encoding="utf-8", errors="surrogateescape", newline="")
+        text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="")
         for row in csv.DictReader(text):
             extra = row.pop(None, None)
             if extra:

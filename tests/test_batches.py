@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from models import config, write_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors.learner import policy
+from actors.learner import attention, policy
 from actors.learner.attention import BRANCHING, branching_attention
 from actors.learner.batches import Example, batch_order, collate, deal, shares_prompt
 from actors.learner.logprobs import CHUNK_TOKENS, ResponseLogProbs, SelectedLogSoftmax
@@ -32,6 +33,25 @@ def plain_logp(model: torch.nn.Module, prompt: list[int], response: list[int]) -
         logits = model(torch.tensor([[*prompt, *response]])).logits[0]
     table = torch.log_softmax(logits, dim=-1)
     return sum(table[len(prompt) - 1 + k, token].item() for k, token in enumerate(response))
+
+
+@pytest.mark.parametrize("float32_keys", [0, 256])
+def test_so_they_do_in_bfloat16_whatever_attention_is_computed_in(float32_keys: int, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "FLOAT32_KEYS", float32_keys)
+    seen = set()
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        seen.add(query.dtype)
+        return kernel(query, *others, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16, attn_implementation=BRANCHING).eval()
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16, attn_implementation="eager").double().eval()
+    got = ResponseLogProbs(model)(collate(EXAMPLES, pad_id=1, share_prompt=True))[0].tolist()
+    assert seen == {torch.float32 if float32_keys else torch.bfloat16}
+    want = [plain_logp(plain, list(e.prompt_ids), list(r)) for e in EXAMPLES for r in e.responses]
+    assert got == pytest.approx(want, rel=0.02, abs=0.2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

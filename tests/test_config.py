@@ -79,6 +79,7 @@ def test_help_names_every_key_with_its_meaning(schema: type[JobConfig]) -> None:
             assert f"--{section}.{key}  " in text
             assert option.description, f"{section}.{key} has no description"
             assert option.description.strip() in text
+    assert "--ray.num_cpus  int | null, default null" in text
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

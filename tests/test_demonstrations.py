@@ -89,19 +89,44 @@ def test_a_store_that_fsspec_has_no_client_for_is_read_by_pyarrows(name: str, tm
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("no/such/file.jsonl", "no such file"), ("EMPTY", "holds no file"), ("nosuch://x/y.jsonl", "cannot be listed")],
+    [
+        ("no/such/file.jsonl", "no such file"),
+        ("EMPTY", "holds no file"),
+        ("nosuch://x/y.jsonl", "cannot be listed"),
+        ("file:///no/such/file.jsonl", r"file.jsonl cannot be read: No such file"),
+    ],
 )
 def test_a_path_that_leads_nowhere_is_one_clear_line(path: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=words) as error:
-        sources.find(str(tmp_path) if path == "EMPTY" else path, "train")
+        sources.identity(sources.find(str(tmp_path) if path == "EMPTY" else path, "train"), None, "train")
     assert "\n" not in str(error.value)
 
 
-def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    path.write_bytes(b"PAR1 no")
-    with pytest.raises(StageError, match=r"a\.parquet cannot be read as parquet"):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.parquet", b"PAR1 no"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-20]),
+        ("a.csv", b"prompt,completion\n" + b"x" * 200_000 + b",y\n"),
+    ],
+)
+def test_an_unreadable_file_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(StageError, match=rf"{name} cannot be read as {name.split('.')[1]}"):
         list(sources.read(str(path)))
+
+
+def test_bytes_that_are_not_utf_8_spoil_their_row_alone(tmp_path: Path) -> None:
+    strings = pa.array([b"good", b"b\xffd", b"fine"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"prompt": strings}), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfprompt\ngood\nb\xffd\nfine\n")
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "good"}\n{"prompt": "b\xffd"}\n{"prompt": "fine"}\n')
+    for name in ("a.parquet", "a.jsonl"):
+        rows = list(sources.read(str(tmp_path / name)))
+        assert ["not UTF-8" in row["reason"] for row in rows] == [False, True, False]
+        assert json.loads(rows[2]["row"]) == {"prompt": "fine"}
+    assert [json.loads(row["row"])["prompt"] for row in sources.read(str(tmp_path / "a.csv"))] == ["good", "b\udcffd", "fine"]
 
 
 def prepare(tmp_path: Path, tokenizer: Path, **settings: Any) -> tuple[Run, Stage, dict[str, Any]]:
@@ -127,7 +152,7 @@ def rows_of(run: Run, stage: Stage, split: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_rows_become_shards_and_bad_ones_are_set_aside(tiny: Path, tmp_path: Path) -> None:
+def test_rows_become_shards_and_bad_ones_are_set_aside(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bad: list[dict[str, Any]] = [
         {"prompt": "", "completion": "x"},
         {"prompt": "long " * 200, "completion": "x"},
@@ -153,6 +178,7 @@ def test_rows_become_shards_and_bad_ones_are_set_aside(tiny: Path, tmp_path: Pat
         strict=True,
     ):
         assert words in reason
+    assert f"7 of 37 rows rejected, see {run.directory(stage) / 'rejected.parquet'}" in caplog.text
     assert rejected[0]["source"] == "a.jsonl:31" and json.loads(rejected[0]["row"]) == bad[0]
 
 
@@ -180,10 +206,11 @@ def test_an_empty_row_is_set_aside_in_every_layout(good: dict[str, Any], bad: di
 
 @pytest.mark.usefixtures("local_ray")
 def test_too_many_bad_rows_stop_the_job_and_show_the_first(tiny: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [*ROWS[:8], {"prompt": "x"}, {"prompt": "y"}])
+    path = write(tmp_path / "a.jsonl", [*ROWS[:3], *({"prompt": f"{i}"} for i in range(7))])
     with pytest.raises(StageError) as error:
         prepare(tmp_path, tiny, path=str(path))
-    assert "2 of 10 rows" in str(error.value) and "a.jsonl:9: no layout fits the columns that are filled: prompt" in str(error.value)
+    first = [f"  a.jsonl:{row}: no layout fits the columns that are filled: prompt" for row in range(4, 9)]
+    assert "7 of 10 rows" in str(error.value) and str(error.value).splitlines()[1:-1] == first
     assert (tmp_path / "run" / "demonstrations" / "rejected.parquet").exists()
 
 

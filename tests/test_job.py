@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from running import ROOT, command, content, finish, free_ports, ours_alive, rows_of, start, stop_when, wait_until_gone
 from transformers import AutoTokenizer
 
@@ -38,6 +39,9 @@ def test_the_run_directory(undisturbed: Path) -> None:
     for numbers in summary["policies"].values():
         assert set(numbers) == {"accuracy", "stderr", "n"} and numbers["n"] == summary["demonstrations"]["held_out"]
     assert [stage["name"] for stage in summary["stages"]] == STAGES
+    assert all(set(stage) == {"name", "seconds", "skipped", "fingerprint"} for stage in summary["stages"])
+    assert summary["run"] == "job" and summary["total_seconds"] == pytest.approx(sum(stage["seconds"] for stage in summary["stages"]))
+    assert yaml.safe_load((undisturbed / "config.yaml").read_text())["training"]["learning_rate"] == 1e-3
     assert all(not stage["skipped"] for stage in summary["stages"])
     (iteration,) = summary["iterations"]
     assert {"negatives", "truncated", "rejected", "reward_real", "reward_generated", "margin", "classification_accuracy"} <= set(iteration)
@@ -49,7 +53,9 @@ def test_the_run_directory(undisturbed: Path) -> None:
         assert json.loads((undisturbed / name / "manifest.json").read_text())["name"] == name
     assert list(undisturbed.glob("sft/training/events.out.tfevents.*"))
     assert not [*undisturbed.rglob(".*.rows"), *undisturbed.rglob("*.tmp")]
-    assert "base_model:" not in (undisturbed / "final" / "README.md").read_text(), "a local directory is no name on the hub"
+    card = (undisturbed / "final" / "README.md").read_text()
+    assert "base_model:" not in card, "a local directory is no name on the hub"
+    assert all(word in card for word in ("gsil_logistic", "rows.jsonl", "learning_rate", "vllm", "transformers", "iteration-1")), card
     policy = undisturbed / "iteration-1/training/policy"
     assert json.loads((policy / "config.json").read_text())["dtype"] == "float32"
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in policy.iterdir()), "others can read it"
@@ -78,7 +84,7 @@ def assert_same_ids(run: Path, end: int, limit: int) -> set[str]:
 
 
 def test_the_ids_that_were_sampled_scored_and_trained_on_are_the_same(undisturbed: Path) -> None:
-    assert "length" in assert_same_ids(undisturbed, end=1, limit=24)
+    assert assert_same_ids(undisturbed, end=1, limit=24) == {"stop", "length"}
     for path in ("demonstrations/train", "demonstrations/held_out", "iteration-1/negatives/train"):
         assert all(row["prompt_ids"].count(0) == 1 and row["prompt_ids"][0] == 0 for row in rows_of(undisturbed / path))
 
@@ -109,20 +115,30 @@ def test_the_first_step_of_the_iteration_starts_at_the_reference(undisturbed: Pa
 def test_the_policies_load_in_transformers_and_vllm_unchanged(undisturbed: Path) -> None:
     probe = (
         "import sys, os\n"
-        "os.environ |= {'VLLM_ENABLE_V1_MULTIPROCESSING': '0', 'VLLM_CPU_KVCACHE_SPACE': '1', 'HF_HUB_OFFLINE': '1'}\n"
+        "os.environ |= {'VLLM_ENABLE_V1_MULTIPROCESSING': '0', 'HF_HUB_OFFLINE': '1'}\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "from vllm import LLM, SamplingParams\n"
-        "llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=128)\n"
+        "llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=2**27)\n"
         "asked = [{'role': 'user', 'content': 'What is 3 and 4?'}]\n"
         "out = llm.chat(asked, SamplingParams(temperature=0, max_tokens=4, detokenize=True))\n"
         "prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)\n"
         "assert list(out[0].prompt_token_ids) == list(prompt), (out[0].prompt_token_ids, prompt)\n"
         "assert model.generation_config.eos_token_id in (1, [1]), model.generation_config\n"
-        "print('loaded', len(out[0].outputs[0].token_ids))\n"
+        "import torch\n"
+        "told = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=4)[0, len(prompt):].tolist()\n"
+        "assert list(out[0].outputs[0].token_ids) == told, (out[0].outputs[0].token_ids, told)\n"
+        "from actors.generator import Generator\n"
+        "from actors.settings import Sampling\n"
+        "generator = Generator.__new__(Generator)\n"
+        "generator.stop_ids = [1]\n"
+        "drawn = generator._params(Sampling(temperature=0.7, top_p=0.9, samples=3, max_new_tokens=5), None)\n"
+        "assert (drawn.temperature, drawn.top_p, drawn.n, drawn.max_tokens, drawn.stop_token_ids) == (0.7, 0.9, 3, 5, [1]), drawn\n"
+        "assert generator._params(Sampling(greedy=True, temperature=0.7), None).temperature == 0\n"
+        "print('loaded')\n"
     )
     done = finish([sys.executable, "-c", probe, str(undisturbed / "final")])
-    assert "loaded" in done.stdout, done.stderr[-2000:]
+    assert "loaded\n" in done.stdout, done.stderr[-2000:]
 
 
 def test_a_second_run_of_a_finished_job_does_nothing_again(undisturbed: Path, tiny: Path, demonstrations: Path) -> None:
@@ -136,6 +152,11 @@ def test_a_second_run_of_a_finished_job_does_nothing_again(undisturbed: Path, ti
     planned = finish(command(tiny, demonstrations, undisturbed.parent, "--dry-run")).stdout
     assert planned.count("  done ") == len(STAGES) and "to do" not in planned
     assert "learning_rate: 0.001" in planned and "1 x (1 CPU, 0 GPU), ZeRO-1" in planned
+    planned = finish(command(tiny, demonstrations, undisturbed.parent, "--dry-run", "--objective.beta", "0.2")).stdout
+    fingerprints = {stage["name"]: stage["fingerprint"] for stage in summary["stages"]}
+    states = {line.split("to do")[1].split()[0]: line.split()[0] for line in planned.splitlines() if "to do" in line}
+    assert list(states) == STAGES[9:] and all(fingerprints[name] != mark for name, mark in states.items())
+    assert all(f"{fingerprints[name]}  done   {name} " in planned for name in STAGES[:9])
 
 
 IN_GENERATION = "sft/samples, one of its shards"

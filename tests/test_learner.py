@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +13,9 @@ from training import assert_same_steps, train, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.learner.batches import Example
+from actors.learner.worker import learning_rate
 from actors.scorer import Scorer
-from actors.settings import Objective, Scoring
+from actors.settings import Objective, Scoring, Training
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +151,16 @@ def test_low_rank_adapters_are_merged_and_kept(zero: int, precision: str, tiny: 
 def test_targets_that_match_nothing_are_an_error_that_names_them(tiny: Path, pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="wqkv"):
         train(tiny, pairs, tmp_path, 1, Objective(), lora_r=4, lora_targets="wqkv")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "want"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule: Any, want: list[float]) -> None:
+    settings = Training(schedule=schedule, learning_rate=2.0, warmup_ratio=0.3)
+    assert [learning_rate(settings, step, 6) / 2.0 for step in range(6)] == pytest.approx(want)

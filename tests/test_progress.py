@@ -3,10 +3,26 @@
 import io
 import time
 
+import pytest
 from rich.console import Console
 
 from pipelines.artifacts import Stage
 from pipelines.progress import Terminal
+
+
+@pytest.mark.parametrize(("total", "shown"), [(40, "5/40"), (None, "5/?")])
+def test_a_terminal_shows_one_live_line_with_count_rate_and_time_left(total: int | None, shown: str) -> None:
+    out, done = io.StringIO(), [0]
+    display = Terminal(Console(file=out, force_terminal=True, width=120))
+    with display:
+        display.started((Stage("demonstrations", {}),))
+        display.follow(total, "rows", lambda: done[0])
+        display.since -= 1
+        done[0] = 5
+        time.sleep(1.2)
+        display.finished(Stage("demonstrations", {}), 2.0, skipped=False)
+    text = out.getvalue()
+    assert "demonstrations" in text and shown in text and "rows, " in text and "/s" in text and ("s left" in text) == (total is not None)
 
 
 def test_work_that_is_taken_back_begins_anew_and_slow_steps_are_told_in_seconds() -> None:
