@@ -10,11 +10,11 @@ from actors.generator import cache, counted
 from actors.learner import policy
 from actors.learner.batches import Example
 from actors.scorer import Scorer
-from actors.settings import Scoring
+from actors.settings import RewardScoring
 
 
 def load(
-    weights: str, scoring: Scoring, precision: str, longest: int, trust_remote_code: bool = False
+    weights: str, scoring: RewardScoring, precision: str, longest: int, trust_remote_code: bool = False
 ) -> "tuple[RewardEngine | Scorer, int]":
     """Loads a reward model into what runs it faster: vLLM where it knows the model (benchmarks/reward.py), else transformers.
 
@@ -66,7 +66,7 @@ class RewardEngine:
         trust_remote_code: run Python code that comes with the model.
     """
 
-    def __init__(self, weights: str, scoring: Scoring, precision: str, context: int, trust_remote_code: bool):
+    def __init__(self, weights: str, scoring: RewardScoring, precision: str, context: int, trust_remote_code: bool):
         from vllm import LLM, PoolingParams
 
         self.raw = PoolingParams(use_activation=False)

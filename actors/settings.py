@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from actors.presets import PRESETS
+
 
 def placement(default: Any, **constraints: Any) -> Any:
     """A field that does not change a stage's result beyond rounding."""
@@ -110,42 +112,19 @@ class Engine(EnginePool):
     """skip CUDA graphs: starts faster, decodes slower"""
 
 
-class Scoring(EnginePool):
-    """Actors that compute log-probs or rewards of given responses."""
+class Scoring(Pool):
+    """Actors that compute log-probs of given responses, in the learner's own forward pass."""
 
     max_batch_tokens: int = placement(8192, ge=1)
     """tokens with padding in one forward pass"""
+
+
+class RewardScoring(EnginePool, Scoring):
+    """Actors that compute rewards of given responses."""
+
     backend: Literal["auto", "vllm", "transformers"] = placement("auto")
-    """what a reward model runs in: auto takes vLLM where it knows the model. Log-probs are always computed as the learner does"""
+    """what a reward model runs in: auto takes vLLM where it knows the model"""
 
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # GSIL, arXiv 2410.10093. Its released run has beta 0.01 and gamma 2.
-    "gsil_logistic": {"function": "logistic", "beta": 0.1},
-    "gsil_hinge": {"function": "hinge", "beta": 0.1},
-    "gsil_brier": {"function": "brier", "beta": 0.1},
-    "gsil_exponential": {"function": "exponential", "beta": 0.1},
-    "gsil_kliep": {"function": "kliep", "beta": 0.1},
-    "gsil_lsif": {"function": "lsif", "beta": 0.1},
-    # DIL, ICLR 2025: no hyper-parameters, log ratios per token.
-    "dil_lsif": {"function": "lsif", "beta": 1.0, "length_normalised": True},
-    "dil_ukl": {"function": "kliep", "beta": 1.0, "length_normalised": True},
-    "dil_bce": {"function": "logistic", "beta": 1.0, "length_normalised": True},
-    # What the papers compare with, with their authors' usual numbers.
-    "spin": {"function": "dpo", "beta": 0.1},
-    "dpo": {"function": "dpo", "beta": 0.1},
-    "fdpo_reverse_kl": {"function": "dpo", "beta": 0.1},
-    "fdpo_forward_kl": {"function": "fdpo_forward_kl", "beta": 0.1},
-    "fdpo_js": {"function": "fdpo_js", "beta": 0.1},
-    "fdpo_alpha": {"function": "fdpo_alpha", "beta": 0.1, "alpha": 0.5},
-    "ipo": {"function": "ipo", "beta": 0.1, "length_normalised": True},
-    "slic": {"function": "slic", "beta": 0.1, "delta": 1.0, "sft_weight": 1.0},
-    "cpo": {"function": "cpo", "beta": 0.1, "sft_weight": 1.0},
-    "simpo": {"function": "simpo", "beta": 2.0, "gamma": 1.0},
-    "kto": {"function": "kto", "beta": 0.1},
-    "sft": {"function": "sft", "sft_weight": 1.0},
-}
-"""Names for a function of the table in actors/learner/objectives.py and its numbers."""
 
 if TYPE_CHECKING:
     PresetName: TypeAlias = str

@@ -71,9 +71,9 @@ def measure(options: Any, reward: Path, data: Path, rows: list[dict[str, Any]], 
 def run_child(job: dict[str, Any]) -> dict[str, Any]:
     """Runs one system in a process of its own, with the environment that its actors have in a job."""
     from actors.generator import environment
-    from actors.settings import Scoring
+    from actors.settings import RewardScoring
 
-    own = environment(Scoring(num_cpus=job["threads"])) | {"HF_HUB_OFFLINE": "1"}
+    own = environment(RewardScoring(num_cpus=job["threads"])) | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--child", json.dumps(job)]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -98,9 +98,9 @@ def ours(job: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The model of `pipelines/scorers.py`."""
     from actors import reward_engine
     from actors.learner.batches import Example
-    from actors.settings import Scoring
+    from actors.settings import RewardScoring
 
-    scoring = Scoring(num_cpus=job["threads"], max_batch_tokens=job["max_batch_tokens"], backend=job["backend"])
+    scoring = RewardScoring(num_cpus=job["threads"], max_batch_tokens=job["max_batch_tokens"], backend=job["backend"])
     scorer, _ = reward_engine.load(job["model"], scoring, job["precision"], 2048)
 
     def score(some: list[dict[str, Any]]) -> list[float]:

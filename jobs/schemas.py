@@ -4,7 +4,19 @@ from typing import Any, ClassVar
 
 from pydantic import model_validator
 
-from actors.settings import Engine, Negatives, Objective, Pool, RewardTraining, Scoring, Settings, SftTraining, Tracking, Training
+from actors.settings import (
+    Engine,
+    Negatives,
+    Objective,
+    Pool,
+    RewardScoring,
+    RewardTraining,
+    Scoring,
+    Settings,
+    SftTraining,
+    Tracking,
+    Training,
+)
 from pipelines.settings import (
     BestOfN,
     Demonstrations,
@@ -130,7 +142,7 @@ class IrlConfig(JobConfig):
     training: RewardTraining = RewardTraining()
     best_of_n: BestOfN = BestOfN()
     engine: Engine = Engine()
-    scoring: Scoring = Scoring()
+    scoring: RewardScoring = RewardScoring()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actors.settings import Engine, Scoring
+from actors.settings import Engine, RewardScoring
 from pipelines import base_model, demonstrations, generation, scoring
 from pipelines.artifacts import Run, Stage, replacing, write_json
 from pipelines.best_of_n_report import Array, Prompt, centres_of, report, select
@@ -154,7 +154,7 @@ def choose_from(
     settings: BestOfN | None = None,
     rule: Combination | None = None,
     engine: Engine | None = None,
-    scoring_pool: Scoring | None = None,
+    scoring_pool: RewardScoring | None = None,
 ) -> Path:
     """Best-of-N from Python, with any policy and any scorers; `pipelines.cluster.connected` has to hold a Ray connection.
 
@@ -177,7 +177,7 @@ def choose_from(
     Raises:
         StageError: a model, a scorer or the data cannot be used.
     """
-    settings, engine, scoring_pool = settings or BestOfN(train_prompts=None), engine or Engine(), scoring_pool or Scoring()
+    settings, engine, scoring_pool = settings or BestOfN(train_prompts=None), engine or Engine(), scoring_pool or RewardScoring()
     model, run = Model(path=policy), Run(root.resolve())
     longest = data.max_prompt_tokens + settings.max_new_tokens
     base = base_model.plan(model)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.settings import Scoring
+from actors.settings import RewardScoring
 from pipelines.artifacts import StageError
 from pipelines.chat import Chat
 from pipelines.evaluation import exact_answer
@@ -84,7 +84,7 @@ class ByModel:
         trust_remote_code: run Python code that comes with the model.
     """
 
-    def __init__(self, weights: str, ours: bool, scoring: Scoring, precision: str, longest: int, trust_remote_code: bool):
+    def __init__(self, weights: str, ours: bool, scoring: RewardScoring, precision: str, longest: int, trust_remote_code: bool):
         from actors import reward_engine
 
         # In another tokenizer's tokens a conversation has another length; an engine needs room for one of the longest.

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from actors.generator import environment
-from actors.settings import Scoring
+from actors.settings import RewardScoring
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.evaluation import final_number
@@ -35,7 +35,7 @@ def plan(
     demonstrations: Stage,
     scorer: Stage | str,
     precision: str,
-    scoring: Scoring,
+    scoring: RewardScoring,
     splits: Sequence[str] = ("held_out", "train"),
 ) -> Stage:
     """A stage that scores responses.
@@ -111,7 +111,7 @@ def check_reward_model(path: str) -> None:
         raise StageError(f"scorer {path!r} has {labels} labels, a reward model has one")
 
 
-def score(scoring: Scoring, longest: int, trust_remote_code: bool) -> Any:
+def score(scoring: RewardScoring, longest: int, trust_remote_code: bool) -> Any:
     """Returns the work of scoring stages, all by the same scorer: they share a pool of actors.
 
     Args:

@@ -112,6 +112,7 @@ def test_a_users_deepspeed_json_is_laid_over_ours(tmp_path: Path) -> None:
     [
         '{"fp16": {"enabled": false}}',
         '{"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}}',
+        '{"optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": 0.0}}}',
         '{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}, "gradient_clipping": 1.0}',
     ],
 )
@@ -129,6 +130,8 @@ def test_a_deepspeed_json_that_agrees_is_no_contradiction(said: str, tmp_path: P
         ('{"zero_optimization": {"stage": 3}}', ["zero_optimization.stage=3", "1", "zero_stage"]),
         ('{"train_batch_size": 64}', ["train_batch_size=64", "8", "batch_size"]),
         ('{"bf16": {"enabled": true}}', ["bf16.enabled=True", "False", "precision"]),
+        ('{"optimizer": {"type": "AdamW", "params": {"lr": 2e-5}}}', ["optimizer=", "2e-05", "learning_rate=1e-05"]),
+        ('{"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}}', ["optimizer=", "betas", "optimizer=adamw"]),
         ('{"optimizer": {"type": "Adam"}}', ["optimizer=", "Adam", "optimizer=adamw", "learning_rate=1e-05"]),
         ("[1]", ["JSON object"]),
         ("{", ["ds.json"]),

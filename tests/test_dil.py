@@ -12,7 +12,8 @@ import pytest
 from running import finish, rows_of
 from training import train, write_pairs
 
-from actors.settings import PRESETS, Objective
+from actors.presets import PRESETS
+from actors.settings import Objective
 from jobs.config import ConfigError, build
 from jobs.schemas import DilConfig, GsilConfig
 from pipelines.layouts import RowError, detect, rejected, turns

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from actors.learner.objectives import MAX_EXPONENT, OBJECTIVES, Losses, Pair, Side, losses, sft
-from actors.settings import PRESETS, READ_BY, SMOOTHED, Objective, PresetName
+from actors.presets import PRESETS
+from actors.settings import READ_BY, SMOOTHED, Objective, PresetName
 
 
 def side(logps: list[float], refs: list[float], lengths: list[int]) -> Side:

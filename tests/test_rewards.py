@@ -18,7 +18,7 @@ from actors.generator import environment
 from actors.learner import policy
 from actors.learner.batches import Example, collate, shares_prompt
 from actors.scorer import Scorer
-from actors.settings import Objective, Scoring
+from actors.settings import Objective, RewardScoring, Scoring
 
 FAMILIES = ["llama", "gpt2", "qwen2", "mistral_window"]
 EXAMPLES = [Example("a", [0, 10, 11], ([20, 21, 1], [22, 1])), Example("b", [0, 12], ([23] * 9, [24, 25, 26, 1]))]
@@ -119,11 +119,11 @@ ENGINE = """
 import json, sys
 from actors import reward_engine
 from actors.learner.batches import Example
-from actors.settings import Scoring
+from actors.settings import RewardScoring
 from test_rewards import EXAMPLES
 
 for directory in sys.argv[1:]:
-    model, context = reward_engine.load(directory, Scoring(num_cpus=2), "float32", 256)
+    model, context = reward_engine.load(directory, RewardScoring(num_cpus=2), "float32", 256)
     assert isinstance(model, reward_engine.RewardEngine) and context == 256, model
     # Twice: the second call must not read what the first left in the cache.
     told = []
@@ -138,7 +138,9 @@ def test_vllm_reads_the_same_rewards(families: list[str], tmp_path: Path) -> Non
     directories = [reward_model(tmp_path / family, family) for family in families]
     done = subprocess.run(
         [sys.executable, "-c", ENGINE, *map(str, directories)],
-        env=os.environ | environment(Scoring(num_cpus=2)) | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), str(Path(__file__).parent)])},
+        env=os.environ
+        | environment(RewardScoring(num_cpus=2))
+        | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), str(Path(__file__).parent)])},
         capture_output=True,
         text=True,
     )

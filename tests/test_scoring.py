@@ -12,7 +12,7 @@ from models import TEMPLATE, tokenizer, write_tiny
 from test_rewards import reward_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from actors.settings import Scoring
+from actors.settings import RewardScoring
 from pipelines import scorers, scoring
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
@@ -20,7 +20,7 @@ from pipelines.scorers import ByModel
 from pipelines.scoring import ScoreResponses, check_reward_model
 
 USER = [{"role": "user", "content": "What is 1 and 2?"}]
-TRANSFORMERS = Scoring(backend="transformers")
+TRANSFORMERS = RewardScoring(backend="transformers")
 ANSWERS = ["3 apples #### 3", "4", "3 apples #### 3", "there are 12 apples. #### 12"]
 
 
@@ -52,7 +52,7 @@ def by_transformers(directory: Path, conversations: list[list[int]]) -> list[flo
 @pytest.mark.parametrize("max_batch_tokens", [64, 4096])
 def test_a_model_of_the_run_reads_its_token_ids(max_batch_tokens: int, tmp_path: Path) -> None:
     directory = reward_model(tmp_path, "llama")
-    scorer = ByModel(str(directory), True, Scoring(max_batch_tokens=max_batch_tokens, backend="transformers"), "float32", 512, False)
+    scorer = ByModel(str(directory), True, RewardScoring(max_batch_tokens=max_batch_tokens, backend="transformers"), "float32", 512, False)
     got = scorer(rows(), "", nobody)
     assert [reason for _, reason in got] == [None] * 8 and not scorer.retemplated
     want = by_transformers(directory, [[*row["prompt_ids"], *row["response_ids"]] for row in rows()])
@@ -141,7 +141,7 @@ def test_a_name_that_scores_nothing_is_refused_before_anything_runs(tiny: Path, 
     data = Stage("demonstrations", {})
 
     def plan(scorer: str) -> Stage:
-        return scoring.plan("best_of_n/golden", data, data, scorer, "float32", Scoring())
+        return scoring.plan("best_of_n/golden", data, data, scorer, "float32", RewardScoring())
 
     for name, message in {
         "opinions_too:width": "the module 'opinions_too' has no function 'width'",
@@ -171,11 +171,11 @@ def test_a_stage_counts_what_has_no_score_and_stops_when_nothing_has(
     samples = Stage("samples", {})
     (run.directory(samples) / "held_out").mkdir(parents=True)
     write_rows(run.directory(samples) / "held_out" / "00000.parquet", rows(), SAMPLE)
-    work = scoring.score(Scoring(), 512, False)
-    some = scoring.plan("golden", samples, samples, "opinions_three:length", "float32", Scoring())
+    work = scoring.score(RewardScoring(), 512, False)
+    some = scoring.plan("golden", samples, samples, "opinions_three:length", "float32", RewardScoring())
     run.do(work, some)
     assert run.numbers(some) == {"rows": 8, "unscored": 4, "retemplated": 0}
-    never = scoring.plan("other", samples, samples, "opinions_three:never", "float32", Scoring())
+    never = scoring.plan("other", samples, samples, "opinions_three:never", "float32", RewardScoring())
     with pytest.raises(StageError, match="not one response could be scored: the score is inf"):
         run.do(work, never)
     assert not list(run.directory(never).glob("*/*.parquet")), "a mended scorer is asked again"

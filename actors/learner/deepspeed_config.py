@@ -92,8 +92,9 @@ def _agrees(key: str, value: Any, settings: Training) -> bool:
     if key == "fp16":
         return value.get("enabled") is False
     if key == "optimizer":
-        params = value.get("params", {})
-        return str(value.get("type", "")).lower() == settings.optimizer and all(number == "auto" for number in params.values())
+        same = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+        agree = all(number in ("auto", same.get(name)) for name, number in value.get("params", {}).items())
+        return agree and str(value.get("type", "")).lower() == settings.optimizer
     if key.startswith("zero_optimization.offload"):
         wanted = settings.offload and (key.endswith("optimizer") or settings.zero_stage == 3)
         return value.get("device", "none") == ("cpu" if wanted else "none")

@@ -10,7 +10,7 @@ rho = logp - ref_logp, divided by |y| where `length_normalised`; score f = beta 
     pairwise    look at the difference of the two               dpo f-dpo ipo slic cpo simpo
     neither     nothing but the SFT term                        sft
 
-Presets (`actors.settings.PRESETS`) are names for a function of this table and its numbers: DIL's ukl is `kliep` with beta 1 and rho
+Presets (`actors.presets.PRESETS`) are names for a function of this table and its numbers: DIL's ukl is `kliep` with beta 1 and rho
 per token, SPIN is `dpo` on self-generated pairs.
 """
 
