@@ -1,6 +1,7 @@
 """Training metrics reach every tracker that was asked for."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -59,5 +60,9 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     track(tmp_path, Tracking(wandb_project="alignment"))
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    # wandb's own process writes: on a busy machine it ends after `finish` has returned.
+    deadline = time.monotonic() + 30
+    while written.read_bytes().count(b"loss") < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
     content = written.read_bytes()
     assert b"alignment" in content and b"job/sft/training" in content and b"learning_rate" in content and content.count(b"loss") >= 2
