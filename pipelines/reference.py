@@ -48,7 +48,7 @@ def plan(
     """
     settings = {"truncated": truncated, "precision": training.precision, "mismatched": objective.function == "kto"}
     inputs = {"demonstrations": demonstrations, "reference": reference} | {f"negatives-{i}": s for i, s in enumerate(negatives)}
-    return Stage(name, settings, inputs, demand=scoring.demand())
+    return Stage(name, settings, inputs, demand=scoring.demand(), version=2)
 
 
 def score(scoring: Scoring, precision: str, longest: int, trust_remote_code: bool) -> Any:
