@@ -160,7 +160,7 @@ def test_a_second_run_of_a_finished_job_does_nothing_again(undisturbed: Path, ti
 
 
 IN_GENERATION = "sft/samples, one of its shards"
-WITH_MODELS = ["sft/training", IN_GENERATION, *STAGES[8:10]]
+WITH_MODELS = [IN_GENERATION, *STAGES[8:10]]
 THE_OTHERS = [name for name in STAGES if name not in WITH_MODELS]
 
 
@@ -283,7 +283,7 @@ def test_a_prompt_that_cannot_fit_the_model_is_refused_before_an_engine_starts(t
 
 
 def test_a_job_submitted_to_a_running_cluster(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
-    again = {"sft/training", "iteration-1/negatives", "iteration-1/pairs"}
+    again = {"sft/training", "iteration-1/negatives"}
     binaries = Path(sys.executable).parent
     # A local instance that ran in this process before leaves variables behind that are not meant for another cluster.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
