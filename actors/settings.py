@@ -224,7 +224,7 @@ class Training(Settings):
     batch_size: int = Field(8, ge=1)
     """rows (pairs) a step over all workers"""
     micro_batch_tokens: int = placement(4096, ge=1)
-    """tokens, with padding, that a worker processes at once; a longer row goes alone"""
+    """tokens, with padding, that a worker processes at once; a longer row goes alone (see gradient_checkpointing)"""
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
     """rmsprop is the papers'"""
     learning_rate: float = Field(1e-5, gt=0)
@@ -237,8 +237,9 @@ class Training(Settings):
     """decay of the weights; decoupled with adamw"""
     max_grad_norm: float = Field(1.0, ge=0)
     """gradients are clipped to this norm; 0 turns clipping off"""
-    gradient_checkpointing: bool = placement(False)
-    """recompute activations in the backward pass: less memory, a third more time"""
+    gradient_checkpointing: bool | Literal["auto"] = placement("auto")
+    """recompute activations in the backward pass, which takes less memory and a third more time: auto for rows alone that are longer than
+    micro_batch_tokens"""
     checkpoint_every: int = placement(100, ge=0)
     """steps between two checkpoints of the training state, and one at the end; 0 writes none"""
     checkpoints_kept: int = placement(1, ge=1)

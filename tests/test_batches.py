@@ -179,8 +179,12 @@ def test_every_epoch_sees_every_row_once_in_its_own_order() -> None:
 @pytest.mark.parametrize(("rows", "world", "max_tokens"), [(8, 2, 30), (5, 2, 40), (1, 4, 5), (7, 3, 1000), (9, 1, 1)])
 def test_dealing_gives_each_row_to_one_worker_within_the_tokens(rows: int, world: int, max_tokens: int) -> None:
     batch, lengths = np.arange(rows) + 3, np.arange(20)[::-1].copy()
-    dealt = [deal(batch, lengths, max_tokens, rank, world) for rank in range(world)]
+    whole = [deal(batch, lengths, max_tokens, rank, world) for rank in range(world)]
+    longest = [[part.longest for part in parts] for parts in whole]
+    assert all(seen == longest[0] for seen in longest), "whoever recomputes activations does so beside all others"
+    dealt = [[part.rows for part in parts] for parts in whole]
     assert len({len(parts) for parts in dealt}) == 1, "as many micro-batches for every worker"
+    assert all(lengths[p].max(initial=0) <= most for parts in dealt for p, most in zip(parts, longest[0], strict=True))
     assert sorted(itertools.chain.from_iterable(np.concatenate(parts) for parts in dealt)) == sorted(batch)
     assert all(len(p) <= 1 or len(p) * lengths[p].max() <= max_tokens for parts in dealt for p in parts)
     loads = [sum(int(lengths[p].sum()) for p in parts) for parts in dealt]

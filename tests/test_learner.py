@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from training import assert_same_steps, train, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.learner import policy
 from actors.learner.batches import Example
+from actors.learner.learner import Learner
 from actors.learner.worker import learning_rate
 from actors.scorer import Scorer
 from actors.settings import Objective, Scoring, Training
@@ -82,6 +85,30 @@ def test_recomputed_activations_take_the_same_steps(
 ) -> None:
     steps = train(tiny, pairs, tmp_path, 1, Objective(beta=0.1), micro_batch_tokens=10000, gradient_checkpointing=True)
     assert_same_steps(steps, alone[0])
+
+
+@pytest.mark.parametrize("how", ["auto", True, False])
+def test_rows_beyond_the_budget_are_recomputed(how: Any, tiny: Path) -> None:
+    settings = Training(micro_batch_tokens=50, gradient_checkpointing=how)
+    learner = Learner.__new__(Learner)
+    model = policy.trainable(policy.load(str(tiny), "float32", None, False), settings).train()
+    learner.settings, learner.engine = settings, SimpleNamespace(module=SimpleNamespace(model=model))
+    learner.layers = [layer for layer in model.modules() if hasattr(layer, "gradient_checkpointing")]
+
+    def kept() -> int:
+        """Bytes that a forward pass keeps for the backward pass."""
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):  # type: ignore[func-returns-value]
+            model(torch.arange(6, 56)[None], use_cache=False)
+        return sum(saved)
+
+    found = []
+    for longest in (50, 51):
+        learner._recompute(longest)
+        found.append(kept())
+    for layer in learner.layers:
+        layer.gradient_checkpointing = False
+    assert [size < 0.7 * kept() for size in found] == {"auto": [False, True], True: [True, True], False: [False, False]}[how]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -9,7 +9,7 @@ Shapes: B rows of the model's input (1 where packed), T positions, N response to
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -161,7 +161,16 @@ def batch_order(rows: int, batch_size: int, epochs: int, seed: int) -> Iterator[
         yield from (order[start : start + batch_size] for start in range(0, rows, batch_size))
 
 
-def deal(batch: np.ndarray, lengths: np.ndarray, max_tokens: int, rank: int, world: int) -> list[np.ndarray]:
+class Dealt(NamedTuple):
+    """A micro-batch of one worker."""
+
+    rows: np.ndarray
+    """of the data set"""
+    longest: int
+    """tokens of the longest row that any worker has at this place: what follows from it is the same for all"""
+
+
+def deal(batch: np.ndarray, lengths: np.ndarray, max_tokens: int, rank: int, world: int) -> list[Dealt]:
     """A worker's micro-batches of one global batch: rows of similar lengths, so that little is padded and all have as much to do.
 
     Args:
@@ -177,7 +186,8 @@ def deal(batch: np.ndarray, lengths: np.ndarray, max_tokens: int, rank: int, wor
     by_length = batch[np.argsort(-lengths[batch], kind="stable")]
     parts, start = [], 0
     while start < len(by_length):
-        rows = max(1, max_tokens // int(lengths[by_length[start]]))
-        parts.append(by_length[start : start + rows * world][rank::world])
+        longest = int(lengths[by_length[start]])
+        rows = max(1, max_tokens // longest)
+        parts.append(Dealt(by_length[start : start + rows * world][rank::world], longest))
         start += rows * world
     return parts

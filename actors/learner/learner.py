@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from actors.learner.batches import Example, collate, deal, shares_prompt
+from actors.learner import policy
+from actors.learner.batches import Dealt, Example, collate, deal, shares_prompt
 from actors.learner.data import Examples
 from actors.learner.objectives import Pair, Side, losses, ratio
 from actors.settings import Objective, Training
@@ -55,6 +56,7 @@ class Learner:
         if isinstance(self.pad_id, list):
             self.pad_id = self.pad_id[0]
         self.device = engine.device
+        self.layers = [layer for layer in model.modules() if hasattr(layer, "gradient_checkpointing")]
 
     def step(self, examples: Examples, batch: np.ndarray, rate: float) -> tuple[dict[str, float], list[str]]:
         """One optimizer step on a global batch. A collective.
@@ -72,11 +74,12 @@ class Learner:
             group["lr"] = rate
         self.engine.train()
         parts = self._deal(examples, batch)
-        baseline = self._baseline(examples, parts, len(batch)) if self.objective.function == "kto" else 0.0
+        baseline = self._baseline(examples, [part.rows for part in parts], len(batch)) if self.objective.function == "kto" else 0.0
         sums = torch.zeros(len(SUMS), dtype=torch.float64)
         bad_rows: list[str] = []
-        for number, rows in enumerate(parts, start=1):
+        for number, (rows, longest) in enumerate(parts, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(parts))
+            self._recompute(longest)
             # A worker without a row repeats one with weight 0: all must take part in the reduction.
             chosen = [examples[row] for row in rows] or [examples[int(batch[0])]]
             losses_B, row_sums, _ = self._losses(chosen, baseline)
@@ -97,7 +100,13 @@ class Learner:
         dist.all_gather_object(gathered, bad_rows)
         return metrics | {"skipped": 1.0}, sorted({i for part in gathered for i in part}) or [examples[int(row)].id for row in batch]
 
-    def _deal(self, examples: Examples, batch: np.ndarray) -> list[np.ndarray]:
+    def _recompute(self, longest: int) -> None:
+        """A row beyond the budget of a micro-batch keeps to it another way: its activations are computed twice."""
+        if self.settings.gradient_checkpointing == "auto" and policy.recomputes(self.engine.module.model):
+            for layer in self.layers:
+                layer.gradient_checkpointing = longest > self.settings.micro_batch_tokens
+
+    def _deal(self, examples: Examples, batch: np.ndarray) -> list[Dealt]:
         return deal(batch, examples.cost(self.share_prompt), self.settings.micro_batch_tokens, self.rank, self.world)
 
     def _update(self) -> float:
@@ -206,7 +215,7 @@ class Learner:
         self.engine.eval()
         sums = torch.zeros(len(SUMS), dtype=torch.float64)
         mine: list[tuple[int, str, list[float]]] = []
-        for rows in self._deal(examples, np.arange(len(examples))):
+        for rows, _ in self._deal(examples, np.arange(len(examples))):
             chosen = [examples[int(row)] for row in rows] or [examples[0]]
             _, row_sums, values = self._losses(chosen)
             if len(rows):

@@ -90,13 +90,18 @@ def architecture(weights: str, settings: Training, trust_remote_code: bool) -> d
     return {"model_type": text.model_type, **shape, "lora_r": settings.lora_r}
 
 
+def recomputes(model: PreTrainedModel) -> bool:
+    """Whether a model's layers can compute their activations twice instead of keeping them."""
+    return bool(model.supports_gradient_checkpointing)
+
+
 def trainable(model: PreTrainedModel, settings: Training, kind: str = "policy") -> PreTrainedModel:
     """Readies a model for training: recomputed activations, low-rank adapters in place of its own weights.
 
     Raises:
         ValueError: `lora_targets` match no module.
     """
-    if settings.gradient_checkpointing:
+    if settings.gradient_checkpointing is True or (settings.gradient_checkpointing == "auto" and recomputes(model)):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.lora_r:
         # peft puts the adapters into the model itself; its own wrapper is of use for export only.
