@@ -64,6 +64,33 @@ def counted(tell: Callable[[int], None] | None) -> Any:
     return (lambda taken=None, **options: Count(tell, **options) if taken is None else taken) if tell else False
 
 
+def policy_engine(weights: str, engine: Engine, max_model_len: int, trust_remote_code: bool = False, text: bool = False) -> Any:
+    """A `vllm.LLM` with a policy.
+
+    Args:
+        weights: directory or hub id of the policy.
+        engine: settings.
+        max_model_len: longest prompt and response together, tokens.
+        trust_remote_code: run Python code that comes with the model.
+        text: responses are wanted as text, too, and log-probs among the allowed tokens.
+    """
+    from vllm import LLM
+
+    return LLM(
+        model=weights,
+        skip_tokenizer_init=not text,
+        logprobs_mode="processed_logprobs" if text else "raw_logprobs",
+        dtype=engine.dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        tensor_parallel_size=engine.tensor_parallel,
+        enforce_eager=engine.enforce_eager or not engine.num_gpus,
+        trust_remote_code=trust_remote_code,
+        disable_log_stats=True,
+        **cache(engine),
+    )
+
+
 class Generator:
     """Loads a policy into an engine.
 
@@ -76,22 +103,9 @@ class Generator:
     """
 
     def __init__(self, weights: str, engine: Engine, max_model_len: int, stop_ids: Sequence[int], trust_remote_code: bool = False):
-        from vllm import LLM
-
         self.gpu = engine.num_gpus > 0
         self.stop_ids = list(stop_ids)
-        self.llm = LLM(
-            model=weights,
-            skip_tokenizer_init=True,
-            dtype=engine.dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=engine.max_num_seqs,
-            tensor_parallel_size=engine.tensor_parallel,
-            enforce_eager=engine.enforce_eager or not self.gpu,
-            trust_remote_code=trust_remote_code,
-            disable_log_stats=True,
-            **cache(engine),
-        )
+        self.llm = policy_engine(weights, engine, max_model_len, trust_remote_code)
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, tell: Callable[[int], None] | None = None

@@ -17,6 +17,7 @@ from actors.settings import (
     Tracking,
     Training,
 )
+from pipelines.serving.settings import ServiceConfig
 from pipelines.settings import (
     BestOfN,
     Demonstrations,
@@ -184,6 +185,12 @@ class IrlConfig(JobConfig):
         sampled = self.demonstrations.max_prompt_tokens + max(self.responses.max_new_tokens, self.best_of_n.max_new_tokens)
         given = {"demonstrations.max_tokens": self.demonstrations.max_tokens}
         return {f"demonstrations.max_prompt_tokens + {longer}.max_new_tokens": sampled} | given | preferences
+
+
+class ServeConfig(ServiceConfig):
+    """Everything that `jobs/serve_bon.py` reads."""
+
+    ray: RaySettings = RaySettings()
 
 
 def longest_given(data: Demonstrations, objective: Objective) -> dict[str, int]:

@@ -65,6 +65,10 @@ class Chat:
         ids = self._encode(self._render([*messages, {"role": "assistant", "content": response}], add_generation_prompt=False))
         return ids if ended or self.end_id not in ids else ids[: len(ids) - 1 - ids[::-1].index(self.end_id)]
 
+    def text_ids(self, text: str) -> list[int]:
+        """A text, or a conversation in the words of the template: what stands in it for a special token is one, and BOS is there once."""
+        return self._encode(text)
+
     def special_in(self, text: str) -> str | None:
         """A special token that stands in a text as words: the tokenizer would take it for the token itself."""
         return next((token for token in self.tokenizer.all_special_tokens if token in text), None)

@@ -3,9 +3,11 @@
 Rows have `id, prompt, prompt_ids, response, response_ids` and, of samples, `finish_reason`.
 """
 
+import asyncio
 import importlib
 import itertools
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 from actors.settings import RewardScoring
 from pipelines.artifacts import StageError
 from pipelines.chat import Chat
+from pipelines.client import AsyncClient, ServiceError
 from pipelines.evaluation import exact_answer
 
 Row = dict[str, Any]
@@ -65,6 +68,38 @@ def by_function(scorer: Callable[[list[dict[str, str]], str], float], rows: Sequ
             # Whatever it raises is about this response.
             results.append((None, f"the scorer raised {type(error).__name__}: {error}"))
     return results
+
+
+def by_url(url: str, rows: Sequence[Row], demonstrations: str, tell: Tell) -> list[Scored]:
+    """A reward model that is served (`jobs/serve_bon.py`). A key is taken from the environment variable GSIL_API_KEY.
+
+    Raises:
+        StageError: the service does not answer, or refuses everybody.
+    """
+    return asyncio.run(_ask(url, rows, tell))
+
+
+async def _ask(url: str, rows: Sequence[Row], tell: Tell) -> list[Scored]:
+    client = AsyncClient(url, api_key=os.environ.get("GSIL_API_KEY"))
+    scored = 0
+
+    async def one(row: Row) -> Scored:
+        nonlocal scored
+        said = {"role": "assistant", "content": row["response"]}
+        try:
+            (value,) = await client.rewards([[*row["prompt"], said]])
+            result = finite(value)
+        except ServiceError as error:
+            if error.status not in (400, 413, 422):
+                raise StageError(f"scorer {url}: {error}") from None
+            result = None, str(error)
+        tell(scored := scored + 1)
+        return result
+
+    try:
+        return list(await asyncio.gather(*(one(row) for row in rows)))
+    finally:
+        await client.close()
 
 
 def finite(value: float) -> Scored:

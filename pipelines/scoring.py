@@ -23,7 +23,7 @@ from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.evaluation import final_number
 from pipelines.records import SCORE, shards, sum_counts, uncut, write_rows
-from pipelines.scorers import ByModel, Row, Scored, by_function, exact_answers, function
+from pipelines.scorers import ByModel, Row, Scored, by_function, by_url, exact_answers, function
 from pipelines.shards import Shard, map_shards
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ def plan(
         name: of the stage.
         responses: samples, or demonstrations.
         demonstrations: of the same prompts.
-        scorer: the training stage of a reward model; or a reward model's directory or hub id, "exact_answer", or "module:function".
+        scorer: the training stage of a reward model; or a reward model's directory or hub id, "exact_answer", "module:function", or
+            the URL of a service.
         precision: of a reward model, "float32" or "bfloat16".
         scoring: the pool.
         splits: that are scored, where there are responses.
@@ -66,9 +67,14 @@ def is_function(scorer: str) -> bool:
     return ":" in scorer and "://" not in scorer and not Path(scorer).exists()
 
 
+def is_url(scorer: str) -> bool:
+    """Whether a scorer's name is the address of a service."""
+    return scorer.startswith(("http://", "https://"))
+
+
 def _identity(scorer: str) -> Any:
     """What a scorer is, beside its name."""
-    if scorer == "exact_answer":
+    if scorer == "exact_answer" or is_url(scorer):
         return None
     if is_function(scorer):
         file = sys.modules[function(scorer, str(Path.cwd())).__module__].__file__
@@ -185,6 +191,8 @@ class ScoreResponses:
         self.scorer: Callable[[Sequence[Row], str, Callable[[int], None]], list[Scored]]
         if not ours and scorer == "exact_answer":
             self.scorer = exact_answers
+        elif not ours and is_url(scorer):
+            self.scorer = functools.partial(by_url, scorer)
         elif not ours and is_function(scorer):
             self.scorer = functools.partial(by_function, function(scorer, folder))
         else:

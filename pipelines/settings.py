@@ -212,7 +212,7 @@ class BestOfN(Settings):
     """the independent judge: exact_answer (the number after the last #### is the demonstration's), a reward model's directory or hub id,
     or module:function, called with (messages, response); none: responses are chosen without a report"""
     scorers: list[str] = Field(default_factory=list)
-    """that choose too, beside the reward models of this run: the same choice of names"""
+    """that choose too, beside the reward models of this run: the same choice of names, or the URL of a served reward model"""
     choose_by: str | None = None
     """who chooses what is written out: a kind, "ensemble" or one of scorers; by default the ensemble, or else the first kind"""
     seed: int = 0

@@ -1,0 +1,78 @@
+"""Batches out of requests that come one by one: whoever is waiting when the model is free goes together, up to a number of tokens."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sequence that waits for its number."""
+
+    ids: tuple[int, ...]
+    value: "asyncio.Future[float]"
+
+
+class Batcher:
+    """Gathers sequences into batches for a model that is busy with one batch at a time.
+
+    Args:
+        model: numbers of sequences of token ids, in their order; called in a thread of its own.
+        max_batch_tokens: of one batch; a longer sequence goes alone.
+        gather: seconds that an idle model waits for company of the first request.
+    """
+
+    def __init__(self, model: Callable[[list[tuple[int, ...]]], list[float]], max_batch_tokens: int, gather: float = 0.002):
+        self.model = model
+        self.max_batch_tokens = max_batch_tokens
+        self.gather = gather
+        self.waiting: deque[Item] = deque()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.worker: asyncio.Task[None] | None = None
+
+    async def __call__(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The numbers of some sequences. A caller that goes away takes those that still wait along."""
+        loop = asyncio.get_running_loop()
+        items = [Item(tuple(ids), loop.create_future()) for ids in sequences]
+        self.waiting.extend(items)
+        if self.worker is None or self.worker.done():
+            self.worker = asyncio.create_task(self._work())
+        try:
+            return list(await asyncio.gather(*(item.value for item in items)))
+        finally:
+            for item in items:
+                # One failure speaks for the whole batch: asyncio would complain that nobody asked the others.
+                if not item.value.cancel() and not item.value.cancelled():
+                    item.value.exception()
+
+    async def _work(self) -> None:
+        await asyncio.sleep(self.gather)
+        while batch := self._next():
+            try:
+                values = await asyncio.get_running_loop().run_in_executor(self.thread, self.model, [item.ids for item in batch])
+            except Exception as error:  # noqa: BLE001
+                # Each of its callers is told; the next batch is another matter.
+                for item in batch:
+                    if not item.value.done():
+                        item.value.set_exception(error)
+            else:
+                for item, value in zip(batch, values, strict=True):
+                    if not item.value.done():
+                        item.value.set_result(value)
+
+    def _next(self) -> list[Item]:
+        """First come, first served; shortest first within the batch."""
+        batch: list[Item] = []
+        tokens = 0
+        while self.waiting:
+            item = self.waiting[0]
+            if item.value.done():
+                self.waiting.popleft()
+                continue
+            if batch and tokens + len(item.ids) > self.max_batch_tokens:
+                break
+            batch.append(self.waiting.popleft())
+            tokens += len(item.ids)
+        return sorted(batch, key=lambda item: len(item.ids))

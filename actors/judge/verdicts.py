@@ -1,0 +1,58 @@
+"""A judge's answer, from words or probabilities to a verdict. Pure functions of text and numbers."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+Reading = Literal[0, 1, "tie", "unparsed"]
+"""which response is better; neither; or nobody knows what the judge meant"""
+
+LETTERS: dict[str, Reading] = {"A": 0, "B": 1, "C": "tie"}
+_MARKED = re.compile(r"\[\[\s*([ABC])\s*\]\]")
+_NAMED = re.compile(
+    r"(?:verdict|winner|answer|better(?: response)?)(?:\s+is)?\s*:?\s*(?:response|assistant)?\s*\**\(?((?-i:[AB]))\b\)?", re.IGNORECASE
+)
+_ALONE = re.compile(r"\W*([ABC])\W*")
+_GRADE = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
+_NAMED_GRADE = re.compile(r"(?:rating|grade|score)\s*(?:is|of)?\s*:?\s*\**(\d+(?:\.\d+)?)", re.IGNORECASE)
+
+
+def read_pair(text: str) -> Reading:
+    """Which of the responses A and B a judge's words prefer: by its last [[A]], [[B]] or [[C]] (neither), else by its last sentence
+    that names one, else by a letter that stands alone."""
+    marked = _MARKED.findall(text) or _NAMED.findall(text)
+    if marked:
+        return LETTERS[marked[-1]]
+    alone = _ALONE.fullmatch(text)
+    return LETTERS[alone.group(1)] if alone else "unparsed"
+
+
+def read_grade(text: str) -> float | None:
+    """The grade from 1 to 10 in a judge's words: its last [[N]], else the last number that it calls a rating; None if there is none."""
+    found = _GRADE.findall(text) or _NAMED_GRADE.findall(text)
+    grade = float(found[-1]) if found else math.nan
+    return grade if 1 <= grade <= 10 else None
+
+
+def read_probabilities(logps: Sequence[float]) -> tuple[Reading, float]:
+    """Which label is likelier, and the probability of the first among the two.
+
+    Args:
+        logps: of the labels A and B, nats.
+    """
+    first = 1 / (1 + math.exp(min(700.0, logps[1] - logps[0])))
+    return ("tie" if logps[0] == logps[1] else 0 if logps[0] > logps[1] else 1), first
+
+
+def turned(reading: Reading) -> Reading:
+    """A verdict on (b, a) as one on (a, b)."""
+    return 1 - reading if isinstance(reading, int) else reading  # type: ignore[return-value]
+
+
+def winner(verdicts: Sequence[Reading]) -> Reading:
+    """Of one question in both orders, each told of the order given: a win needs both to agree, disagreement is a tie, and what could
+    not be read is never a tie."""
+    if "unparsed" in verdicts:
+        return "unparsed"
+    return verdicts[0] if len(set(verdicts)) == 1 else "tie"

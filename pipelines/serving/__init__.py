@@ -1,0 +1,1 @@
+"""Served models: reward models, a policy with Best-of-N, and a judge, behind one HTTP gateway on Ray Serve."""

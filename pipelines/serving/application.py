@@ -1,0 +1,205 @@
+"""The application on Ray Serve: a gateway before reward models, a policy and a judge, each a deployment of its own.
+
+clients --HTTP--> proxy --> gateway --> reward-NAME (one deployment a reward model)
+                                    --> policy
+                                    --> judge
+"""
+
+import asyncio
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import list_repo_files
+from ray import serve
+
+from actors.generator import environment
+from actors.settings import EnginePool
+from pipelines import base_model
+from pipelines.artifacts import StageError
+from pipelines.serving.replicas import PolicyReplica, RewardReplica
+from pipelines.serving.settings import Replicas, Server, ServiceConfig
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+STATUS_SECONDS = 1.0
+"""how long the controller's word on the deployments' state is believed"""
+
+
+def build(args: dict[str, Any]) -> Any:
+    """The application out of a `ServiceConfig`'s values; `serve run` and `serve deploy` call it, too.
+
+    Raises:
+        StageError: nothing is to be served, a model cannot be, or keys are needed and there are none.
+    """
+    config = ServiceConfig.model_validate(args)
+    keys = digests(config.server)
+    if not config.reward.models and not has_policy(config):
+        raise StageError("nothing to serve: name reward.models, policy.path, or a run")
+    rewards = {}
+    for name, path in config.reward.models.items():
+        weights = checked_weights(path, config.server)
+        bound = _deployed(RewardReplica, f"reward-{name}", config.reward)
+        rewards[name] = bound.bind(
+            name, weights, config.reward, config.reward.precision, config.reward.max_model_len, config.server.trust_remote_code
+        )
+    policy = None
+    if has_policy(config):
+        assert config.policy.path
+        policy = _deployed(PolicyReplica, "policy", config.policy).bind(
+            config.policy.name,
+            checked_weights(config.policy.path, config.server),
+            config.policy,
+            config.policy.max_model_len,
+            config.limits.max_new_tokens,
+            config.server.trust_remote_code,
+        )
+    gateway = _deployed(GatewayReplica, "gateway", config.gateway)
+    return gateway.bind(config, keys, rewards, policy, _judge(config, policy))
+
+
+def has_policy(config: ServiceConfig) -> bool:
+    """Whether a policy is served."""
+    return config.policy.path not in (None, "none")
+
+
+def _judge(config: ServiceConfig, policy: Any) -> Any:
+    judge = config.judge
+    if judge.path is None:
+        return None
+    if judge.path == "policy":
+        if policy is None:
+            raise StageError("judge.path=policy, but this service has no policy: name policy.path, or another judge")
+        return policy
+    deployed = _deployed(PolicyReplica, "judge", judge)
+    weights, trust = checked_weights(judge.path, config.server), config.server.trust_remote_code
+    return deployed.bind(judge.name, weights, judge, judge.max_model_len, judge.max_new_tokens, trust)
+
+
+def _deployed(replica: type, name: str, settings: Replicas) -> Any:
+    options: dict[str, Any] = {"num_replicas": settings.min_actors}
+    if settings.max_actors > settings.min_actors:
+        options = {
+            "autoscaling_config": {
+                "min_replicas": settings.min_actors,
+                "max_replicas": settings.max_actors,
+                "target_ongoing_requests": settings.target_ongoing_requests,
+                "upscale_delay_s": settings.upscale_delay,
+                "downscale_delay_s": settings.downscale_delay,
+            }
+        }
+    actor: dict[str, Any] = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
+    if isinstance(settings, EnginePool):
+        actor["runtime_env"] = {"env_vars": environment(settings)}
+    return serve.deployment(
+        name=name,
+        ray_actor_options=actor,
+        max_ongoing_requests=settings.max_ongoing_requests,
+        max_queued_requests=settings.max_queued_requests,
+        backpressure_config={"retry_after_s": 1.0},
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=60,
+        max_constructor_retry_count=2,
+        # A new checkpoint takes over when it is ready, not before.
+        max_surge_percent=100,
+        **options,
+    )(replica)
+
+
+class GatewayReplica:
+    """A process of the gateway.
+
+    Args:
+        config: of the service.
+        keys: digests of the API keys.
+        rewards: handles by name.
+        policy: a handle.
+        judge: a handle; None where there is none, or it has a URL.
+    """
+
+    def __init__(self, config: ServiceConfig, keys: tuple[str, ...], rewards: dict[str, Any], policy: Any, judge: Any):
+        from pipelines.serving.backends import Remote
+        from pipelines.serving.judging import Judge, LocalWriter, UrlWriter
+        from pipelines.serving.service import RewardModels, Service
+
+        self.config = config
+        self.keys = keys
+        backends = {name: Remote(f"the reward model {name}", handle) for name, handle in rewards.items()}
+        self.service = Service(Remote("the policy", policy) if policy else None, RewardModels(backends, config.ensemble), config.limits)
+        self.judge: Judge | None = None
+        if config.judge.url:
+            self.judge = Judge(config.judge.name, UrlWriter(config.judge), config.judge)
+        elif judge:
+            self.judge = Judge(config.judge.name, LocalWriter(Remote("the judge", judge)), config.judge)
+        self.states: tuple[float, dict[str, str]] = 0.0, {}
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Ray Serve takes the HTTP application from here."""
+        from pipelines.serving.door import Access
+        from pipelines.serving.gateway import build as build_app
+        from pipelines.serving.metrics import Metrics
+
+        access = Access(self.keys, self.config.server.request_timeout)
+        name = serve.get_replica_context().replica_tag
+        return build_app(self.service, self.judge, access, self.config.limits, self.ready, Metrics(name))
+
+    async def ready(self) -> dict[str, str]:
+        """Of every deployment, "ready" or what Ray Serve says of it."""
+        asked, states = self.states
+        if time.monotonic() - asked > STATUS_SECONDS:
+            states = await asyncio.to_thread(_states, serve.get_replica_context().app_name)
+            self.states = time.monotonic(), states
+        return states
+
+
+def _states(application: str) -> dict[str, str]:
+    deployments = serve.status().applications[application].deployments
+    running = {name: found.replica_states.get("RUNNING", 0) for name, found in deployments.items()}
+    return {name: "ready" if running[name] else found.status.value.lower() for name, found in deployments.items()}
+
+
+def digests(server: Server) -> tuple[str, ...]:
+    """Of the API keys, which themselves stay where they are.
+
+    Raises:
+        StageError: there are none, and the address can be reached from elsewhere; or the file cannot be read.
+    """
+    words = os.environ.get(server.api_keys_env, "").replace(",", " ").split()
+    if server.api_keys_file:
+        try:
+            words += Path(server.api_keys_file).expanduser().read_text(encoding="utf-8").split()
+        except OSError as error:
+            raise StageError(f"server.api_keys_file={server.api_keys_file!r}: {error.strerror}") from None
+    if not words and server.host not in LOOPBACK and not server.no_auth:
+        raise StageError(
+            f"server.host={server.host} can be reached from other machines: set API keys in the environment variable "
+            f"{server.api_keys_env} or in server.api_keys_file, or say --no-auth"
+        )
+    return tuple(digest(word) for word in words)
+
+
+def digest(key: str) -> str:
+    """Of an API key."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def checked_weights(path: str, server: Server) -> str:
+    """A model's directory in full, or its hub id.
+
+    Raises:
+        StageError: there is no such model, or its weights are not in safetensors and have to be.
+    """
+    weights = base_model.absolute(path)
+    try:
+        files = [file.name for file in Path(weights).iterdir()] if Path(weights).is_dir() else list_repo_files(weights)
+    except Exception as error:  # noqa: BLE001
+        # The hub's client raises a dozen kinds.
+        raise StageError(f"{path!r} is no model's directory or hub id (owner/name): {str(error).splitlines()[0]}") from None
+    if server.safetensors_only and not any(name.endswith(".safetensors") for name in files):
+        raise StageError(f"{path!r} has no weights in safetensors: server.safetensors_only=false allows other formats")
+    return weights
+
+
+GatewayReplica = serve.ingress()(GatewayReplica)  # type: ignore[misc]

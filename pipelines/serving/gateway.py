@@ -1,0 +1,281 @@
+"""The HTTP gateway: a FastAPI application over a `Service`. It holds no model; it checks, asks and answers."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from pipelines.serving import protocol, reward_protocol
+from pipelines.serving.door import Access, Door
+from pipelines.serving.edge import BodyLimit
+from pipelines.serving.judging import Judge
+from pipelines.serving.metrics import Metrics
+from pipelines.serving.protocol import ChatCompletionRequest, CompletionRequest, Message, as_list
+from pipelines.serving.refusal import Refused
+from pipelines.serving.replicas import Sample
+from pipelines.serving.service import Service, squashed
+from pipelines.serving.settings import Limits
+
+T = TypeVar("T")
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": protocol.ErrorResponse, "description": why}
+    for status, why in {
+        400: "the body is no JSON",
+        401: "no API key, or a wrong one",
+        404: "no such model",
+        413: "the body is too long",
+        422: "a field is wrong, or beyond its limit",
+        503: "a queue is full, or a model is starting: see Retry-After",
+        504: "it took too long",
+    }.items()
+}
+
+
+def build(
+    service: Service, judge: Judge | None, access: Access, limits: Limits, ready: Callable[[], Awaitable[dict[str, str]]], metrics: Metrics
+) -> FastAPI:
+    """The application.
+
+    Args:
+        service: rewards and samples.
+        judge: compares responses; None for a service without.
+        access: keys and time limit.
+        limits: what a request may ask.
+        ready: the state of every deployment, "ready" or what it is instead.
+        metrics: counts requests.
+    """
+    app = FastAPI(
+        title="Best-of-N, rewards and judges",
+        version=metadata.version("gsil-ray"),
+        description="Responses chosen by reward models, the rewards themselves, and verdicts on pairs of responses.",
+        responses=ERRORS,
+    )
+    _errors(app)
+
+    async def within(work: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(access.timeout):
+                return await work
+        except TimeoutError:
+            raise Refused(504, f"the request took longer than {access.timeout:g} s, and was stopped") from None
+
+    @app.post("/v1/chat/completions", response_model=protocol.ChatCompletion, tags=["OpenAI"])
+    async def chat_completions(request: ChatCompletionRequest) -> Any:
+        """A response to a conversation; the best of `best_of_n` samples by a reward model."""
+        check(limits, request)
+        prompt = conversation(request.messages)
+        if request.stream:
+            return await _streamed(within, service, metrics, prompt, request)
+        best = await within(service.best_of_n(prompt, request))
+        metrics.sampled(best.usage, best.rewards)
+        choices = [
+            protocol.ChatChoice(index=i, finish_reason=_finish(s), reward=r, message=protocol.Answer(content=s.text))
+            for i, (s, r) in enumerate(zip(best.samples, best.rewards, strict=True))
+        ]
+        return protocol.ChatCompletion(model=(await service.policy_about()).name, choices=choices, usage=best.usage)
+
+    @app.post("/v1/completions", response_model=protocol.Completion, tags=["OpenAI"])
+    async def completions(request: CompletionRequest) -> Any:
+        """A continuation of bare text or tokens; the best of `best_of_n` samples by a reward model."""
+        check(limits, request)
+        prompts = request.prompts()
+        if not prompts:
+            raise Refused(422, "prompt is empty", "prompt")
+        if request.stream:
+            if len(prompts) > 1:
+                raise Refused(422, f"a stream has one prompt, not {len(prompts)}", "prompt")
+            return await _streamed(within, service, metrics, prompts[0], request)
+        found = await within(asyncio.gather(*(service.best_of_n(prompt, request) for prompt in prompts)))
+        for best in found:
+            metrics.sampled(best.usage, best.rewards)
+        flat = [(s, r) for best in found for s, r in zip(best.samples, best.rewards, strict=True)]
+        choices = [protocol.TextChoice(index=i, finish_reason=_finish(s), reward=r, text=s.text) for i, (s, r) in enumerate(flat)]
+        usage = protocol.Usage(**{name: sum(getattr(best.usage, name) for best in found) for name in protocol.Usage.model_fields})
+        return protocol.Completion(model=(await service.policy_about()).name, choices=choices, usage=usage)
+
+    async def rewarded(
+        request: reward_protocol.Rewarded | reward_protocol.GetRewardRequest, items: Sequence[Any]
+    ) -> tuple[str, Any, protocol.Usage]:
+        most(limits.batch, len(items), "inputs", "input")
+        for item in items:
+            most(limits.messages, len(item) if isinstance(item, list) and item and isinstance(item[0], dict) else 0, "turns", "messages")
+        name = service.reward_models.choose(request.model)
+        found = await within(service.reward_models.rewards(name, items, request.normalize))
+        usage = protocol.Usage(prompt_tokens=sum(found.tokens), total_tokens=sum(found.tokens))
+        metrics.sampled(usage, found.values)
+        return name, found, usage
+
+    @app.post("/classify", response_model=reward_protocol.ClassifyResponse, tags=["rewards"])
+    async def classify(request: reward_protocol.ClassifyRequest) -> Any:
+        """Rewards of whole conversations, in vLLM's shape."""
+        name, found, usage = await rewarded(request, request.items())
+        data = [reward_protocol.Classified(index=i, label="LABEL_0", probs=[v]) for i, v in enumerate(shown(request, found.values))]
+        return reward_protocol.ClassifyResponse(model=name, data=data, usage=usage)
+
+    @app.post("/score", response_model=reward_protocol.ScoreResponse, tags=["rewards"])
+    async def score(request: reward_protocol.ScoreRequest) -> Any:
+        """Rewards of answers to questions, in vLLM's shape."""
+        name, found, usage = await rewarded(request, request.items())
+        data = [reward_protocol.Score(index=i, score=v) for i, v in enumerate(shown(request, found.values))]
+        return reward_protocol.ScoreResponse(model=name, data=data, usage=usage)
+
+    @app.post("/rerank", response_model=reward_protocol.RerankResponse, tags=["rewards"])
+    async def rerank(request: reward_protocol.RerankRequest) -> Any:
+        """Answers to a question, the best first, in vLLM's shape."""
+        name, found, usage = await rewarded(request, request.items())
+        values = shown(request, found.values)
+        order = sorted(range(len(values)), key=lambda number: -found.values[number])[: request.top_n or None]
+        results = [
+            reward_protocol.Ranked(index=i, document=reward_protocol.Document(text=request.documents[i]), relevance_score=values[i])
+            for i in order
+        ]
+        return reward_protocol.RerankResponse(model=name, usage=usage, results=results)
+
+    @app.post("/get_reward", response_model=reward_protocol.GetRewardResponse, tags=["rewards"])
+    async def get_reward(request: reward_protocol.GetRewardRequest) -> Any:
+        """Rewards in the shape that OpenRLHF's and verl's trainers ask of a remote reward model."""
+        _, found, _ = await rewarded(request, request.query)
+        return reward_protocol.GetRewardResponse(
+            rewards=found.values,
+            scores=[squashed(v) for v in found.values],
+            extra_logs={"tokens": [float(count) for count in found.tokens]},
+        )
+
+    @app.post("/v1/judge", response_model=reward_protocol.JudgeResponse, tags=["judge"])
+    async def verdict(request: reward_protocol.JudgeRequest) -> Any:
+        """Which of two responses is better, asked in both orders; or a grade from 1 to 10."""
+        questions = request.questions()
+        most(limits.judge_batch, len(questions), "questions", "batch")
+        for question in questions:
+            most(limits.messages, len(question.messages), "turns", "messages")
+        if not judge:
+            raise Refused(404, "this service has no judge", "model")
+        found = await within(judge(request))
+        if request.batch:
+            return reward_protocol.JudgeResponse(model=judge.name, data=found)
+        return reward_protocol.JudgeResponse(model=judge.name, **found[0].model_dump())
+
+    @app.get("/v1/models", response_model=protocol.ModelList, tags=["service"])
+    async def models() -> Any:
+        """All models that are served."""
+        cards = await within(service.models())
+        return protocol.ModelList(data=[*cards, *([protocol.ModelCard(id=judge.name, kind="judge")] if judge else [])])
+
+    @app.get("/health", tags=["service"])
+    async def health() -> JSONResponse:
+        """200 when every deployment answers, else 503 with those that do not."""
+        states = await ready()
+        return JSONResponse(states, status_code=200 if all(state == "ready" for state in states.values()) else 503)
+
+    @app.get("/metrics", tags=["service"])
+    async def prometheus() -> Response:
+        """Counts and histograms for Prometheus."""
+        return Response(*metrics.exposition())
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> str:
+        return (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+
+    app.add_middleware(BodyLimit, limit=limits.body_bytes)
+    app.add_middleware(Door, access=access, metrics=metrics, paths={getattr(route, "path", "") for route in app.routes})
+    return app
+
+
+def refusal(refused: Refused) -> JSONResponse:
+    """An answer other than 200."""
+    return JSONResponse(refused.body(), refused.status, refused.headers())
+
+
+def _errors(app: FastAPI) -> None:
+    @app.exception_handler(Refused)
+    async def _refused(request: Request, error: Refused) -> JSONResponse:
+        return refusal(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first, *others = error.errors()
+        # Among the names of fields pydantic puts those of a union's members.
+        where = ".".join(str(part) for part in first["loc"] if part != "body" and (isinstance(part, int) or part.isidentifier()))
+        more = f" (and {len(others)} more)" if others else ""
+        status = 400 if first["type"] == "json_invalid" else 422
+        message = first["msg"].removeprefix("Value error, ")
+        return refusal(Refused(status, f"{where}: {message}{more}" if where else f"{message}{more}", where or None))
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        answer = refusal(Refused(error.status_code, str(error.detail)))
+        answer.headers.update(error.headers or {})
+        return answer
+
+
+def conversation(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """As chat templates read it."""
+    return [message.plain() for message in messages]
+
+
+def most(limit: int, given: int, what: str, field: str) -> None:
+    """Raises Refused beyond a limit."""
+    if given > limit:
+        raise Refused(422, f"{field}: {given} {what}, the limit is {limit}", field)
+
+
+def check(limits: Limits, request: ChatCompletionRequest | CompletionRequest) -> None:
+    """Raises Refused where a request to the policy asks for more than it may."""
+    most(limits.n, request.draws(), "samples", "best_of_n" if request.best_of_n else "n")
+    most(limits.max_new_tokens, request.most_tokens() or 0, "tokens", "max_tokens")
+    if isinstance(request, ChatCompletionRequest):
+        most(limits.messages, len(request.messages), "turns", "messages")
+    else:
+        most(limits.batch, len(as_list(request.prompt)) * request.draws(), "prompts times samples", "prompt")
+
+
+def shown(request: reward_protocol.Rewarded, values: list[float]) -> list[float]:
+    """Rewards as they were asked for."""
+    return values if request.use_activation is False else [squashed(value) for value in values]
+
+
+def _finish(sample: Sample) -> Any:
+    return "length" if sample.finish_reason == "length" else "stop"
+
+
+async def _streamed(
+    within: Any, service: Service, metrics: Metrics, prompt: Any, request: ChatCompletionRequest | CompletionRequest
+) -> StreamingResponse:
+    """Server-sent events. The first piece is waited for: what is wrong with a request is then told by the status."""
+    chat = isinstance(request, ChatCompletionRequest)
+    pieces = service.stream(prompt, request)
+    first = await within(anext(pieces))
+    kind = protocol.ChatCompletion if chat else protocol.Completion
+    whole = kind(model=(await service.policy_about()).name, choices=[], usage=protocol.Usage())
+    head = whole.model_dump(include={"id", "created", "model"})
+    head["object"] = "chat.completion.chunk" if chat else "text_completion"
+
+    async def events() -> AsyncIterator[str]:
+        piece, role = first, {"role": "assistant"}
+        try:
+            while piece:
+                sample, reward, usage = piece
+                said = {"delta": role | {"content": sample.text}} if chat else {"text": sample.text}
+                yield _event(head | {"choices": [{"index": 0, **said, "finish_reason": sample.finish_reason, "reward": reward}]})
+                piece, role = await within(anext(pieces, None)), {}
+            metrics.sampled(usage, [reward])
+            if request.stream_options and request.stream_options.include_usage:
+                yield _event(head | {"choices": [], "usage": usage.model_dump()})
+        except Refused as error:
+            yield _event(error.body())
+        finally:
+            await pieces.aclose()
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"

@@ -1,0 +1,167 @@
+"""The judge: which of two responses is better, asked in both orders; or a grade for one."""
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from actors.judge import prompts
+from actors.judge.verdicts import Reading, read_grade, read_pair, read_probabilities, turned, winner
+from pipelines.serving.refusal import Refused
+from pipelines.serving.replicas import Draw
+from pipelines.serving.reward_protocol import JudgeRequest, Question, Verdict
+from pipelines.serving.service import Backend
+from pipelines.serving.settings import JudgeService
+
+
+class Writer(Protocol):
+    """A model that answers a question."""
+
+    async def write(self, question: str, max_new_tokens: int) -> str:
+        """Its words."""
+        ...
+
+    async def label_logps(self, question: str, labels: Sequence[str]) -> list[float]:
+        """Log-probs of labels as the start of its answer."""
+        ...
+
+
+class LocalWriter:
+    """A judge in an engine of this service."""
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+
+    async def write(self, question: str, max_new_tokens: int) -> str:
+        """Its words, by the most likely tokens."""
+        draw = Draw(1, 0.0, 1.0, 0.0, 0.0, (), None, max_new_tokens)
+        found = await self.backend.call("sample", _asked(question), draw)
+        return found.samples[0].text
+
+    async def label_logps(self, question: str, labels: Sequence[str]) -> list[float]:
+        """Log-probs of labels as the start of its answer."""
+        return await self.backend.call("label_logps", _asked(question), list(labels))
+
+
+class UrlWriter:
+    """A judge behind an OpenAI-compatible endpoint.
+
+    Args:
+        settings: its URL, its name there, and where its key is.
+    """
+
+    def __init__(self, settings: JudgeService):
+        from openai import AsyncOpenAI
+
+        assert settings.url
+        self.model = settings.url_model
+        self.client = AsyncOpenAI(base_url=settings.url, api_key=os.environ.get(settings.url_key_env) or "none", max_retries=3, timeout=120)
+
+    async def write(self, question: str, max_new_tokens: int) -> str:
+        """Its words."""
+        found = await self._ask(question, max_tokens=max_new_tokens)
+        return _read(lambda: found.choices[0].message.content) or ""
+
+    async def label_logps(self, question: str, labels: Sequence[str]) -> list[float]:
+        """Log-probs of labels as the start of its answer; a label that is not among its twenty likeliest tokens counts as less likely
+        than all of them.
+
+        Raises:
+            Refused: none of the labels is among them.
+        """
+        found = await self._ask(question, max_tokens=1, logprobs=True, top_logprobs=20)
+        likely = _read(lambda: found.choices[0].logprobs.content[0].top_logprobs)
+        by_word: dict[str, float] = {}
+        for entry in likely:
+            by_word.setdefault(entry.token.strip(), entry.logprob)
+        if not any(label in by_word for label in labels):
+            raise Refused(503, f"the judge answers with none of the labels {', '.join(labels)}", "mode")
+        least = min(entry.logprob for entry in likely) - 1
+        return [by_word.get(label, least) for label in labels]
+
+    async def _ask(self, question: str, **options: Any) -> Any:
+        from openai import OpenAIError
+
+        try:
+            return await self.client.chat.completions.create(model=self.model, messages=_asked(question), temperature=0, **options)  # type: ignore[arg-type]
+        except OpenAIError as error:
+            raise Refused(503, f"the judge's endpoint does not answer: {type(error).__name__}", retry_after=5) from None
+
+
+def _read(get: Callable[[], Any]) -> Any:
+    """A part of an endpoint's answer, which may leave out what it was asked for."""
+    try:
+        return get()
+    except (AttributeError, IndexError, TypeError):
+        raise Refused(
+            503, "the judge's endpoint answers without what it was asked for (logprobs need an endpoint that gives them)"
+        ) from None
+
+
+def _asked(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
+class Judge:
+    """A judge with its templates.
+
+    Args:
+        name: in requests.
+        writer: who answers.
+        settings: mode, templates, length of an explanation.
+    """
+
+    def __init__(self, name: str, writer: Writer, settings: JudgeService):
+        self.name = name
+        self.writer = writer
+        self.settings = settings
+
+    async def __call__(self, request: JudgeRequest) -> list[Verdict]:
+        """A verdict on each question.
+
+        Raises:
+            Refused: another judge is meant, a template lacks a response, or the mode cannot do what is asked.
+        """
+        if request.model is not None and request.model != self.name:
+            raise Refused(404, f"there is no judge {request.model!r}: there is {self.name!r}", "model")
+        mode = request.mode or self.settings.mode
+        questions = request.questions()
+        texts = [self._template(request, question) for question in questions]
+        if mode == "logprob" and any(len(question.responses) == 1 for question in questions):
+            if request.mode:
+                raise Refused(422, "mode=logprob compares two labels, a grade has ten: use mode=text", "mode")
+            mode = "text"
+        asked = zip(questions, texts, strict=True)
+        return list(await asyncio.gather(*(self._verdict(question, text, mode) for question, text in asked)))
+
+    def _template(self, request: JudgeRequest, question: Question) -> str:
+        folder = Path(self.settings.templates) if self.settings.templates else None
+        text = request.template or prompts.template(request.criterion or "helpful", len(question.responses) == 1, folder)
+        lacking = prompts.missing(text, len(question.responses))
+        if lacking:
+            names = " and ".join(f"{{{name}}}" for name in sorted(lacking))
+            raise Refused(422, f"the template lacks {names}: the judge would not see what it judges", "template")
+        if prompts.repeated(text):
+            raise Refused(
+                422, f"the template repeats {', '.join(sorted(prompts.repeated(text)))}: each place may be there once", "template"
+            )
+        return text
+
+    async def _verdict(self, question: Question, text: str, mode: str) -> Verdict:
+        messages = [message.plain() for message in question.messages]
+        a, *others = question.responses
+        if not others:
+            words = await self.writer.write(prompts.fill(text, messages, [a], "grade"), self.settings.max_new_tokens)
+            return Verdict(grade=read_grade(words), explanation=words)
+        orders = [prompts.fill(text, messages, order, mode) for order in ((a, others[0]), (others[0], a))]
+        readings: list[Reading]
+        if mode == "text":
+            words, swapped = await asyncio.gather(*(self.writer.write(order, self.settings.max_new_tokens) for order in orders))
+            readings, explanation = [read_pair(words), turned(read_pair(swapped))], words
+        else:
+            logps = await asyncio.gather(*(self.writer.label_logps(order, ("A", "B")) for order in orders))
+            (given, first), (other, second) = (read_probabilities(pair) for pair in logps)
+            readings = [given, turned(other)]
+            explanation = f"the first response is better with probability {first:.3f}; {1 - second:.3f} where it is shown second"
+        return Verdict(winner=winner(readings), verdicts=readings, explanation=explanation)

@@ -1,0 +1,275 @@
+"""Requests and responses about rewards and verdicts: vLLM's classify, score and rerank, OpenRLHF's get_reward, and the judge."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, Field, model_validator
+
+from pipelines.serving.protocol import Body, Ids, Message, Messages, Text, Usage, as_list, made, now
+
+Spoken = Text | Messages
+"""a text, which is one turn, or a conversation"""
+
+
+class Rewarded(Body):
+    """Which reward model, and in which form."""
+
+    model: Text | None = Field(None, examples=["reward"])
+    """name of the reward model; the first by default"""
+    normalize: bool = False
+    """centre and scale by the mean and the standard deviation that are stored with the model"""
+    use_activation: bool | None = Field(None, examples=[False])
+    """squash the reward to 0..1 by a sigmoid, as vLLM does; false gives the reward itself"""
+    user: Text | None = Field(None, examples=["somebody"])
+    """taken and not used"""
+
+
+class ClassifyRequest(Rewarded):
+    """vLLM's /classify: texts, token ids, or one conversation whose last turn is judged."""
+
+    input: Text | Ids | list[Text] | list[Ids] | None = Field(None, examples=[["2 and 3 make 5.", "2 and 3 make 6."]])
+    """whole conversations as text or token ids, one or several"""
+    messages: Messages | None = Field(None, examples=[None])
+    """a conversation that ends in the assistant's turn"""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "ClassifyRequest":
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("give either input or messages")
+        return self
+
+    def items(self) -> list[Any]:
+        """One by one."""
+        return [[message.plain() for message in self.messages]] if self.messages else as_list(self.input)
+
+
+class Classified(Body):
+    """The reward of one input."""
+
+    index: int = Field(examples=[0])
+    """of the input"""
+    label: str | None = Field(None, examples=["LABEL_0"])
+    """name of the only label"""
+    probs: list[float] = Field(examples=[[1.25]])
+    """one number"""
+    num_classes: int = 1
+    """a reward model has one"""
+
+
+class ClassifyResponse(Body):
+    """Rewards in vLLM's shape."""
+
+    id: str = made("classify")
+    """of the request"""
+    object: Literal["list"] = "list"
+    """kind of answer"""
+    created: int = now()
+    """seconds since 1970"""
+    model: str = Field(examples=["reward"])
+    """the reward model"""
+    data: list[Classified]
+    """in the order of the inputs"""
+    usage: Usage
+    """tokens read"""
+
+
+class ScoreRequest(Rewarded):
+    """vLLM's /score: a question with answers to it. One question goes with every answer; several go with as many answers."""
+
+    queries: Spoken | list[Text] = Field(validation_alias=AliasChoices("queries", "text_1", "data_1"), examples=["What is 2 and 3?"])
+    """what was asked: a text, several, or a conversation"""
+    documents: Text | list[Text] = Field(
+        validation_alias=AliasChoices("documents", "items", "text_2", "data_2"), examples=[["It is 5.", "It is 6."]]
+    )
+    """what was answered"""
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "ScoreRequest":
+        queries, documents = len(conversations(self.queries)), len(as_list(self.documents))
+        if not documents or queries not in (1, documents):
+            raise ValueError(f"{queries} queries and {documents} documents make no pairs: give one query, or as many as documents")
+        return self
+
+    def items(self) -> list[list[dict[str, str]]]:
+        """Conversations that end in an answer."""
+        documents = as_list(self.documents)
+        queries = conversations(self.queries)
+        queries = queries * len(documents) if len(queries) == 1 else queries
+        return [answered(query, document) for query, document in zip(queries, documents, strict=True)]
+
+
+class Score(Body):
+    """The reward of one answer."""
+
+    index: int = Field(examples=[0])
+    """of the pair"""
+    object: Literal["score"] = "score"
+    """kind of answer"""
+    score: float = Field(examples=[0.78])
+    """the reward"""
+
+
+class ScoreResponse(Body):
+    """Rewards in vLLM's shape."""
+
+    id: str = made("score")
+    """of the request"""
+    object: Literal["list"] = "list"
+    """kind of answer"""
+    created: int = now()
+    """seconds since 1970"""
+    model: str = Field(examples=["reward"])
+    """the reward model"""
+    data: list[Score]
+    """in the order of the pairs"""
+    usage: Usage
+    """tokens read"""
+
+
+class RerankRequest(Rewarded):
+    """vLLM's /rerank: answers to a question, the best first."""
+
+    query: Spoken = Field(examples=["What is 2 and 3?"])
+    """what was asked: a text, or a conversation"""
+    documents: Annotated[list[Text], Field(min_length=1)] = Field(examples=[["It is 5.", "It is 6."]])
+    """what was answered"""
+    top_n: int = Field(0, ge=0)
+    """how many are given back; 0: all"""
+
+    def items(self) -> list[list[dict[str, str]]]:
+        """Conversations that end in an answer."""
+        (query,) = conversations(self.query)
+        return [answered(query, document) for document in self.documents]
+
+
+class Document(Body):
+    """An answer."""
+
+    text: str = Field(examples=["It is 5."])
+    """its words"""
+
+
+class Ranked(Body):
+    """An answer with its reward."""
+
+    index: int = Field(examples=[0])
+    """among the documents given"""
+    document: Document
+    """the answer"""
+    relevance_score: float = Field(examples=[0.78])
+    """the reward"""
+
+
+class RerankResponse(Body):
+    """Answers, the best first."""
+
+    id: str = made("rerank")
+    """of the request"""
+    model: str = Field(examples=["reward"])
+    """the reward model"""
+    usage: Usage
+    """tokens read"""
+    results: list[Ranked]
+    """the best first"""
+
+
+class GetRewardRequest(Body):
+    """What OpenRLHF's trainer sends to a remote reward model."""
+
+    query: Annotated[list[Text | Ids], Field(min_length=1)] = Field(examples=[["2 and 3 make 5."]])
+    """whole conversations, in the words of their chat template"""
+    prompts: list[Text] | None = Field(None, examples=[["What is 2 and 3?"]])
+    """their prompts; taken and not used"""
+    labels: list[Any] | None = Field(None, examples=[["5"]])
+    """their labels; taken and not used"""
+    model: Text | None = Field(None, examples=["reward"])
+    """name of the reward model; the first by default"""
+    normalize: bool = False
+    """centre and scale by the mean and the standard deviation that are stored with the model"""
+
+
+class GetRewardResponse(Body):
+    """What OpenRLHF's trainer reads."""
+
+    rewards: list[float] = Field(examples=[[1.25]])
+    """one a query"""
+    scores: list[float] = Field(examples=[[0.78]])
+    """the same squashed to 0..1 by a sigmoid, for the trainer's filter of prompts"""
+    extra_logs: dict[str, list[float]] = Field(examples=[{"tokens": [12.0]}])
+    """for the trainer's log: tokens a query"""
+
+
+class Question(Body):
+    """A conversation with two responses to be compared, or with one to be graded."""
+
+    messages: Messages
+    """the conversation so far"""
+    responses: Annotated[list[Text], Field(min_length=1, max_length=2)] = Field(examples=[["It is 5.", "It is 6."]])
+    """two to compare, one to grade from 1 to 10"""
+
+
+class JudgeRequest(Body):
+    """Questions for the judge: one, or a batch."""
+
+    messages: Messages | None = Field(None, examples=[[{"role": "user", "content": "What is 2 and 3?"}]])
+    """the conversation so far"""
+    responses: Annotated[list[Text], Field(min_length=1, max_length=2)] | None = Field(None, examples=[["It is 5.", "It is 6."]])
+    """two to compare, one to grade from 1 to 10"""
+    batch: Annotated[list[Question], Field(min_length=1)] | None = Field(None, examples=[None])
+    """several questions, in place of messages and responses"""
+    model: Text | None = Field(None, examples=["judge"])
+    """name of the judge; may be left out, there is one"""
+    criterion: Literal["helpful", "harmless", "summary", "mt_bench"] | None = Field(None, examples=["helpful"])
+    """which of the judge's templates; helpful by default"""
+    template: Text | None = Field(None, examples=[None])
+    """a template of your own: {conversation}, {first} and {second} (one response: {response}) are filled in"""
+    mode: Literal["text", "logprob"] | None = Field(None, examples=["text"])
+    """read the verdict from what the judge writes, or compare the probabilities of the two labels; the service's own by default"""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "JudgeRequest":
+        alone = self.messages is not None and self.responses is not None
+        if (self.messages is None) != (self.responses is None) or alone == (self.batch is not None):
+            raise ValueError("give either messages and responses, or batch")
+        if self.criterion and self.template:
+            raise ValueError("give either criterion or template")
+        return self
+
+    def questions(self) -> list[Question]:
+        """One by one."""
+        return self.batch or [Question(messages=self.messages or [], responses=self.responses or [])]
+
+
+class Verdict(Body):
+    """What the judge thinks."""
+
+    winner: Literal[0, 1, "tie", "unparsed"] | None = Field(None, examples=[0])
+    """the better response: both orders name it; "tie": they disagree; "unparsed": a verdict could not be read; null for grades"""
+    verdicts: list[Literal[0, 1, "tie", "unparsed"]] = Field(default_factory=list, examples=[[0, 0]])
+    """in the order given, and in the other order"""
+    grade: float | None = Field(None, examples=[None])
+    """1 to 10, of a single response; null where it could not be read"""
+    explanation: str = Field("", examples=["The first response is right."])
+    """what the judge wrote, or the probabilities of its labels"""
+
+
+class JudgeResponse(Verdict):
+    """The verdict, or several."""
+
+    id: str = made("judge")
+    """of the request"""
+    model: str = Field(examples=["judge"])
+    """the judge"""
+    data: list[Verdict] | None = Field(None, examples=[None])
+    """of a batch, in its order"""
+
+
+def conversations(given: Any) -> list[list[dict[str, str]]]:
+    """Texts, each the one turn of a user, or one conversation."""
+    if isinstance(given, list) and given and isinstance(given[0], Message):
+        return [[message.plain() for message in given]]
+    return [[{"role": "user", "content": text}] for text in as_list(given)]
+
+
+def answered(conversation: list[dict[str, str]], response: str) -> list[dict[str, str]]:
+    """A conversation with the assistant's answer."""
+    return [*conversation, {"role": "assistant", "content": response}]

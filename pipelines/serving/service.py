@@ -1,0 +1,234 @@
+"""What the service does with its models: Best-of-N out of a policy and a reward model, rewards in several shapes, verdicts of a judge.
+
+completion: policy --n samples--> reward model --> sorted, the best first
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from actors.reward.best_of_n import combine
+from pipelines.serving.protocol import ChatCompletionRequest, CompletionRequest, ModelCard, Sampled, Usage
+from pipelines.serving.refusal import Refused
+from pipelines.serving.replicas import About, Answered, Conversation, Draw, Prompt, Rewards, Sample, Samples, is_ids
+from pipelines.serving.settings import Ensemble, Limits
+
+ABOUT_SECONDS = 5.0
+"""how long a model's word on itself is believed"""
+
+
+class Backend(Protocol):
+    """A deployment: `Remote`, or its like in a test."""
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """The result of a method."""
+        ...
+
+    def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+        """The results of a method that gives several."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Samples of one prompt, the best first."""
+
+    samples: list[Sample]
+    rewards: list[float | None]
+    usage: Usage
+
+
+@dataclass
+class RewardModels:
+    """The reward models by name, and the ensemble of all."""
+
+    backends: Mapping[str, Backend]
+    ensemble: Ensemble
+    about: dict[str, tuple[float, About]] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """As requests call them, the default first: the ensemble, if there is one."""
+        return [*([self.ensemble.name] if self.ensemble.name else []), *self.backends]
+
+    def choose(self, asked: str | None) -> str:
+        """The name asked for, or the default.
+
+        Raises:
+            Refused: there is none.
+        """
+        names = self.names()
+        if not names:
+            raise Refused(404, "this service has no reward model", "model")
+        if asked is not None and asked not in names:
+            raise Refused(404, f"there is no reward model {asked!r}: there are {', '.join(names)}", "model")
+        return asked or names[0]
+
+    async def rewards(self, name: str, items: Sequence[Any], normalize: bool = False) -> Rewards:
+        """Rewards of items, in the form of one model or of the ensemble's rule.
+
+        Raises:
+            Refused: an item cannot be rewarded, or a normalised reward is asked of a model that stores no mean.
+        """
+        members = list(self.backends) if name == self.ensemble.name else [name]
+        found: list[Rewards] = await asyncio.gather(*(self.backends[member].call("rewards", items) for member in members))
+        values_MN = np.array([rewards.values for rewards in found], dtype=np.float64)
+        if normalize or (len(members) > 1 and self.ensemble.normalised):
+            for row, member in enumerate(members):
+                mean, std = await self._centre(member)
+                values_MN[row] = (values_MN[row] - mean) / std
+        values = combine(values_MN, self.ensemble.combine, self.ensemble.k) if len(members) > 1 else values_MN[0]
+        if not np.isfinite(values).all():
+            raise Refused(503, f"the reward model {name} gave a reward that is no finite number", "model")
+        return Rewards(values.tolist(), found[0].tokens)
+
+    async def described(self, name: str) -> About:
+        """A member, asked again after some seconds: an update may have put another model in its place."""
+        if name not in self.about or time.monotonic() - self.about[name][0] > ABOUT_SECONDS:
+            self.about[name] = time.monotonic(), await self.backends[name].call("about")
+        return self.about[name][1]
+
+    async def _centre(self, name: str) -> tuple[float, float]:
+        centre = (await self.described(name)).centre
+        if centre is None:
+            raise Refused(422, f"normalize: the reward model {name} stores no mean and deviation (reward_mean in its config)", "normalize")
+        return centre
+
+    async def items(self, name: str, policy: About, prompt: Prompt, given: Samples) -> list[Any]:
+        """Samples as a reward model reads them: the policy's own tokens, where both have the same tokenizer, else words."""
+        members = list(self.backends) if name == self.ensemble.name else [name]
+        same = {(await self.described(member)).tokenizer for member in members} == {policy.tokenizer}
+        return [_item(prompt, given.prompt_ids, sample, same) for sample in given.samples]
+
+
+def _item(prompt: Prompt, prompt_ids: list[int], sample: Sample, same: bool) -> Any:
+    if same and sample.exact and sample.ids:
+        return [*prompt_ids, *sample.ids]
+    if isinstance(prompt, str):
+        return prompt + sample.text
+    if is_ids(prompt):
+        raise Refused(422, "a prompt of token ids is only rewarded by a reward model with the policy's own tokenizer", "prompt")
+    return Answered(cast(Conversation, prompt), sample.text or " ", ended=sample.finish_reason == "stop")
+
+
+class Service:
+    """The composition.
+
+    Args:
+        policy: samples responses; None for a service without.
+        rewards: the reward models.
+        limits: what a request may ask.
+    """
+
+    def __init__(self, policy: Backend | None, rewards: RewardModels, limits: Limits):
+        self.policy = policy
+        self.reward_models = rewards
+        self.limits = limits
+        self._policy_about: tuple[float, About] | None = None
+
+    async def policy_about(self) -> About:
+        """The policy, asked again after some seconds.
+
+        Raises:
+            Refused: there is none.
+        """
+        if not self.policy:
+            raise Refused(404, "this service has no policy: it only rewards", "model")
+        if not self._policy_about or time.monotonic() - self._policy_about[0] > ABOUT_SECONDS:
+            self._policy_about = time.monotonic(), await self.policy.call("about")
+        return self._policy_about[1]
+
+    async def best_of_n(self, prompt: Prompt, request: ChatCompletionRequest | CompletionRequest) -> Ranked:
+        """Samples of a prompt, the best first by the reward model's reward; unsorted, and without, where nobody rewards."""
+        about = await self._checked(request)
+        judge = self._chooser(request)
+        found: Samples = await self.policy.call("sample", prompt, _draw(request, self.limits))  # type: ignore[union-attr]
+        usage = _usage(len(found.prompt_ids), sum(len(sample.ids) for sample in found.samples))
+        if judge is None:
+            return Ranked(found.samples[: request.n], [None] * request.n, usage)
+        items = await self.reward_models.items(judge, about, prompt, found)
+        rewards = (await self.reward_models.rewards(judge, items)).values
+        order = sorted(range(len(rewards)), key=lambda number: -rewards[number])[: request.n]
+        return Ranked([found.samples[number] for number in order], [rewards[number] for number in order], usage)
+
+    async def stream(
+        self, prompt: Prompt, request: ChatCompletionRequest | CompletionRequest
+    ) -> AsyncGenerator[tuple[Sample, float | None, Usage], None]:
+        """One response piece by piece: as it is sampled, or the winner of several once it is known."""
+        about = await self._checked(request)
+        judge = self._chooser(request)
+        if request.draws() > 1:
+            best = await self.best_of_n(prompt, request)
+            (winner,), (reward,) = best.samples, best.rewards
+            pieces = _pieces(winner.text)
+            for number, piece in enumerate(pieces, start=1):
+                last = number == len(pieces)
+                yield Sample(piece, [], winner.finish_reason if last else None), reward if last else None, best.usage
+            return
+        whole = Samples([], [Sample("", [], None)])
+        async for found in self.policy.stream("stream", prompt, _draw(request, self.limits)):  # type: ignore[union-attr]
+            (piece,), (before,) = found.samples, whole.samples
+            whole = Samples(
+                found.prompt_ids,
+                [Sample(before.text + piece.text, before.ids + piece.ids, piece.finish_reason, before.exact and piece.exact)],
+            )
+            reward = None
+            if piece.finish_reason and judge is not None:
+                items = await self.reward_models.items(judge, about, prompt, whole)
+                (reward,) = (await self.reward_models.rewards(judge, items)).values
+            yield piece, reward, _usage(len(found.prompt_ids), len(whole.samples[0].ids))
+
+    async def models(self) -> list[ModelCard]:
+        """All that are served."""
+        cards = [ModelCard(id=(about := await self.policy_about()).name, kind="policy", max_model_len=about.context)] if self.policy else []
+        if self.reward_models.ensemble.name:
+            cards.append(ModelCard(id=self.reward_models.ensemble.name, kind="ensemble"))
+        for name in self.reward_models.backends:
+            cards.append(ModelCard(id=name, kind="reward", max_model_len=(await self.reward_models.described(name)).context))
+        return cards
+
+    async def _checked(self, request: Sampled) -> About:
+        about = await self.policy_about()
+        if request.model is not None and request.model != about.name:
+            raise Refused(404, f"there is no policy {request.model!r}: there is {about.name!r}", "model")
+        return about
+
+    def _chooser(self, request: Sampled) -> str | None:
+        """Who rewards: nobody has to where nothing is chosen."""
+        if request.reward_model is None and (request.draws() == 1 or not self.reward_models.names()):
+            if request.draws() > request.n:
+                raise Refused(422, "best_of_n: this service has no reward model that could choose", "best_of_n")
+            return None
+        return self.reward_models.choose(request.reward_model)
+
+
+def _draw(request: ChatCompletionRequest | CompletionRequest, limits: Limits) -> Draw:
+    return Draw(
+        n=request.draws(),
+        temperature=request.temperature,
+        top_p=request.top_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        stop=tuple(request.stops()),
+        seed=request.seed,
+        max_tokens=request.most_tokens(),
+    )
+
+
+def _usage(prompt: int, completion: int) -> Usage:
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+def _pieces(text: str) -> list[str]:
+    """A text word by word; one empty piece of an empty text."""
+    words = text.split(" ")
+    return [words[0], *(f" {word}" for word in words[1:])]
+
+
+def squashed(reward: float) -> float:
+    """A reward between 0 and 1: the sigmoid, without overflow."""
+    return 1 / (1 + math.exp(-reward)) if reward >= 0 else math.exp(reward) / (1 + math.exp(reward))

@@ -1,0 +1,67 @@
+"""Our application on Ray Serve with models that only wait: python tests/stub_serve.py --server.port N [--section.key value ...]
+
+The reward model's directory is the value that it gives: `--reward.models "{reward: '1.5'}"`. With --address it updates a service that runs.
+"""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.serving.replicas import About, Draw, Rewards, Sample, Samples
+
+SECONDS = 0.05
+
+
+class WaitingReward:
+    """Every reward is the same."""
+
+    def __init__(self, name: str, value: str, *_: Any):
+        self.name, self.value = name, float(value)
+
+    async def about(self) -> About:
+        return About(self.name, 2048, "stub", None)
+
+    async def rewards(self, items: Sequence[Any]) -> Rewards:
+        await asyncio.sleep(SECONDS)
+        return Rewards([self.value] * len(items), [1] * len(items))
+
+
+class WaitingPolicy:
+    """Says the same all the time."""
+
+    def __init__(self, name: str, *_: Any):
+        self.name = name
+
+    async def about(self) -> About:
+        return About(self.name, 2048, "stub", None)
+
+    async def sample(self, prompt: Any, draw: Draw) -> Samples:
+        await asyncio.sleep(SECONDS)
+        return Samples([1], [Sample("word", [2], "stop")] * draw.n)
+
+
+def main(argv: list[str]) -> None:
+    from jobs.config import build
+    from jobs.schemas import ServeConfig
+    from pipelines import cluster
+    from pipelines.serving import application, models, start
+
+    application.RewardReplica = WaitingReward  # type: ignore[misc, assignment]
+    application.PolicyReplica = WaitingPolicy  # type: ignore[misc, assignment]
+    application.checked_weights = lambda path, server: path
+    config = build(ServeConfig, argv)
+    os.environ |= models.environment(config)
+    with cluster.connected(config.ray):
+        start.start(config, told=lambda states: print(states, flush=True))
+        while not config.ray.address:
+            time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    # By its name, so that the replicas find the classes.
+    import stub_serve
+
+    stub_serve.main(sys.argv[1:])

@@ -1,0 +1,58 @@
+"""The page of the service in a real headless Chromium."""
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from running import free_ports
+from stub_service import StubPolicy, application
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    (port,) = free_ports(1)
+    server = uvicorn.Server(uvicorn.Config(application(policy=StubPolicy()), host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(10)
+
+
+def test_a_person_samples_and_lets_the_judge_compare(url: str) -> None:
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 900})
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(url)
+        page.fill("#prompt", "How many apples? <b>None</b>")
+        page.fill("#n", "5")
+        page.click("#send")
+        page.wait_for_selector("#candidates li")
+        rewards = [float(text) for text in page.locator("#candidates .reward").all_text_contents()]
+        assert len(rewards) == 5 and rewards == sorted(rewards, reverse=True)
+        assert page.locator("li.best pre").text_content() == "word " * 5
+        assert page.locator("#candidates input:checked").count() == 2
+        page.click("#judge")
+        page.wait_for_selector("#verdict:not([hidden])")
+        assert (page.locator("#verdict").text_content() or "").startswith("Verdict: ")
+        if folder := os.environ.get("GSIL_PICTURES"):
+            page.screenshot(path=str(Path(folder) / "page.png"), full_page=True)
+        page.fill("#n", "1000")
+        page.click("#send")
+        page.wait_for_selector("#state.error")
+        assert "the limit is 64" in (page.locator("#state").text_content() or "")
+        assert not problems
+        browser.close()

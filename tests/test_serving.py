@@ -1,0 +1,99 @@
+"""The service with real models: a tiny policy and a tiny reward model, from the command to the answers."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from running import ours_alive, wait_until_gone
+from serving import service
+from test_rewards import reward_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+http = httpx.Client(timeout=60)
+ASKED = [{"role": "user", "content": "how many apples are there?"}]
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    folder = tmp_path_factory.mktemp("served")
+    reward = reward_model(folder / "reward", "llama")
+    flags = ["--reward.models", f"{{reward: {reward}}}", "--policy.path", tiny, "--judge.path", "policy", "--judge.mode", "logprob"]
+    sizes = {
+        "policy.max_model_len": 512,
+        "reward.max_model_len": 512,
+        "policy.kv_cache_gib": 0.1,
+        "reward.kv_cache_gib": 0.1,
+        "ray.num_cpus": 4,
+    }
+    flags += [part for key, value in sizes.items() for part in (f"--{key}", value)]
+    with service(folder, *flags) as url:
+        yield url, reward
+        assert ours_alive(folder)
+    wait_until_gone(folder)
+
+
+def test_rewards_are_those_of_transformers(served: tuple[str, Path]) -> None:
+    url, reward = served
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(reward).eval(), AutoTokenizer.from_pretrained(reward)
+    said = [*ASKED, {"role": "assistant", "content": "there are 12 apples."}]
+    ids = tokenizer.apply_chat_template(said, return_dict=False)
+    with torch.no_grad():
+        expected = float(model(torch.tensor([ids])).logits)
+    for body in ({"messages": said}, {"input": ids}, {"input": [ids, ids[:5]]}):
+        answer = http.post(f"{url}/classify", json=body | {"use_activation": False})
+        assert answer.json()["data"][0]["probs"][0] == pytest.approx(expected, abs=1e-4), answer.text
+    squashed = http.post(f"{url}/score", json={"queries": ASKED[0]["content"], "documents": "there are 12 apples."}).json()
+    assert squashed["data"][0]["score"] == pytest.approx(1 / (1 + math.exp(-expected)), abs=1e-4)
+    assert http.post(f"{url}/classify", json={"input": [0] * 513}).status_code == 422
+
+
+def test_best_of_n_is_the_best_by_the_reward_model(served: tuple[str, Path]) -> None:
+    url, _ = served
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    options = {"best_of_n": 8, "reward_model": "reward"}
+    found = client.chat.completions.create(model="policy", messages=ASKED, n=8, max_tokens=12, extra_body=options)  # type: ignore[arg-type]
+    rewards = [choice.reward for choice in found.choices]  # type: ignore[attr-defined]
+    assert len(rewards) == 8 and rewards == sorted(rewards, reverse=True) and len(set(rewards)) > 1
+    assert found.usage and 8 <= found.usage.completion_tokens <= 96
+    pieces = client.chat.completions.create(model="policy", messages=ASKED, max_tokens=12, stream=True, temperature=0)  # type: ignore[arg-type]
+    streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    whole = client.chat.completions.create(model="policy", messages=ASKED, max_tokens=12, temperature=0)  # type: ignore[arg-type]
+    assert streamed == whole.choices[0].message.content
+    with pytest.raises(openai.UnprocessableEntityError, match="511"):
+        client.chat.completions.create(model="policy", messages=[{"role": "user", "content": "apples " * 600}])
+    with pytest.raises(openai.UnprocessableEntityError, match="seed"):
+        client.chat.completions.create(model="policy", messages=ASKED, seed=1)  # type: ignore[arg-type]
+
+
+def test_the_judge_compares_probabilities(served: tuple[str, Path]) -> None:
+    found = http.post(
+        f"{served[0]}/v1/judge", json={"messages": ASKED, "responses": ["12 apples", "no"], "template": "{first} {second}"}
+    ).json()
+    assert found["winner"] in (0, 1, "tie") and len(found["verdicts"]) == 2 and "probability" in found["explanation"]
+
+
+def test_a_stop_word_ends_a_response(served: tuple[str, Path]) -> None:
+    body = {"prompt": "there are 12", "max_tokens": 40, "temperature": 0}
+    whole = http.post(f"{served[0]}/v1/completions", json=body).json()["choices"][0]["text"]
+    word = whole[len(whole) // 2 :][:3]
+    cut = http.post(f"{served[0]}/v1/completions", json=body | {"stop": word, "reward_model": "reward"}).json()["choices"][0]
+    assert cut["text"] == whole[: whole.index(word)] and cut["finish_reason"] == "stop" and isinstance(cut["reward"], float)
+
+
+def test_the_rest_of_the_api_answers(served: tuple[str, Path]) -> None:
+    url, _ = served
+    assert {model["id"]: model["kind"] for model in http.get(f"{url}/v1/models").json()["data"]} == {
+        "policy": "policy",
+        "reward": "reward",
+        "judge": "judge",
+    }
+    assert set(http.get(f"{url}/health").json().values()) == {"ready"}
+    assert "gsil_requests_total" in http.get(f"{url}/metrics").text and "<title>" in http.get(url).text
+    assert json.loads(http.get(f"{url}/openapi.json").text)["paths"]
+    assert http.post(f"{url}/classify", content=b"x" * (5 * 2**20)).status_code == 413
