@@ -91,7 +91,9 @@ def best_of_n(reward: Path, policy: Path, threads: int) -> None:
     with served("best of N", reward, policy, threads) as url:
         medians = {}
         for n in (1, 16, 1, 16):
-            body = {"messages": [{"role": "user", "content": "How many legs have three cats and two birds? Explain at length."}]}
+            body: dict[str, Any] = {
+                "messages": [{"role": "user", "content": "How many legs have three cats and two birds? Explain at length."}]
+            }
             body |= {"best_of_n": n, "max_tokens": 64, "reward_model": "reward"}
             _, latencies = asyncio.run(ask(f"{url}/v1/chat/completions", [body] * 5, 1))
             medians[n] = statistics.median(latencies)

@@ -62,6 +62,8 @@ def _option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def _serve(config: ServeConfig) -> None:
+    import ray
+
     from pipelines import cluster
     from pipelines.serving import start
 
@@ -75,6 +77,7 @@ def _serve(config: ServeConfig) -> None:
         start.start(config, told=_tell)
         url = f"http://{config.server.host}:{config.server.port}"
         print(f"ready: {url} (a page to try it), {url}/docs (the API)", flush=True)
+        print(f"to update it: the same command with --ray.address {ray.get_runtime_context().gcs_address}", flush=True)
         while not stays:
             time.sleep(1)
 

@@ -44,6 +44,8 @@ class WaitingPolicy:
 
 
 def main(argv: list[str]) -> None:
+    import ray
+
     from jobs.config import build
     from jobs.schemas import ServeConfig
     from pipelines import cluster
@@ -55,6 +57,7 @@ def main(argv: list[str]) -> None:
     config = build(ServeConfig, argv)
     os.environ |= models.environment(config)
     with cluster.connected(config.ray):
+        print(f"cluster: {ray.get_runtime_context().gcs_address}")
         start.start(config, told=lambda states: print(states, flush=True))
         while not config.ray.address:
             time.sleep(0.5)

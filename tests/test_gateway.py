@@ -66,7 +66,7 @@ def test_streams_end_with_the_reward_and_the_usage(n: int, text: str) -> None:
 def test_the_openai_client() -> None:
     async def work() -> None:
         http = client(application())
-        ours = openai.AsyncOpenAI(base_url="http://service/v1", api_key="none", http_client=http)
+        ours = openai.AsyncOpenAI(base_url="http://service/v1", api_key="none", http_client=http)  # type: ignore[arg-type]
         found = await ours.chat.completions.create(model="policy", messages=[{"role": "user", "content": "x"}], extra_body={"best_of_n": 5})
         assert found.choices[0].message.content == "word " * 5 and found.choices[0].reward > 0  # type: ignore[attr-defined]
         assert found.usage and found.usage.completion_tokens == 75

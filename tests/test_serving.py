@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -61,7 +62,7 @@ def test_best_of_n_is_the_best_by_the_reward_model(served: tuple[str, Path]) -> 
     rewards = [choice.reward for choice in found.choices]  # type: ignore[attr-defined]
     assert len(rewards) == 8 and rewards == sorted(rewards, reverse=True) and len(set(rewards)) > 1
     assert found.usage and 8 <= found.usage.completion_tokens <= 96
-    pieces = client.chat.completions.create(model="policy", messages=ASKED, max_tokens=12, stream=True, temperature=0)  # type: ignore[arg-type]
+    pieces: Any = client.chat.completions.create(model="policy", messages=ASKED, max_tokens=12, stream=True, temperature=0)  # type: ignore[arg-type]
     streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces)
     whole = client.chat.completions.create(model="policy", messages=ASKED, max_tokens=12, temperature=0)  # type: ignore[arg-type]
     assert streamed == whole.choices[0].message.content

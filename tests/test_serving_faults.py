@@ -18,6 +18,7 @@ from serving import replicas_of, service
 
 pytestmark = pytest.mark.slow
 FLAGS = ["--reward.models", "{reward: '1.5'}", "--policy.path", "stub", "--ray.num_cpus", "8"]
+TWO = [part for pool in ("reward", "gateway") for end in ("min", "max") for part in (f"--{pool}.{end}_actors", "2")]
 REWARD = ("/classify", {"input": "x", "use_activation": False})
 CHAT = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "best_of_n": 4})
 
@@ -25,7 +26,7 @@ CHAT = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}],
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     folder = tmp_path_factory.mktemp("faults")
-    options = ["--reward.min_actors", "2", "--gateway.min_actors", "2", "--reward.num_cpus", "0.5"]
+    options = [*TWO, "--reward.num_cpus", "0.5"]
     with service(folder, *FLAGS, *options, module="tests/stub_serve.py") as found:
         yield found, folder
 
@@ -78,19 +79,21 @@ def test_an_update_under_load_fails_nobody(url: tuple[str, Path]) -> None:
     port = address.rpartition(":")[2]
 
     def update() -> None:
+        cluster = (folder / f"service-{port}.log").read_text().partition("cluster: ")[2].split()[0]
         flags = [
             *FLAGS[:1],
             "{reward: '2.5'}",
             *FLAGS[2:],
-            "--reward.min_actors",
-            "2",
-            "--gateway.min_actors",
-            "2",
+            *TWO,
             "--reward.num_cpus",
             "0.5",
+            "--ray.address",
+            cluster,
+            "--server.port",
+            port,
         ]
-        flags += ["--ray.address", "auto", "--server.port", port]
         environment = os.environ | {"GSIL_TEST": str(folder), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        environment = {name: value for name, value in environment.items() if not name.startswith("RAY_")}
         done = subprocess.run([sys.executable, "tests/stub_serve.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 

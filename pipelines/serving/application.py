@@ -16,7 +16,6 @@ from huggingface_hub import list_repo_files
 from ray import serve
 
 from actors.generator import environment
-from actors.settings import EnginePool
 from pipelines import base_model
 from pipelines.artifacts import StageError
 from pipelines.serving.replicas import PolicyReplica, RewardReplica
@@ -40,14 +39,14 @@ def build(args: dict[str, Any]) -> Any:
     rewards = {}
     for name, path in config.reward.models.items():
         weights = checked_weights(path, config.server)
-        bound = _deployed(RewardReplica, f"reward-{name}", config.reward)
+        bound = _deployed(RewardReplica, f"reward-{name}", config.reward, environment(config.reward))
         rewards[name] = bound.bind(
             name, weights, config.reward, config.reward.precision, config.reward.max_model_len, config.server.trust_remote_code
         )
     policy = None
     if has_policy(config):
         assert config.policy.path
-        policy = _deployed(PolicyReplica, "policy", config.policy).bind(
+        policy = _deployed(PolicyReplica, "policy", config.policy, environment(config.policy)).bind(
             config.policy.name,
             checked_weights(config.policy.path, config.server),
             config.policy,
@@ -72,12 +71,12 @@ def _judge(config: ServiceConfig, policy: Any) -> Any:
         if policy is None:
             raise StageError("judge.path=policy, but this service has no policy: name policy.path, or another judge")
         return policy
-    deployed = _deployed(PolicyReplica, "judge", judge)
+    deployed = _deployed(PolicyReplica, "judge", judge, environment(judge))
     weights, trust = checked_weights(judge.path, config.server), config.server.trust_remote_code
     return deployed.bind(judge.name, weights, judge, judge.max_model_len, judge.max_new_tokens, trust)
 
 
-def _deployed(replica: type, name: str, settings: Replicas) -> Any:
+def _deployed(replica: type, name: str, settings: Replicas, environment: dict[str, str] | None = None) -> Any:
     options: dict[str, Any] = {"num_replicas": settings.min_actors}
     if settings.max_actors > settings.min_actors:
         options = {
@@ -87,11 +86,14 @@ def _deployed(replica: type, name: str, settings: Replicas) -> Any:
                 "target_ongoing_requests": settings.target_ongoing_requests,
                 "upscale_delay_s": settings.upscale_delay,
                 "downscale_delay_s": settings.downscale_delay,
+                # Delays of a few seconds need news that is as fresh.
+                "metrics_interval_s": 2,
+                "look_back_period_s": 6,
             }
         }
     actor: dict[str, Any] = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
-    if isinstance(settings, EnginePool):
-        actor["runtime_env"] = {"env_vars": environment(settings)}
+    if environment:
+        actor["runtime_env"] = {"env_vars": environment}
     return serve.deployment(
         name=name,
         ray_actor_options=actor,

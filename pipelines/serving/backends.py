@@ -2,13 +2,24 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
 
 from pipelines.serving.refusal import Refused
 
+T = TypeVar("T")
 ATTEMPTS = 4
 """times that a request is given to a deployment whose processes die under it"""
+
+
+async def together(*work: Coroutine[Any, Any, T]) -> list[T]:
+    """The results of all; when one fails or nobody waits any more, the others stop."""
+    tasks = [asyncio.create_task(part) for part in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 class Remote:

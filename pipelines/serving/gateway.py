@@ -13,6 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from pipelines.serving import protocol, reward_protocol
+from pipelines.serving.backends import together
 from pipelines.serving.door import Access, Door
 from pipelines.serving.edge import BodyLimit
 from pipelines.serving.judging import Judge
@@ -92,7 +93,7 @@ def build(
             if len(prompts) > 1:
                 raise Refused(422, f"a stream has one prompt, not {len(prompts)}", "prompt")
             return await _streamed(within, service, metrics, prompts[0], request)
-        found = await within(asyncio.gather(*(service.best_of_n(prompt, request) for prompt in prompts)))
+        found = await within(together(*(service.best_of_n(prompt, request) for prompt in prompts)))
         for best in found:
             metrics.sampled(best.usage, best.rewards)
         flat = [(s, r) for best in found for s, r in zip(best.samples, best.rewards, strict=True)]

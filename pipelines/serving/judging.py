@@ -1,6 +1,5 @@
 """The judge: which of two responses is better, asked in both orders; or a grade for one."""
 
-import asyncio
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Protocol
 
 from actors.judge import prompts
 from actors.judge.verdicts import Reading, read_grade, read_pair, read_probabilities, turned, winner
+from pipelines.serving.backends import together
 from pipelines.serving.refusal import Refused
 from pipelines.serving.replicas import Draw
 from pipelines.serving.reward_protocol import JudgeRequest, Question, Verdict
@@ -133,7 +133,7 @@ class Judge:
                 raise Refused(422, "mode=logprob compares two labels, a grade has ten: use mode=text", "mode")
             mode = "text"
         asked = zip(questions, texts, strict=True)
-        return list(await asyncio.gather(*(self._verdict(question, text, mode) for question, text in asked)))
+        return await together(*(self._verdict(question, text, mode) for question, text in asked))
 
     def _template(self, request: JudgeRequest, question: Question) -> str:
         folder = Path(self.settings.templates) if self.settings.templates else None
@@ -157,10 +157,10 @@ class Judge:
         orders = [prompts.fill(text, messages, order, mode) for order in ((a, others[0]), (others[0], a))]
         readings: list[Reading]
         if mode == "text":
-            words, swapped = await asyncio.gather(*(self.writer.write(order, self.settings.max_new_tokens) for order in orders))
+            words, swapped = await together(*(self.writer.write(order, self.settings.max_new_tokens) for order in orders))
             readings, explanation = [read_pair(words), turned(read_pair(swapped))], words
         else:
-            logps = await asyncio.gather(*(self.writer.label_logps(order, ("A", "B")) for order in orders))
+            logps = await together(*(self.writer.label_logps(order, ("A", "B")) for order in orders))
             (given, first), (other, second) = (read_probabilities(pair) for pair in logps)
             readings = [given, turned(other)]
             explanation = f"the first response is better with probability {first:.3f}; {1 - second:.3f} where it is shown second"

@@ -3,7 +3,6 @@
 completion: policy --n samples--> reward model --> sorted, the best first
 """
 
-import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from actors.reward.best_of_n import combine
+from pipelines.serving.backends import together
 from pipelines.serving.protocol import ChatCompletionRequest, CompletionRequest, ModelCard, Sampled, Usage
 from pipelines.serving.refusal import Refused
 from pipelines.serving.replicas import About, Answered, Conversation, Draw, Prompt, Rewards, Sample, Samples, is_ids
@@ -75,7 +75,7 @@ class RewardModels:
             Refused: an item cannot be rewarded, or a normalised reward is asked of a model that stores no mean.
         """
         members = list(self.backends) if name == self.ensemble.name else [name]
-        found: list[Rewards] = await asyncio.gather(*(self.backends[member].call("rewards", items) for member in members))
+        found: list[Rewards] = await together(*(self.backends[member].call("rewards", items) for member in members))
         values_MN = np.array([rewards.values for rewards in found], dtype=np.float64)
         if normalize or (len(members) > 1 and self.ensemble.normalised):
             for row, member in enumerate(members):
