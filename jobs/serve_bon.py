@@ -77,7 +77,9 @@ def _serve(config: ServeConfig) -> None:
         start.start(config, told=_tell)
         url = f"http://{config.server.host}:{config.server.port}"
         print(f"ready: {url} (a page to try it), {url}/docs (the API)", flush=True)
-        print(f"to update it: the same command with --ray.address {ray.get_runtime_context().gcs_address}", flush=True)
+        if not stays:
+            address = ray.get_runtime_context().gcs_address
+            print(f"to update it: RAY_AUTH_MODE=token and the same command with --ray.address {address}", flush=True)
         while not stays:
             time.sleep(1)
 

@@ -93,7 +93,7 @@ def test_an_update_under_load_fails_nobody(url: tuple[str, Path]) -> None:
             port,
         ]
         environment = os.environ | {"GSIL_TEST": str(folder), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        environment = {name: value for name, value in environment.items() if not name.startswith("RAY_")}
+        environment = {name: value for name, value in environment.items() if not name.startswith("RAY_")} | {"RAY_AUTH_MODE": "token"}
         done = subprocess.run([sys.executable, "tests/stub_serve.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
