@@ -35,7 +35,7 @@ reward: setup
 	$(BIN)/python jobs/irl_reward.py --config jobs/configs/irl_arithmetic.yaml $(OVERLAY) $(ARGS)
 
 serve: setup
-	$(BIN)/python jobs/irl_reward.py --config jobs/configs/irl_arithmetic.yaml --config jobs/configs/serve_models.yaml $(OVERLAY)
+	$(BIN)/python jobs/irl_reward.py --config jobs/configs/irl_arithmetic.yaml --config jobs/configs/irl_serve.yaml $(OVERLAY)
 	$(BIN)/python jobs/serve_bon.py --config jobs/configs/serve_smollm2.yaml $(ARGS)
 
 test: setup

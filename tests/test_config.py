@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
-from actors.settings import Training
+from actors.settings import Settings, Training
 from jobs.config import ConfigError, build, help_text, to_yaml
-from jobs.schemas import DilConfig, GsilConfig, IrlConfig, JobConfig
+from jobs.schemas import DilConfig, GsilConfig, IrlConfig, ServeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
@@ -24,7 +24,7 @@ def refused(*argv: str) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
-    schemas: dict[str, type[JobConfig]] = {"dil": DilConfig, "irl": IrlConfig}
+    schemas: dict[str, type[Settings]] = {"dil": DilConfig, "irl": IrlConfig, "serve": ServeConfig}
     schema = schemas.get(path.stem.partition("_")[0], GsilConfig)
     config = build(schema, ["--config", str(path)])
     (tmp_path / "again.yaml").write_text(to_yaml(config))
@@ -71,8 +71,8 @@ def test_mistakes_are_named(argv: list[str], words: list[str]) -> None:
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("schema", [GsilConfig, DilConfig, IrlConfig])
-def test_help_names_every_key_with_its_meaning(schema: type[JobConfig]) -> None:
+@pytest.mark.parametrize("schema", [GsilConfig, DilConfig, IrlConfig, ServeConfig])
+def test_help_names_every_key_with_its_meaning(schema: type[Settings]) -> None:
     text = help_text(schema, "usage")
     for section, field in schema.model_fields.items():
         for key, option in field.annotation.model_fields.items():  # type: ignore[union-attr]

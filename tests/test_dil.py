@@ -149,6 +149,7 @@ def test_kto_wants_a_third_response_so_its_pairs_are_made_anew(tiny: Path, prefe
     assert {p["mismatched_ids"] is None for p in pq.read_table(next((run / "dil/pairs/train").glob("*"))).to_pylist()} == {False}
 
 
+@pytest.mark.slow
 def test_targets_that_match_nothing_stop_the_job_before_a_model_loads(tiny: Path, preferences: Path, tmp_path: Path) -> None:
     done = finish(SCRIPT + dil(tiny, preferences, tmp_path, "--training.lora_r", "4", "--training.lora_targets", "q_proj,wqkv"))
     assert done.returncode == 1 and not (tmp_path / "dil/demonstrations").exists()

@@ -80,6 +80,7 @@ def test_with_too_few_free_places_it_trains_with_fewer_workers(undisturbed: Any,
     assert_same_steps(steps_of(stage), undisturbed, rel=4e-3)
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_finite_fail_the_stage_once_with_their_ids(local_ray: None, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"gsil/training: the loss .* not finite in 3 steps in a row, up to step 3, on the rows row-"):
         run_stage(tmp_path, tiny, dict.fromkeys(range(14), math.inf), workers=1)
