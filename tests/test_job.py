@@ -275,6 +275,7 @@ def test_ctrl_c_in_training_stops_at_once_too(undisturbed: Path, tiny: Path, dem
     wait_until_gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_prompt_that_cannot_fit_the_model_is_refused_before_an_engine_starts(tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
     done = finish(command(tiny, demonstrations, tmp_path, "--negatives.max_new_tokens", "500"))
     assert done.returncode == 1 and not (tmp_path / "job" / "base" / "samples").exists()
