@@ -128,45 +128,29 @@ def served(system: str, reward: Path, policy: Path, threads: int) -> Iterator[st
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     python = sys.executable
-    ours = [
-        python,
-        "jobs/serve_bon.py",
-        "--server.port",
-        str(port),
-        "--reward.precision",
-        "bfloat16",
-        "--ray.num_cpus",
-        str(2 * threads + 1),
-    ]
+    ours = [python, "jobs/serve_bon.py", "--server.port", str(port), "--reward.precision", "bfloat16"]
     ours += ["--ray.num_cpus", str(2 * threads + 1)]
     ours += [f"--reward.models={{reward: {reward}}}", "--reward.num_cpus", str(threads), "--reward.kv_cache_gib", "0.5"]
+    options = {
+        "model": str(reward),
+        "runner": "pooling",
+        "convert": "classify",
+        "port": str(port),
+        "dtype": "bfloat16",
+        "max-model-len": "2048",
+        "served-model-name": "reward",
+    }
+    vllm = [part for key, value in options.items() for part in (f"--{key}", value)]
+    policy_flags = ["--policy.path", str(policy), "--policy.num_cpus", str(threads), "--policy.dtype", "bfloat16"]
     command = {
         "ours": [*ours, "--policy.path", "none"],
-        "best of N": [
-            *ours,
-            "--policy.path",
-            str(policy),
-            "--policy.num_cpus",
-            str(threads),
-            "--policy.dtype",
-            "bfloat16",
-            "--policy.kv_cache_gib",
-            "0.5",
-        ],
+        "best of N": [*ours, *policy_flags, "--policy.kv_cache_gib", "0.5"],
         "stub": [python, __file__, "--stub", str(port)],
         "FastAPI": [python, __file__, "--fastapi", str(reward), str(port)],
+        # The module behind `vllm serve`: the command itself looks for a package of the name vllm, and the CPU build has another.
         "vllm serve": [
-            *(str(Path(python).parent / "vllm"), "serve", str(reward), "--runner", "pooling", "--convert", "classify", "--port", str(port)),
-            *(
-                "--no-enable-prefix-caching",
-                "--dtype",
-                "bfloat16",
-                "--max-model-len",
-                "2048",
-                "--served-model-name",
-                "reward",
-                "--disable-uvicorn-access-log",
-            ),
+            *(python, "-m", "vllm.entrypoints.openai.api_server", *vllm),
+            *("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
         ],
     }[system]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(ROOT)}
@@ -234,7 +218,8 @@ def stub_server(port: int) -> None:
     """Our service with a reward model that costs nothing."""
     from pipelines import cluster
     from pipelines.serving import application, models, start
-    from pipelines.serving.replicas import About, Rewards
+    from pipelines.serving.prompts import About
+    from pipelines.serving.rewards import Rewards
     from pipelines.serving.settings import RewardService, Server, ServiceConfig
     from pipelines.settings import RaySettings
 

@@ -4,12 +4,14 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import uvicorn
 from running import ROOT, free_ports
 
 
@@ -31,6 +33,20 @@ def service(folder: Path, *argv: Any, module: str = "jobs/serve_bon.py") -> Iter
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(60)
             process.kill()
+
+
+@contextlib.contextmanager
+def over_http(app: Any) -> Iterator[str]:
+    """An ASGI application in a thread of this process; its URL."""
+    (port,) = free_ports(1)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(10)
 
 
 def wait_until_ready(process: "subprocess.Popen[bytes]", port: int, log: Path, seconds: float = 180) -> None:

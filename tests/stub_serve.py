@@ -10,7 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.serving.replicas import About, Draw, Rewards, Sample, Samples
+from pipelines.serving.prompts import About
+from pipelines.serving.rewards import Rewards
+from pipelines.serving.samples import Draw, Sample, Samples
 
 SECONDS = 0.05
 

@@ -10,7 +10,9 @@ from pipelines.serving.door import Access
 from pipelines.serving.gateway import build
 from pipelines.serving.judging import Judge, LocalWriter
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.replicas import About, Answered, Draw, Rewards, Sample, Samples, checked
+from pipelines.serving.prompts import About, checked
+from pipelines.serving.rewards import Answered, Rewards
+from pipelines.serving.samples import Draw, Sample, Samples
 from pipelines.serving.service import RewardModels, Service
 from pipelines.serving.settings import Ensemble, JudgeService, Limits
 
@@ -86,6 +88,7 @@ class StubPolicy:
     async def stream(self, prompt: Any, draw: Draw) -> AsyncIterator[Samples]:
         prompt_ids = ids_of(prompt)
         for number, word in enumerate(("one", " two", " three")):
+            await asyncio.sleep(self.pause)
             yield Samples(prompt_ids, [Sample(word, list(word.encode()), "stop" if number == 2 else None)])
 
     async def label_logps(self, prompt: Any, labels: Sequence[str]) -> list[float]:

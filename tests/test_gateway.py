@@ -217,6 +217,14 @@ def test_what_takes_too_long_is_stopped() -> None:
     assert answer.status_code == 504 and policy.cancelled == 1
 
 
+def test_a_stream_as_a_whole_has_its_time() -> None:
+    policy = StubPolicy()
+    policy.pause = 0.2
+    answer = post(application(policy=policy, access=Access(timeout=0.5)), "/v1/chat/completions", {"messages": ASKED, "stream": True})
+    *_, before, error, end, _ = answer.text.split("\n\n")
+    assert answer.status_code == 200 and "two" in before and "longer than 0.5 s" in error and end == "data: [DONE]"
+
+
 def test_health_says_who_is_not_ready() -> None:
     async def ready() -> dict[str, str]:
         return {"policy": "ready", "reward-a": "updating"}

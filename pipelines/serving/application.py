@@ -18,7 +18,8 @@ from ray import serve
 from actors.generator import environment
 from pipelines import base_model
 from pipelines.artifacts import StageError
-from pipelines.serving.replicas import PolicyReplica, RewardReplica
+from pipelines.serving.rewards import RewardReplica
+from pipelines.serving.samples import PolicyReplica
 from pipelines.serving.settings import Replicas, Server, ServiceConfig
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

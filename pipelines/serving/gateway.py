@@ -20,7 +20,7 @@ from pipelines.serving.judging import Judge
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import ChatCompletionRequest, CompletionRequest, Message, as_list
 from pipelines.serving.refusal import Refused
-from pipelines.serving.replicas import Sample
+from pipelines.serving.samples import Sample
 from pipelines.serving.service import Service, squashed
 from pipelines.serving.settings import Limits
 
@@ -60,9 +60,10 @@ def build(
     )
     _errors(app)
 
-    async def within(work: Awaitable[T]) -> T:
+    async def within(work: Awaitable[T], since: float | None = None) -> T:
+        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(access.timeout):
+            async with asyncio.timeout_at((since or loop.time()) + access.timeout):
                 return await work
         except TimeoutError:
             raise Refused(504, f"the request took longer than {access.timeout:g} s, and was stopped") from None
@@ -251,8 +252,9 @@ async def _streamed(
 ) -> StreamingResponse:
     """Server-sent events. The first piece is waited for: what is wrong with a request is then told by the status."""
     chat = isinstance(request, ChatCompletionRequest)
+    since = asyncio.get_running_loop().time()
     pieces = service.stream(prompt, request)
-    first = await within(anext(pieces))
+    first = await within(anext(pieces), since)
     kind = protocol.ChatCompletion if chat else protocol.Completion
     whole = kind(model=(await service.policy_about()).name, choices=[], usage=protocol.Usage())
     head = whole.model_dump(include={"id", "created", "model"})
@@ -265,7 +267,7 @@ async def _streamed(
                 sample, reward, usage = piece
                 said = {"delta": role | {"content": sample.text}} if chat else {"text": sample.text}
                 yield _event(head | {"choices": [{"index": 0, **said, "finish_reason": sample.finish_reason, "reward": reward}]})
-                piece, role = await within(anext(pieces, None)), {}
+                piece, role = await within(anext(pieces, None), since), {}
             metrics.sampled(usage, [reward])
             if request.stream_options and request.stream_options.include_usage:
                 yield _event(head | {"choices": [], "usage": usage.model_dump()})

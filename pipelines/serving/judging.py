@@ -9,8 +9,8 @@ from actors.judge import prompts
 from actors.judge.verdicts import Reading, read_grade, read_pair, read_probabilities, turned, winner
 from pipelines.serving.backends import together
 from pipelines.serving.refusal import Refused
-from pipelines.serving.replicas import Draw
 from pipelines.serving.reward_protocol import JudgeRequest, Question, Verdict
+from pipelines.serving.samples import Draw
 from pipelines.serving.service import Backend
 from pipelines.serving.settings import JudgeService
 

@@ -190,44 +190,33 @@ class TextChoice(Choice):
     """the words"""
 
 
-def made(prefix: str) -> Any:
-    """A field with a new id."""
-    return Field(default_factory=lambda: f"{prefix}-{uuid.uuid4().hex}", examples=[f"{prefix}-5f0c"])
+class Reply(Body):
+    """What every answer of a model says of itself."""
 
-
-def now() -> Any:
-    """A field with the time in seconds since 1970."""
-    return Field(default_factory=lambda: int(time.time()), examples=[1767225600])
-
-
-class ChatCompletion(Body):
-    """The answer to a conversation."""
-
-    id: str = made("chatcmpl")
+    id: str = Field(default_factory=lambda: f"gsil-{uuid.uuid4().hex}", examples=["gsil-5f0c"])
     """of the request"""
-    object: Literal["chat.completion"] = "chat.completion"
-    """kind of answer"""
-    created: int = now()
+    created: int = Field(default_factory=lambda: int(time.time()), examples=[1767225600])
     """seconds since 1970"""
     model: str = Field(examples=["policy"])
-    """the policy"""
+    """who answered"""
+
+
+class ChatCompletion(Reply):
+    """The answer to a conversation."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    """kind of answer"""
     choices: list[ChatChoice]
     """the best first"""
     usage: Usage
     """tokens of all samples"""
 
 
-class Completion(Body):
+class Completion(Reply):
     """The answer to bare texts."""
 
-    id: str = made("cmpl")
-    """of the request"""
     object: Literal["text_completion"] = "text_completion"
     """kind of answer"""
-    created: int = now()
-    """seconds since 1970"""
-    model: str = Field(examples=["policy"])
-    """the policy"""
     choices: list[TextChoice]
     """of the first prompt, the best first; then of the second ..."""
     usage: Usage
@@ -241,7 +230,7 @@ class ModelCard(Body):
     """its name in requests"""
     object: Literal["model"] = "model"
     """kind of answer"""
-    created: int = now()
+    created: int = Field(default_factory=lambda: int(time.time()), examples=[1767225600])
     """seconds since 1970"""
     owned_by: str = "gsil-ray"
     """who serves it"""

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
-from pipelines.serving.protocol import Body, Ids, Message, Messages, Text, Usage, as_list, made, now
+from pipelines.serving.protocol import Body, Ids, Message, Messages, Reply, Text, Usage, as_list
 
 Spoken = Text | Messages
 """a text, which is one turn, or a conversation"""
@@ -55,17 +55,11 @@ class Classified(Body):
     """a reward model has one"""
 
 
-class ClassifyResponse(Body):
+class ClassifyResponse(Reply):
     """Rewards in vLLM's shape."""
 
-    id: str = made("classify")
-    """of the request"""
     object: Literal["list"] = "list"
     """kind of answer"""
-    created: int = now()
-    """seconds since 1970"""
-    model: str = Field(examples=["reward"])
-    """the reward model"""
     data: list[Classified]
     """in the order of the inputs"""
     usage: Usage
@@ -108,17 +102,11 @@ class Score(Body):
     """the reward"""
 
 
-class ScoreResponse(Body):
+class ScoreResponse(Reply):
     """Rewards in vLLM's shape."""
 
-    id: str = made("score")
-    """of the request"""
     object: Literal["list"] = "list"
     """kind of answer"""
-    created: int = now()
-    """seconds since 1970"""
-    model: str = Field(examples=["reward"])
-    """the reward model"""
     data: list[Score]
     """in the order of the pairs"""
     usage: Usage
@@ -159,13 +147,9 @@ class Ranked(Body):
     """the reward"""
 
 
-class RerankResponse(Body):
+class RerankResponse(Reply):
     """Answers, the best first."""
 
-    id: str = made("rerank")
-    """of the request"""
-    model: str = Field(examples=["reward"])
-    """the reward model"""
     usage: Usage
     """tokens read"""
     results: list[Ranked]
@@ -252,13 +236,9 @@ class Verdict(Body):
     """what the judge wrote, or the probabilities of its labels"""
 
 
-class JudgeResponse(Verdict):
+class JudgeResponse(Reply, Verdict):
     """The verdict, or several."""
 
-    id: str = made("judge")
-    """of the request"""
-    model: str = Field(examples=["judge"])
-    """the judge"""
     data: list[Verdict] | None = Field(None, examples=[None])
     """of a batch, in its order"""
 

@@ -13,9 +13,11 @@ import numpy as np
 
 from actors.reward.best_of_n import combine
 from pipelines.serving.backends import together
+from pipelines.serving.prompts import About, Conversation, Prompt, is_ids
 from pipelines.serving.protocol import ChatCompletionRequest, CompletionRequest, ModelCard, Sampled, Usage
 from pipelines.serving.refusal import Refused
-from pipelines.serving.replicas import About, Answered, Conversation, Draw, Prompt, Rewards, Sample, Samples, is_ids
+from pipelines.serving.rewards import Answered, Rewards
+from pipelines.serving.samples import Draw, Sample, Samples
 from pipelines.serving.settings import Ensemble, Limits
 
 ABOUT_SECONDS = 5.0

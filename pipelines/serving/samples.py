@@ -1,132 +1,14 @@
-"""The processes that hold a model, as Ray Serve runs them: conversations and texts in, rewards or responses out."""
+"""The process that holds a policy or a judge, as Ray Serve runs it: prompts in, responses out."""
 
 import asyncio
-import hashlib
-import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
-from actors.batching import Batcher
-from actors.settings import Engine, RewardScoring
+from actors.settings import Engine
 from pipelines.chat import Chat
+from pipelines.serving.prompts import About, Conversation, Prompt, checked, identity, is_ids, templated
 from pipelines.serving.refusal import Refused
-
-Conversation = list[dict[str, str]]
-Prompt = Conversation | str | list[int]
-"""messages, a bare text, or token ids"""
-BROKEN = 3
-"""batches that fail one after the other before a replica is started anew"""
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A response to a conversation, to be rewarded."""
-
-    messages: Conversation
-    response: str
-    ended: bool = True
-    """false for a response that was cut"""
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """What a reward model says."""
-
-    values: list[float]
-    """one an item, raw"""
-    tokens: list[int]
-    """read for each"""
-
-
-@dataclass(frozen=True)
-class About:
-    """What the gateway has to know of a model."""
-
-    name: str
-    context: int
-    """tokens"""
-    tokenizer: str
-    """the same for models that read the same tokens by the same template"""
-    centre: tuple[float, float] | None = None
-    """mean and standard deviation of a reward model's rewards, where they are stored"""
-
-
-class RewardReplica:
-    """A reward model.
-
-    Args:
-        name: in requests.
-        weights: its directory or hub id.
-        scoring: settings of its processes.
-        precision: of the forward pass.
-        longest: no conversation is longer, tokens.
-        trust_remote_code: run Python code that comes with the model.
-    """
-
-    def __init__(self, name: str, weights: str, scoring: RewardScoring, precision: str, longest: int, trust_remote_code: bool = False):
-        from transformers import AutoConfig
-
-        from actors import reward_engine
-
-        self.model, context = reward_engine.load(weights, scoring, precision, longest, trust_remote_code)
-        self.chat = Chat(weights, trust_remote_code)
-        config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
-        self.vocabulary = config.get_text_config().vocab_size
-        centre = (config.reward_mean, config.reward_std or 1.0) if hasattr(config, "reward_mean") else None
-        self._about = About(name, min(context, longest), identity(self.chat), centre)
-        self.batcher = Batcher(self._values, scoring.max_batch_tokens)
-        self.failures = 0
-
-    async def about(self) -> About:
-        """The model."""
-        return self._about
-
-    async def check_health(self) -> None:
-        """Ray Serve asks; an error starts another process."""
-        if self.failures >= BROKEN:
-            raise RuntimeError(f"{self.failures} batches in a row failed")
-
-    async def rewards(self, items: Sequence[Answered | Prompt]) -> Rewards:
-        """Raw rewards.
-
-        Args:
-            items: responses to conversations; conversations that end in the assistant's turn; texts; or token ids.
-
-        Raises:
-            Refused: an item is empty, too long, or refused by the chat template.
-        """
-        sequences = await asyncio.to_thread(self._tokenize, items)
-        return Rewards(await self.batcher(sequences), [len(ids) for ids in sequences])
-
-    def _values(self, sequences: list[tuple[int, ...]]) -> list[float]:
-        from actors.learner.batches import Example
-
-        try:
-            values = [value for (value,) in self.model([Example("", ids[:-1], (ids[-1:],)) for ids in sequences])]
-        except Exception:
-            self.failures += 1
-            raise
-        self.failures = 0
-        return values
-
-    def _tokenize(self, items: Sequence[Answered | Prompt]) -> list[list[int]]:
-        return [checked(self._ids(item, number), number, self._about.context, self.vocabulary) for number, item in enumerate(items)]
-
-    def _ids(self, item: Answered | Prompt, number: int) -> list[int]:
-        if isinstance(item, str):
-            return self.chat.text_ids(item)
-        if is_ids(item):
-            return cast(list[int], item)
-        if not isinstance(item, Answered):
-            *before, last = cast(Conversation, item)
-            if last["role"] != "assistant":
-                raise Refused(422, f"input {number} ends in the {last['role']}'s turn, a reward is for the assistant's", "messages")
-            item = Answered(before, last["content"])
-        if not item.response:
-            raise Refused(422, f"input {number}: the response is empty", "messages")
-        return templated(lambda: self.chat.conversation_ids(item.messages, item.response, item.ended))
 
 
 @dataclass(frozen=True)
@@ -280,49 +162,5 @@ class PolicyReplica:
             raise Refused(422, str(error)) from None
 
 
-def is_ids(given: Any) -> bool:
-    """Whether a prompt or an item is token ids."""
-    return isinstance(given, list) and (not given or isinstance(given[0], int))
-
-
 def _sample(found: Any) -> Sample:
     return Sample(found.text, list(found.token_ids), found.finish_reason, exact=not isinstance(found.stop_reason, str))
-
-
-def templated(render: Any) -> list[int]:
-    """What a chat template makes of a conversation.
-
-    Raises:
-        Refused: the template is a program of somebody else's, which may not want it.
-    """
-    try:
-        return render()
-    except Exception as error:  # noqa: BLE001
-        raise Refused(422, f"the chat template refuses the conversation: {error}", "messages") from None
-
-
-def checked(ids: list[int], number: int, most: int, vocabulary: int) -> list[int]:
-    """Token ids that a model can read.
-
-    Raises:
-        Refused: there are none, too many, or some that are not in the vocabulary.
-    """
-    if not ids:
-        raise Refused(422, f"input {number} is empty", "input")
-    if len(ids) > most:
-        raise Refused(422, f"input {number} has {len(ids)} tokens, the limit of this model is {most}", "input")
-    if max(ids) >= vocabulary:
-        raise Refused(422, f"input {number}: token {max(ids)} is not in the vocabulary of {vocabulary}", "input")
-    return ids
-
-
-def identity(chat: Chat) -> str:
-    """Equal for tokenizers that make the same tokens of a conversation."""
-    backend = chat.tokenizer.backend_tokenizer.to_str() if hasattr(chat.tokenizer, "backend_tokenizer") else chat.tokenizer.name_or_path
-    parts = [json.loads(backend)["model"] if backend.startswith("{") else backend, chat.tokenizer.chat_template, chat.bos_id, chat.end_id]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def described(weights: str) -> str:
-    """A model's name out of its directory or hub id."""
-    return Path(weights).name if Path(weights).exists() else weights

@@ -1,0 +1,111 @@
+"""The process that holds a reward model, as Ray Serve runs it: conversations in, rewards out."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from actors.batching import Batcher
+from actors.settings import RewardScoring
+from pipelines.chat import Chat
+from pipelines.serving.prompts import About, Conversation, Prompt, checked, identity, is_ids, templated
+from pipelines.serving.refusal import Refused
+
+BROKEN = 3
+"""batches that fail one after the other before a replica is started anew"""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A response to a conversation, to be rewarded."""
+
+    messages: Conversation
+    response: str
+    ended: bool = True
+    """false for a response that was cut"""
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What a reward model says."""
+
+    values: list[float]
+    """one an item, raw"""
+    tokens: list[int]
+    """read for each"""
+
+
+class RewardReplica:
+    """A reward model.
+
+    Args:
+        name: in requests.
+        weights: its directory or hub id.
+        scoring: settings of its processes.
+        precision: of the forward pass.
+        longest: no conversation is longer, tokens.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    def __init__(self, name: str, weights: str, scoring: RewardScoring, precision: str, longest: int, trust_remote_code: bool = False):
+        from transformers import AutoConfig
+
+        from actors import reward_engine
+
+        self.model, context = reward_engine.load(weights, scoring, precision, longest, trust_remote_code)
+        self.chat = Chat(weights, trust_remote_code)
+        config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
+        self.vocabulary = config.get_text_config().vocab_size
+        centre = (config.reward_mean, config.reward_std or 1.0) if hasattr(config, "reward_mean") else None
+        self._about = About(name, min(context, longest), identity(self.chat), centre)
+        self.batcher = Batcher(self._values, scoring.max_batch_tokens)
+        self.failures = 0
+
+    async def about(self) -> About:
+        """The model."""
+        return self._about
+
+    async def check_health(self) -> None:
+        """Ray Serve asks; an error starts another process."""
+        if self.failures >= BROKEN:
+            raise RuntimeError(f"{self.failures} batches in a row failed")
+
+    async def rewards(self, items: Sequence[Answered | Prompt]) -> Rewards:
+        """Raw rewards.
+
+        Args:
+            items: responses to conversations; conversations that end in the assistant's turn; texts; or token ids.
+
+        Raises:
+            Refused: an item is empty, too long, or refused by the chat template.
+        """
+        sequences = await asyncio.to_thread(self._tokenize, items)
+        return Rewards(await self.batcher(sequences), [len(ids) for ids in sequences])
+
+    def _values(self, sequences: list[tuple[int, ...]]) -> list[float]:
+        from actors.learner.batches import Example
+
+        try:
+            values = [value for (value,) in self.model([Example("", ids[:-1], (ids[-1:],)) for ids in sequences])]
+        except Exception:
+            self.failures += 1
+            raise
+        self.failures = 0
+        return values
+
+    def _tokenize(self, items: Sequence[Answered | Prompt]) -> list[list[int]]:
+        return [checked(self._ids(item, number), number, self._about.context, self.vocabulary) for number, item in enumerate(items)]
+
+    def _ids(self, item: Answered | Prompt, number: int) -> list[int]:
+        if isinstance(item, str):
+            return self.chat.text_ids(item)
+        if is_ids(item):
+            return cast(list[int], item)
+        if not isinstance(item, Answered):
+            *before, last = cast(Conversation, item)
+            if last["role"] != "assistant":
+                raise Refused(422, f"input {number} ends in the {last['role']}'s turn, a reward is for the assistant's", "messages")
+            item = Answered(before, last["content"])
+        if not item.response:
+            raise Refused(422, f"input {number}: the response is empty", "messages")
+        return templated(lambda: self.chat.conversation_ids(item.messages, item.response, item.ended))
