@@ -2,10 +2,11 @@
 
     python benchmarks/serving.py [--responses 256] [--concurrency 1 8 32] [--only ours stub ...]
 
-A random reward head on SmolLM2-135M in bfloat16; each request asks for the reward of one text, the prompt and a response of the GSM8K
-pairs (or words of such lengths, see train_step.py). Every server is started afresh, warmed up with a few requests and asked for all texts
-at every concurrency; `stub` is our service with a model that costs nothing: what the gateway adds. `best of N` is a chat completion of 64
-new tokens, N = 1 and N = 16, of the same service with a policy.
+A random reward head on SmolLM2-135M in bfloat16 (the FastAPI server also in float32, which it takes where the weights are stored so); each
+request asks for the reward of one text, the prompt and a response of the GSM8K pairs (or words of such lengths, see train_step.py). Every
+server is started afresh, warmed up with a few requests and asked for all texts at every concurrency. `stub` is our service with a model
+that costs nothing, `Ray Serve` a gateway and a model on it that do nothing at all: their difference is what our gateway adds. `best of N`
+is a chat completion of 64 new tokens, N = 1 and N = 16, of the same service with a policy.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from reward import reward_model
 from train_step import cpu_name, matmul_peak, prepare_model, read_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
-SYSTEMS = ("ours", "vllm serve", "FastAPI", "stub", "best of N")
+SYSTEMS = ("ours", "vllm serve", "FastAPI bfloat16", "FastAPI float32", "stub", "Ray Serve", "best of N")
 
 
 def main() -> None:
@@ -39,13 +40,16 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--fastapi", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--fastapi", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--stub", help=argparse.SUPPRESS)
+    parser.add_argument("--bare", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.fastapi:
-        fastapi_server(options.fastapi[0], int(options.fastapi[1]))
+        fastapi_server(options.fastapi[0], options.fastapi[1], int(options.fastapi[2]))
     elif options.stub:
         stub_server(int(options.stub))
+    elif options.bare:
+        bare_server(int(options.bare))
     else:
         with tempfile.TemporaryDirectory() as folder:
             measure(options, Path(folder))
@@ -67,18 +71,17 @@ def measure(options: Any, work: Path) -> None:
             continue
         with served(system, reward, policy, options.threads) as url:
             for concurrency in options.concurrency:
-                body = "query" if system == "FastAPI" else "input"
-                path = "/get_reward" if system == "FastAPI" else "/classify"
+                body, path = ("query", "/get_reward") if system.startswith("FastAPI") else ("input", "/classify")
                 asked = [{body: [text]} for text, _ in words]
                 seconds, latencies = asyncio.run(ask(url + path, asked, concurrency))
                 rates[system, concurrency] = len(asked) / seconds
                 p50, p95, p99 = (1000 * quantile(latencies, q) for q in (0.5, 0.95, 0.99))
                 print(
-                    f"  {system:10} concurrency {concurrency:2}: {len(asked) / seconds:7.1f} requests/s"
+                    f"  {system:16} concurrency {concurrency:2}: {len(asked) / seconds:7.1f} requests/s"
                     f"   p50 {p50:8.1f} ms   p95 {p95:8.1f} ms   p99 {p99:8.1f} ms",
                     flush=True,
                 )
-    for other in ("vllm serve", "FastAPI"):
+    for other in SYSTEMS[1:4]:
         for concurrency in options.concurrency:
             if ("ours", concurrency) in rates and (other, concurrency) in rates:
                 print(f"  ours to {other}, concurrency {concurrency}: {rates['ours', concurrency] / rates[other, concurrency]:.2f} x")
@@ -146,7 +149,11 @@ def served(system: str, reward: Path, policy: Path, threads: int) -> Iterator[st
         "ours": [*ours, "--policy.path", "none"],
         "best of N": [*ours, *policy_flags, "--policy.kv_cache_gib", "0.5"],
         "stub": [python, __file__, "--stub", str(port)],
-        "FastAPI": [python, __file__, "--fastapi", str(reward), str(port)],
+        "Ray Serve": [python, __file__, "--bare", str(port)],
+        **{
+            f"FastAPI {precision}": [python, __file__, "--fastapi", str(reward), precision, str(port)]
+            for precision in ("bfloat16", "float32")
+        },
         # The module behind `vllm serve`: the command itself looks for a package of the name vllm, and the CPU build has another.
         "vllm serve": [
             *(python, "-m", "vllm.entrypoints.openai.api_server", *vllm),
@@ -189,14 +196,14 @@ def texts(work: Path, policy: Path, count: int) -> list[tuple[str, int]]:
     return found
 
 
-def fastapi_server(reward: str, port: int) -> None:
+def fastapi_server(reward: str, precision: str, port: int) -> None:
     """The pattern of most reward servers: a handler that blocks while transformers scores a request's texts, padded on the left."""
     import torch
     import uvicorn
     from fastapi import FastAPI, Request
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.bfloat16).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(reward, dtype=getattr(torch, precision)).eval()
     tokenizer = AutoTokenizer.from_pretrained(reward, padding_side="left")
     app = FastAPI()
 
@@ -239,6 +246,43 @@ def stub_server(port: int) -> None:
     os.environ |= models.environment(config)
     with cluster.connected(RaySettings(num_cpus=4)):
         start.start(config, told=lambda states: None)
+        while True:
+            time.sleep(1)
+
+
+def bare_server(port: int) -> None:
+    """What Ray Serve and FastAPI cost alone."""
+    from fastapi import FastAPI, Request
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from pipelines import cluster
+    from pipelines.settings import RaySettings
+
+    app = FastAPI()
+
+    @serve.deployment(max_ongoing_requests=256)
+    class Model:
+        async def rewards(self, texts: list[str]) -> list[float]:
+            return [0.0] * len(texts)
+
+    @serve.deployment(max_ongoing_requests=1024)
+    @serve.ingress(app)
+    class Gateway:
+        def __init__(self, model: Any):
+            self.model = model
+
+        @app.get("/health")
+        async def health(self) -> dict[str, str]:
+            return {}
+
+        @app.post("/classify")
+        async def classify(self, request: Request) -> Any:
+            return await self.model.rewards.remote((await request.json())["input"])
+
+    with cluster.connected(RaySettings(num_cpus=4)):
+        serve.start(http_options=HTTPOptions(port=port))
+        serve.run(Gateway.bind(Model.bind()))  # type: ignore[attr-defined]
         while True:
             time.sleep(1)
 

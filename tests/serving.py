@@ -19,7 +19,13 @@ from running import ROOT, free_ports
 def service(folder: Path, *argv: Any, module: str = "jobs/serve_bon.py") -> Iterator[str]:
     """A service in a process of its own; its URL, once it is ready."""
     (port,) = free_ports(1)
-    command = [sys.executable, module, "--server.port", str(port), *(str(word) for word in argv)]
+    with listening(folder, [sys.executable, module, "--server.port", str(port), *(str(word) for word in argv)], port) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def listening(folder: Path, command: Sequence[str], port: int) -> Iterator[str]:
+    """A process that serves at a port; its URL, once it is ready."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = inherited | {"GSIL_TEST": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     log = folder / f"service-{port}.log"

@@ -115,7 +115,7 @@ def application(
     service = Service(Local(policy), models, limits)
     settings = JudgeService()
     judging = Judge("judge", LocalWriter(Local(policy)), settings) if judge else None
-    return build(service, judging, access or Access(), limits, ready or all_ready, Metrics("test"))
+    return build(service, judging, access or Access(), limits, ready or all_ready, Metrics())
 
 
 def client(app: Any) -> httpx.AsyncClient:

@@ -4,6 +4,10 @@ import asyncio
 import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -248,9 +252,28 @@ def test_metrics_count_by_declared_paths_only() -> None:
             return (await http.get("/metrics")).text
 
     text = asyncio.run(work())
-    assert 'gsil_requests_total{gateway="test",route="/classify",status="200"} 1.0' in text
-    assert 'gsil_errors_total{gateway="test",route="other",status="404"} 1.0' in text and "nowhere" not in text
-    assert 'gsil_tokens_total{gateway="test",kind="prompt"} 2.0' in text and "gsil_reward_bucket" in text and "gsil_queue_length" in text
+    assert 'gsil_requests_total{route="/classify",status="200"} 1.0' in text
+    assert 'gsil_errors_total{route="other",status="404"} 1.0' in text and "nowhere" not in text
+    assert 'gsil_tokens_total{kind="prompt"} 2.0' in text and "gsil_reward_bucket" in text and "gsil_queue_length" in text
+
+
+def test_the_gateways_processes_count_together(tmp_path: Path) -> None:
+    program = """
+from pipelines.serving.metrics import Metrics
+metrics = Metrics()
+metrics.came()
+metrics.came()
+metrics.answered("/classify", 200, 0.1)
+print(metrics.exposition()[0].decode())
+"""
+    texts = [
+        subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}, capture_output=True, text=True
+        ).stdout
+        for _ in range(3)
+    ]
+    assert 'gsil_requests_total{route="/classify",status="200"} 3.0' in texts[-1]
+    assert "gsil_running 1.0" in texts[-1], "those of ended processes are over"
 
 
 def test_every_field_is_described_with_an_example_or_a_default() -> None:

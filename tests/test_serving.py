@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
+import signal
+import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +15,8 @@ import httpx
 import openai
 import pytest
 import torch
-from running import ours_alive, wait_until_gone
-from serving import service
+from running import finish, free_ports, ours_alive, wait_until_gone
+from serving import listening, replicas_of, service
 from test_rewards import reward_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -98,3 +103,35 @@ def test_the_rest_of_the_api_answers(served: tuple[str, Path]) -> None:
     assert "gsil_requests_total" in http.get(f"{url}/metrics").text and "<title>" in http.get(url).text
     assert json.loads(http.get(f"{url}/openapi.json").text)["paths"]
     assert http.post(f"{url}/classify", content=b"x" * (5 * 2**20)).status_code == 413
+
+
+def test_a_dead_engine_costs_a_retry_and_comes_back(served: tuple[str, Path]) -> None:
+    url, reward = served
+    (engine,) = replicas_of(reward.parents[1], ["policy"])["policy"]
+    body = {"messages": ASKED, "max_tokens": 300, "best_of_n": 8, "temperature": 1.0}
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=200) for _ in range(8)]
+        time.sleep(0.5)
+        os.kill(engine, signal.SIGKILL)
+        answers = [answer.result() for answer in asked]
+    assert {answer.status_code for answer in answers} <= {200, 503}, [answer.text for answer in answers]
+    assert all("retry-after" in answer.headers and "error" in answer.json() for answer in answers if answer.status_code == 503)
+    deadline = time.monotonic() + 120
+    while http.get(f"{url}/health").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert replicas_of(reward.parents[1], ["policy"])["policy"] != [engine]
+    assert http.post(f"{url}/v1/chat/completions", json=body | {"max_tokens": 4}).status_code == 200
+
+
+def test_rays_own_command_serves_what_was_exported(tmp_path: Path) -> None:
+    reward, config = reward_model(tmp_path / "reward", "llama"), tmp_path / "serve_config.yaml"
+    (port,) = free_ports(1)
+    sizes = {"server.port": port, "reward.max_model_len": 512, "reward.kv_cache_gib": 0.1, "reward.num_cpus": 1}
+    flags = ["--reward.models", f"{{tiny: {reward}}}", *(part for key, value in sizes.items() for part in (f"--{key}", str(value)))]
+    done = finish([sys.executable, "jobs/serve_bon.py", *flags, "--export", str(config)])
+    assert done.returncode == 0 and "RayService" in done.stdout, done.stdout + done.stderr
+    with listening(tmp_path, [str(Path(sys.executable).parent / "serve"), "run", "--address", "local", str(config)], port) as url:
+        assert [model["id"] for model in http.get(f"{url}/v1/models").json()["data"]] == ["tiny"]
+        assert math.isfinite(http.post(f"{url}/classify", json={"input": "a b"}).json()["data"][0]["probs"][0])
+    wait_until_gone(tmp_path)

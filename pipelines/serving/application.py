@@ -8,10 +8,12 @@ clients --HTTP--> proxy --> gateway --> reward-NAME (one deployment a reward mod
 import asyncio
 import hashlib
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import ray
 from huggingface_hub import list_repo_files
 from ray import serve
 
@@ -140,13 +142,15 @@ class GatewayReplica:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve takes the HTTP application from here."""
+        folder = Path(tempfile.gettempdir(), f"gsil-metrics-{ray.get_runtime_context().get_session_name()}", self.config.server.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
         from pipelines.serving.door import Access
         from pipelines.serving.gateway import build as build_app
         from pipelines.serving.metrics import Metrics
 
         access = Access(self.keys, self.config.server.request_timeout)
-        name = serve.get_replica_context().replica_tag
-        return build_app(self.service, self.judge, access, self.config.limits, self.ready, Metrics(name))
+        return build_app(self.service, self.judge, access, self.config.limits, self.ready, Metrics())
 
     async def ready(self) -> dict[str, str]:
         """Of every deployment, "ready" or what Ray Serve says of it."""
