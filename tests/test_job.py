@@ -160,6 +160,8 @@ def test_a_second_run_of_a_finished_job_does_nothing_again(undisturbed: Path, ti
 
 IN_GENERATION = "sft/samples, one of its shards"
 WITH_MODELS = [IN_GENERATION, "iteration-1/training"]
+BEFORE = STAGES[:5]
+"""what is done before the first of these moments, and would take a minute each time"""
 THE_OTHERS = [name for name in STAGES if name not in WITH_MODELS]
 
 
@@ -168,6 +170,9 @@ def test_killed_after_every_stage_and_within_generation_it_ends_with_the_same_fi
     behind: list[str], undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path
 ) -> None:
     argv, run = command(tiny, demonstrations, tmp_path), tmp_path / "job"
+    if behind is WITH_MODELS:
+        for name in BEFORE:
+            shutil.copytree(undisturbed / name, run / name)
     first_shards: dict[Path, int] = {}
     finished: dict[Path, bytes] = {}
     kills = 0
