@@ -36,7 +36,8 @@ reward: setup
 
 serve: setup
 	$(BIN)/python jobs/irl_reward.py --config jobs/configs/irl_arithmetic.yaml --config jobs/configs/irl_serve.yaml $(OVERLAY)
-	$(BIN)/python jobs/serve_bon.py --config jobs/configs/serve_smollm2.yaml $(ARGS)
+	$(BIN)/python jobs/serve_bon.py --config jobs/configs/serve_smollm2.yaml \
+		$(if $(filter gpu,$(DEVICE)),--config jobs/configs/serve_one_gpu.yaml) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest tests -m "not slow" $(ARGS)

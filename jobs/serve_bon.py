@@ -7,7 +7,8 @@
                         --> judge              POST /v1/judge
                                                GET  / /docs /v1/models /health /metrics
 
-A service of the same server.name that already runs on the cluster is updated: the old models answer until the new ones are ready.
+A service of the same server.name that already runs on the cluster (--ray.address, RAY_ADDRESS) is updated: the old models answer until the
+new ones are ready.
 On a cluster of its own the job stays until Ctrl-C; on a running one (--ray.address, RAY_ADDRESS) the service stays and the job ends.
 --export writes what `serve run`, `serve deploy` and KubeRay's RayService take.
 """
@@ -68,6 +69,8 @@ def _serve(config: ServeConfig) -> None:
     from pipelines.serving import start
 
     stays = config.ray.address or os.environ.get("RAY_ADDRESS")
+    if not stays:
+        start.check_port(config.server.host, config.server.port)
     # The processes of a local instance inherit it.
     os.environ |= models.environment(config)
     with cluster.connected(config.ray) as logs:

@@ -53,7 +53,11 @@ class AsyncClient:
         self.http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=timeout)
 
     async def rewards(
-        self, conversations: Sequence[Conversation | str | Sequence[int]], model: str | None = None, normalize: bool = False
+        self,
+        conversations: Sequence[Conversation | str | Sequence[int]],
+        model: str | None = None,
+        normalize: bool = False,
+        cut: bool = False,
     ) -> list[float]:
         """Raw rewards.
 
@@ -61,6 +65,7 @@ class AsyncClient:
             conversations: messages that end in the assistant's turn; whole texts; or token ids.
             model: name of the reward model; the service's first by default.
             normalize: centre and scale them by the model's stored mean and deviation.
+            cut: the last turn of messages was cut at a limit: the chat template does not end it.
 
         Raises:
             ServiceError: the service refuses one of them, or does not answer.
@@ -72,7 +77,7 @@ class AsyncClient:
         bare = [number for number in range(len(conversations)) if number not in told]
         kinds = [[number for number in bare if isinstance(conversations[number], str) == text] for text in (True, False)]
         parts = [numbers[at : at + self.batch] for numbers in kinds for at in range(0, len(numbers), self.batch)]
-        asked = [{"messages": conversations[number]} for number in spoken] + [
+        asked = [{"messages": conversations[number], "continue_final_message": cut} for number in spoken] + [
             {"input": [conversations[number] for number in part]} for part in parts
         ]
         answers = await asyncio.gather(*(self._post("/classify", body | options) for body in asked))

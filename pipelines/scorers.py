@@ -87,7 +87,7 @@ async def _ask(url: str, rows: Sequence[Row], tell: Tell) -> list[Scored]:
         nonlocal scored
         said = {"role": "assistant", "content": row["response"]}
         try:
-            (value,) = await client.rewards([[*row["prompt"], said]])
+            (value,) = await client.rewards([[*row["prompt"], said]], cut=row.get("finish_reason") == "length")
             result = finite(value)
         except ServiceError as error:
             if error.status not in (400, 413, 422):

@@ -5,10 +5,11 @@ from typing import Any
 
 import httpx
 import pytest
-from stub_service import application
+from stub_service import StubReward, application
 
 from pipelines import client
 from pipelines.client import AsyncClient, ServiceError
+from pipelines.serving.rewards import Answered
 
 
 def against(transport: Any, **options: Any) -> AsyncClient:
@@ -33,6 +34,22 @@ def test_rewards_come_in_the_order_given() -> None:
     ours = against(httpx.ASGITransport(application()), batch=2)
     values = asyncio.run(ours.rewards(["a", said, [97, 98], "abcd", "ab"]))
     assert values == [pytest.approx(0.1 * count) for count in (1, 5, 2, 4, 2)]
+
+
+def test_a_cut_response_is_not_ended() -> None:
+    said = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}]
+    reward = StubReward()
+    seen: list[Any] = []
+    real = reward.rewards
+
+    async def noted(items: Any) -> Any:
+        seen.extend(items)
+        return await real(items)
+
+    reward.rewards = noted  # type: ignore[method-assign]
+    app = application(rewards=[reward])
+    assert asyncio.run(against(httpx.ASGITransport(app)).rewards([said], cut=True)) == [pytest.approx(0.5)]
+    assert seen == [Answered(said[:1], "de", ended=False)]
 
 
 def test_best_of_n_and_the_judge() -> None:

@@ -7,15 +7,20 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from stub_service import StubPolicy, StubReward, application, client, post
+from stub_service import Local, StubPolicy, StubReward, application, client, post
 
+from pipelines.serving import edge, service
 from pipelines.serving.door import Access
+from pipelines.serving.refusal import Busy
+from pipelines.serving.reward_protocol import ClassifyRequest, RerankRequest, ScoreRequest
+from pipelines.serving.service import Told
 from pipelines.serving.settings import Ensemble, Limits
 
 ASKED = [{"role": "user", "content": "How many?"}]
@@ -227,6 +232,84 @@ def test_a_stream_as_a_whole_has_its_time() -> None:
     answer = post(application(policy=policy, access=Access(timeout=0.5)), "/v1/chat/completions", {"messages": ASKED, "stream": True})
     *_, before, error, end, _ = answer.text.split("\n\n")
     assert answer.status_code == 200 and "two" in before and "longer than 0.5 s" in error and end == "data: [DONE]"
+
+
+def test_a_conversation_is_not_written_out_for_more_documents_than_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self: Any) -> None:
+        raise AssertionError("memory of documents times turns")
+
+    many = [{"role": "user", "content": "x"}] * 300
+    for kind, path, body in (
+        (ScoreRequest, "/score", {"queries": ASKED, "documents": ["a"] * 300}),
+        (ScoreRequest, "/v1/score", {"queries": many, "documents": ["a"]}),
+        (RerankRequest, "/rerank", {"query": ASKED, "documents": ["a"] * 300}),
+        (RerankRequest, "/v2/rerank", {"query": many, "documents": ["a"]}),
+        (ClassifyRequest, "/classify", {"messages": many}),
+    ):
+        monkeypatch.setattr(kind, "items", never)
+        answer = post(application(), path, body)
+        assert answer.status_code == 422 and "300" in answer.text and "the limit is 256" in answer.text, answer.text
+
+
+def test_a_million_wrong_things_are_told_as_one() -> None:
+    for path, body in (("/v1/completions", {"prompt": [None] * 5 * 10**5}), ("/get_reward", {"query": [None] * 5 * 10**5})):
+        answer = post(application(), path, body)
+        assert answer.status_code == 422 and len(answer.text) < 1000
+
+
+def test_bodies_that_come_slowly_or_are_too_many_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "SECONDS", 0.2)
+    monkeypatch.setattr(edge, "BODIES", 2)
+    app = application(limits=Limits(body_bytes=1024))
+
+    async def one(pause: float) -> int:
+        async def body() -> AsyncIterator[bytes]:
+            yield b" " * 1000
+            await asyncio.sleep(pause)
+            yield b"{"
+
+        async with client(app) as http:
+            return (await http.post("/classify", content=body(), headers={"content-type": "application/json"})).status_code
+
+    async def work() -> list[int]:
+        return await asyncio.gather(*(one(1.0) for _ in range(3)))
+
+    assert sorted(asyncio.run(work())) == [408, 408, 503]
+    assert [asyncio.run(one(0)) for _ in range(3)] == [400] * 3, "places are free again"
+
+
+def test_samples_wait_for_a_place_in_the_reward_models_queue() -> None:
+    reward = StubReward()
+    busy = 2
+    real = reward.rewards
+
+    async def full(items: Any) -> Any:
+        nonlocal busy
+        busy -= 1
+        if busy >= 0:
+            raise Busy(503, "full", retry_after=1)
+        return await real(items)
+
+    reward.rewards = full  # type: ignore[method-assign]
+    app = application(rewards=[reward])
+    assert post(app, "/v1/chat/completions", {"messages": ASKED, "best_of_n": 3}).status_code == 200
+    busy = 1
+    assert post(app, "/classify", {"input": "ab"}).status_code == 503, "nothing was done for it yet"
+
+
+def test_a_models_last_word_counts_while_it_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "ABOUT_SECONDS", -1.0)
+    reward = StubReward()
+    told = Told(Local(reward))
+    about = asyncio.run(told())
+
+    async def full() -> Any:
+        raise Busy(503, "full", retry_after=1)
+
+    reward.about = full  # type: ignore[method-assign]
+    assert asyncio.run(told()) is about
+    with pytest.raises(Busy):
+        asyncio.run(Told(Local(reward))())
 
 
 def test_health_says_who_is_not_ready() -> None:

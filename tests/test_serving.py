@@ -54,6 +54,12 @@ def test_rewards_are_those_of_transformers(served: tuple[str, Path]) -> None:
     for body in ({"messages": said}, {"input": ids}, {"input": [ids, ids[:5]]}):
         answer = http.post(f"{url}/classify", json=body | {"use_activation": False})
         assert answer.json()["data"][0]["probs"][0] == pytest.approx(expected, abs=1e-4), answer.text
+    whole = http.post(f"{url}/classify", json={"messages": said, "use_activation": False}).json()["data"][0]["probs"]
+    cut = tokenizer.apply_chat_template(said, return_dict=False, continue_final_message=True)
+    asked = {"messages": said, "continue_final_message": True, "use_activation": False}
+    answer = http.post(f"{url}/classify", json=asked).json()["data"][0]["probs"]
+    with torch.no_grad():
+        assert answer[0] == pytest.approx(float(model(torch.tensor([cut])).logits), abs=1e-4) and answer != whole
     squashed = http.post(f"{url}/score", json={"queries": ASKED[0]["content"], "documents": "there are 12 apples."}).json()
     assert squashed["data"][0]["score"] == pytest.approx(1 / (1 + math.exp(-expected)), abs=1e-4)
     assert http.post(f"{url}/classify", json={"input": [0] * 513}).status_code == 422

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from huggingface_hub import list_repo_files
+from huggingface_hub import list_repo_files, try_to_load_from_cache
 from ray import serve
 
 from actors.generator import environment
@@ -37,19 +37,23 @@ def build(args: dict[str, Any]) -> Any:
     """
     config = ServiceConfig.model_validate(args)
     keys = digests(config.server)
+    templates = config.judge.templates
+    if templates and not Path(templates).is_dir():
+        raise StageError(f"judge.templates={templates!r} is no folder")
     if not config.reward.models and not has_policy(config):
         raise StageError("nothing to serve: name reward.models, policy.path, or a run")
+    patience = config.server.request_timeout
     rewards = {}
     for name, path in config.reward.models.items():
         weights = checked_weights(path, config.server)
-        bound = _deployed(RewardReplica, f"reward-{name}", config.reward, environment(config.reward))
+        bound = _deployed(RewardReplica, f"reward-{name}", config.reward, patience, environment(config.reward))
         rewards[name] = bound.bind(
             name, weights, config.reward, config.reward.precision, config.reward.max_model_len, config.server.trust_remote_code
         )
     policy = None
     if has_policy(config):
         assert config.policy.path
-        policy = _deployed(PolicyReplica, "policy", config.policy, environment(config.policy)).bind(
+        policy = _deployed(PolicyReplica, "policy", config.policy, patience, environment(config.policy)).bind(
             config.policy.name,
             checked_weights(config.policy.path, config.server),
             config.policy,
@@ -57,7 +61,7 @@ def build(args: dict[str, Any]) -> Any:
             config.limits.max_new_tokens,
             config.server.trust_remote_code,
         )
-    gateway = _deployed(GatewayReplica, "gateway", config.gateway)
+    gateway = _deployed(GatewayReplica, "gateway", config.gateway, patience)
     return gateway.bind(config, keys, rewards, policy, _judge(config, policy))
 
 
@@ -74,12 +78,12 @@ def _judge(config: ServiceConfig, policy: Any) -> Any:
         if policy is None:
             raise StageError("judge.path=policy, but this service has no policy: name policy.path, or another judge")
         return policy
-    deployed = _deployed(PolicyReplica, "judge", judge, environment(judge))
+    deployed = _deployed(PolicyReplica, "judge", judge, config.server.request_timeout, environment(judge))
     weights, trust = checked_weights(judge.path, config.server), config.server.trust_remote_code
     return deployed.bind(judge.name, weights, judge, judge.max_model_len, judge.max_new_tokens, trust)
 
 
-def _deployed(replica: type, name: str, settings: Replicas, environment: dict[str, str] | None = None) -> Any:
+def _deployed(replica: type, name: str, settings: Replicas, patience: float, environment: dict[str, str] | None = None) -> Any:
     options: dict[str, Any] = {"num_replicas": settings.min_actors}
     if settings.max_actors > settings.min_actors:
         options = {
@@ -105,7 +109,8 @@ def _deployed(replica: type, name: str, settings: Replicas, environment: dict[st
         backpressure_config={"retry_after_s": 1.0},
         health_check_period_s=2,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=60,
+        # An update lets every request end that is under way.
+        graceful_shutdown_timeout_s=patience,
         max_constructor_retry_count=2,
         # A new checkpoint takes over when it is ready, not before.
         max_surge_percent=100,
@@ -131,8 +136,11 @@ class GatewayReplica:
 
         self.config = config
         self.keys = keys
+        aliases = {path: name for name, path in config.reward.models.items()}
         backends = {name: Remote(f"the reward model {name}", handle) for name, handle in rewards.items()}
-        self.service = Service(Remote("the policy", policy) if policy else None, RewardModels(backends, config.ensemble), config.limits)
+        self.service = Service(
+            Remote("the policy", policy) if policy else None, RewardModels(backends, config.ensemble, aliases), config.limits
+        )
         self.judge: Judge | None = None
         if config.judge.url:
             self.judge = Judge(config.judge.name, UrlWriter(config.judge), config.judge)
@@ -156,7 +164,11 @@ class GatewayReplica:
         """Of every deployment, "ready" or what Ray Serve says of it."""
         asked, states = self.states
         if time.monotonic() - asked > STATUS_SECONDS:
-            states = await asyncio.to_thread(_states, serve.get_replica_context().app_name)
+            try:
+                states = await asyncio.to_thread(_states, serve.get_replica_context().app_name)
+            except Exception as error:  # noqa: BLE001
+                # Ray Serve's controller is starting anew, or Ray's head is.
+                states = {"controller": f"no answer: {type(error).__name__}"}
             self.states = time.monotonic(), states
         return states
 
@@ -179,6 +191,8 @@ def digests(server: Server) -> tuple[str, ...]:
             words += Path(server.api_keys_file).expanduser().read_text(encoding="utf-8").split()
         except OSError as error:
             raise StageError(f"server.api_keys_file={server.api_keys_file!r}: {error.strerror}") from None
+    if server.api_keys_file and not words:
+        raise StageError(f"server.api_keys_file={server.api_keys_file!r} holds no key")
     if not words and server.host not in LOOPBACK and not server.no_auth:
         raise StageError(
             f"server.host={server.host} can be reached from other machines: set API keys in the environment variable "
@@ -199,12 +213,15 @@ def checked_weights(path: str, server: Server) -> str:
         StageError: there is no such model, or its weights are not in safetensors and have to be.
     """
     weights = base_model.absolute(path)
+    folder = Path(weights)
     try:
-        files = [file.name for file in Path(weights).iterdir()] if Path(weights).is_dir() else list_repo_files(weights)
+        if not folder.is_dir() and isinstance(cached := try_to_load_from_cache(weights, "config.json"), str):
+            folder = Path(cached).parent
+        files = [file.name for file in folder.iterdir()] if folder.is_dir() else list_repo_files(weights)
     except Exception as error:  # noqa: BLE001
         # The hub's client raises a dozen kinds.
         raise StageError(f"{path!r} is no model's directory or hub id (owner/name): {str(error).splitlines()[0]}") from None
-    if server.safetensors_only and not any(name.endswith(".safetensors") for name in files):
+    if server.safetensors_only and not any(name.endswith(".safetensors") and "/" not in name for name in files):
         raise StageError(f"{path!r} has no weights in safetensors: server.safetensors_only=false allows other formats")
     return weights
 

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
-from pipelines.serving.refusal import Refused
+from pipelines.serving.refusal import Busy, Refused
 
 T = TypeVar("T")
 ATTEMPTS = 4
@@ -93,7 +93,7 @@ class Remote:
         if isinstance(cause, Refused):
             return cause
         if isinstance(cause, BackPressureError):
-            return self._unavailable("has a full queue")
+            return Busy(503, f"{self.name} has a full queue: try again", retry_after=self.retry_after)
         if isinstance(cause, DeploymentUnavailableError):
             return self._unavailable("has no process that works")
         if isinstance(error, (ActorDiedError, ActorUnavailableError, RayActorError)) and not isinstance(error, RayTaskError):

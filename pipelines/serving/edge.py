@@ -3,6 +3,7 @@
 Ray Serve's proxy loads `middlewares` by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=pipelines.serving.edge:middlewares.
 """
 
+import asyncio
 import json
 import os
 from collections.abc import Callable
@@ -18,8 +19,15 @@ MARK = b"x-served-by"
 """header of every answer that a gateway gave"""
 
 
+SECONDS = 30.0
+"""in which a body has to come"""
+BODIES = 64
+"""of the longest that a process holds at once"""
+
+
 class BodyLimit:
-    """ASGI middleware that answers 413 once a body is longer than it may be, whatever its header says.
+    """ASGI middleware that answers 413 once a body is longer than it may be, whatever its header says, 408 where it comes too slowly, and
+    503 where too many are held already.
 
     Args:
         app: what it stands before.
@@ -29,6 +37,7 @@ class BodyLimit:
     def __init__(self, app: Callable[..., Any], limit: int):
         self.app = app
         self.limit = limit
+        self.held = 0
 
     async def __call__(self, scope: dict[str, Any], receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
         """One request."""
@@ -36,19 +45,41 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         body = bytearray()
+        try:
+            try:
+                async with asyncio.timeout(SECONDS):
+                    refused = await self._read(scope, receive, body)
+            except TimeoutError:
+                refused = Refused(408, f"the body did not come within {SECONDS:g} s", "body")
+            except ConnectionError:
+                return
+            if refused:
+                await answer(send, refused)
+                return
+            given = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+            await self.app(scope, lambda: _next(given, receive), send)
+        finally:
+            self.held -= len(body)
+
+    async def _read(self, scope: dict[str, Any], receive: Callable[[], Any], body: bytearray) -> Refused | None:
+        """Fills in the body; returns why it is not taken."""
         promised = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         more = True
-        while more and len(body) <= self.limit and (not promised.isdigit() or int(promised) <= self.limit):
+        while more:
+            if len(body) > self.limit or (promised.isdigit() and int(promised) > self.limit):
+                break
             message = await receive()
             if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
+                raise ConnectionError
+            piece = message.get("body", b"")
+            body += piece
+            self.held += len(piece)
+            if self.held > BODIES * self.limit:
+                return Refused(503, "too many long requests at once: try again", retry_after=1)
             more = message.get("more_body", False)
         if more or len(body) > self.limit:
-            await answer(send, Refused(413, f"the body is longer than {self.limit} bytes", "body"))
-            return
-        given = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-        await self.app(scope, lambda: _next(given, receive), send)
+            return Refused(413, f"the body is longer than {self.limit} bytes", "body")
+        return None
 
 
 async def _next(given: list[Any], receive: Callable[[], Any]) -> Any:

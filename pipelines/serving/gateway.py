@@ -20,6 +20,7 @@ from pipelines.serving.judging import Judge
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import ChatCompletionRequest, CompletionRequest, Message, as_list
 from pipelines.serving.refusal import Refused
+from pipelines.serving.rewards import Answered
 from pipelines.serving.samples import Sample
 from pipelines.serving.service import Service, squashed
 from pipelines.serving.settings import Limits
@@ -102,13 +103,15 @@ def build(
         usage = protocol.Usage(**{name: sum(getattr(best.usage, name) for best in found) for name in protocol.Usage.model_fields})
         return protocol.Completion(model=(await service.policy_about()).name, choices=choices, usage=usage)
 
-    async def rewarded(
-        request: reward_protocol.Rewarded | reward_protocol.GetRewardRequest, items: Sequence[Any]
-    ) -> tuple[str, Any, protocol.Usage]:
-        most(limits.batch, len(items), "inputs", "input")
-        for item in items:
-            most(limits.messages, len(item) if isinstance(item, list) and item and isinstance(item[0], dict) else 0, "turns", "messages")
+    async def rewarded(request: Any, cut: bool = False) -> tuple[str, Any, protocol.Usage]:
+        # Before the items are made: a conversation is written out once for every document.
+        inputs, turns = request.size()
+        most(limits.batch, inputs, "inputs", "input")
+        most(limits.messages, turns, "turns", "messages")
         name = service.reward_models.choose(request.model)
+        items = request.items()
+        if cut and isinstance(items[0], list) and isinstance(items[0][-1], dict) and items[0][-1]["role"] == "assistant":
+            items = [Answered(item[:-1], item[-1]["content"], ended=False) for item in items]
         found = await within(service.reward_models.rewards(name, items, request.normalize))
         usage = protocol.Usage(prompt_tokens=sum(found.tokens), total_tokens=sum(found.tokens))
         metrics.sampled(usage, found.values)
@@ -117,21 +120,24 @@ def build(
     @app.post("/classify", response_model=reward_protocol.ClassifyResponse, tags=["rewards"])
     async def classify(request: reward_protocol.ClassifyRequest) -> Any:
         """Rewards of whole conversations, in vLLM's shape."""
-        name, found, usage = await rewarded(request, request.items())
+        name, found, usage = await rewarded(request, cut=request.continue_final_message)
         data = [reward_protocol.Classified(index=i, label="LABEL_0", probs=[v]) for i, v in enumerate(shown(request, found.values))]
         return reward_protocol.ClassifyResponse(model=name, data=data, usage=usage)
 
+    @app.post("/v1/score", include_in_schema=False)
     @app.post("/score", response_model=reward_protocol.ScoreResponse, tags=["rewards"])
     async def score(request: reward_protocol.ScoreRequest) -> Any:
         """Rewards of answers to questions, in vLLM's shape."""
-        name, found, usage = await rewarded(request, request.items())
+        name, found, usage = await rewarded(request)
         data = [reward_protocol.Score(index=i, score=v) for i, v in enumerate(shown(request, found.values))]
         return reward_protocol.ScoreResponse(model=name, data=data, usage=usage)
 
+    @app.post("/v1/rerank", include_in_schema=False)
+    @app.post("/v2/rerank", include_in_schema=False)
     @app.post("/rerank", response_model=reward_protocol.RerankResponse, tags=["rewards"])
     async def rerank(request: reward_protocol.RerankRequest) -> Any:
         """Answers to a question, the best first, in vLLM's shape."""
-        name, found, usage = await rewarded(request, request.items())
+        name, found, usage = await rewarded(request)
         values = shown(request, found.values)
         order = sorted(range(len(values)), key=lambda number: -found.values[number])[: request.top_n or None]
         results = [
@@ -143,7 +149,7 @@ def build(
     @app.post("/get_reward", response_model=reward_protocol.GetRewardResponse, tags=["rewards"])
     async def get_reward(request: reward_protocol.GetRewardRequest) -> Any:
         """Rewards in the shape that OpenRLHF's and verl's trainers ask of a remote reward model."""
-        _, found, _ = await rewarded(request, request.query)
+        _, found, _ = await rewarded(request)
         return reward_protocol.GetRewardResponse(
             rewards=found.values,
             scores=[squashed(v) for v in found.values],

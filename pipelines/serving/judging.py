@@ -56,6 +56,7 @@ class UrlWriter:
 
         assert settings.url
         self.model = settings.url_model
+        self.key_env = settings.url_key_env
         self.client = AsyncOpenAI(base_url=settings.url, api_key=os.environ.get(settings.url_key_env) or "none", max_retries=3, timeout=120)
 
     async def write(self, question: str, max_new_tokens: int) -> str:
@@ -71,7 +72,7 @@ class UrlWriter:
             Refused: none of the labels is among them.
         """
         found = await self._ask(question, max_tokens=1, logprobs=True, top_logprobs=20)
-        likely = _read(lambda: found.choices[0].logprobs.content[0].top_logprobs)
+        likely = _read(lambda: list(found.choices[0].logprobs.content[0].top_logprobs))
         by_word: dict[str, float] = {}
         for entry in likely:
             by_word.setdefault(entry.token.strip(), entry.logprob)
@@ -81,11 +82,13 @@ class UrlWriter:
         return [by_word.get(label, least) for label in labels]
 
     async def _ask(self, question: str, **options: Any) -> Any:
-        from openai import OpenAIError
+        from openai import AuthenticationError, OpenAIError
 
         try:
             return await self.client.chat.completions.create(model=self.model, messages=_asked(question), temperature=0, **options)  # type: ignore[arg-type]
-        except OpenAIError as error:
+        except AuthenticationError:
+            raise Refused(503, f"the judge's endpoint refuses the key in {self.key_env}, a variable of the gateway's node") from None
+        except (OpenAIError, ValueError) as error:
             raise Refused(503, f"the judge's endpoint does not answer: {type(error).__name__}", retry_after=5) from None
 
 

@@ -45,9 +45,16 @@ def environment(config: ServiceConfig) -> dict[str, str]:
 
 
 def serve_config(config: ServiceConfig) -> str:
-    """YAML for `serve run`, `serve deploy` and a RayService of KubeRay. No key is in it."""
+    """YAML for `serve run`, `serve deploy` and a RayService of KubeRay, and above it what their nodes need. No key is in it."""
     args = json.loads(config.model_dump_json(include=set(ServiceConfig.model_fields)))
-    return yaml.safe_dump(
+    keys = [config.server.api_keys_env, *([config.judge.url_key_env] if config.judge.url else [])]
+    head = [
+        "Environment of every node, before Ray starts there:",
+        *(f"  {name}={value}" for name, value in environment(config).items()),
+        *(f"  {name}: a secret" for name in keys),
+        "http_options.host and args.server.host say the same: on Kubernetes 0.0.0.0, and then the keys are needed.",
+    ]
+    return "".join(f"# {line}\n" for line in head) + yaml.safe_dump(
         {
             "proxy_location": "EveryNode",
             "http_options": {"host": config.server.host, "port": config.server.port},

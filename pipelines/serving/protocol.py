@@ -17,8 +17,12 @@ def _sayable(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_sayable)]
 """text that can be written as UTF-8: JSON can spell half a character ("\\ud800")"""
-Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+"""texts; the first that is wrong is told, a body may have room for a million"""
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
 """token ids"""
+Prompts = Text | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]
+"""text or token ids, one or several"""
 
 
 class Body(BaseModel):
@@ -41,7 +45,7 @@ class Message(Body):
 
     role: Literal["system", "user", "assistant"]
     """who speaks"""
-    content: Text | list[Part] = Field(examples=["What is 2 and 3?"])
+    content: Text | Annotated[list[Part], Field(fail_fast=True)] = Field(examples=["What is 2 and 3?"])
     """what is said"""
 
     def plain(self) -> dict[str, str]:
@@ -50,7 +54,7 @@ class Message(Body):
         return {"role": self.role, "content": words}
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
 class Usage(Body):
@@ -86,7 +90,7 @@ class Sampled(Body):
     """the same, for every time that it was said"""
     seed: int | None = Field(None, ge=0, lt=2**62, examples=[None])
     """the same request with the same seed gives the same samples; an engine on a CPU cannot"""
-    stop: Text | list[Text] | None = Field(None, examples=["\n\n"])
+    stop: Text | Texts | None = Field(None, examples=["\n\n"])
     """words before which a response ends, four at most"""
     n: int = Field(1, ge=1)
     """choices given back, the best first"""
@@ -140,7 +144,7 @@ class ChatCompletionRequest(Sampled):
 class CompletionRequest(Sampled):
     """OpenAI's completion of a bare text, and Best-of-N."""
 
-    prompt: Text | Ids | list[Text] | list[Ids] = Field(examples=["2 and 3 make"])
+    prompt: Prompts = Field(examples=["2 and 3 make"])
     """text or token ids, one prompt or several"""
     max_tokens: int | None = Field(None, ge=1, examples=[64])
     """length limit of a response"""

@@ -34,3 +34,7 @@ class Refused(Exception):
     def headers(self) -> dict[str, str]:
         """Of the answer."""
         return {} if self.retry_after is None else {"Retry-After": str(math.ceil(self.retry_after))}
+
+
+class Busy(Refused):
+    """A queue is full: the same request may be taken a moment later."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
-from pipelines.serving.protocol import Body, Ids, Message, Messages, Reply, Text, Usage, as_list
+from pipelines.serving.protocol import Body, Ids, Message, Messages, Prompts, Reply, Text, Texts, Usage, as_list
 
 Spoken = Text | Messages
 """a text, which is one turn, or a conversation"""
@@ -19,6 +19,8 @@ class Rewarded(Body):
     """centre and scale by the mean and the standard deviation that are stored with the model"""
     use_activation: bool | None = Field(None, examples=[False])
     """squash the reward to 0..1 by a sigmoid, as vLLM does; false gives the reward itself"""
+    truncate_prompt_tokens: int | None = Field(None, examples=[None])
+    """taken and not used: what is too long is refused, not cut"""
     user: Text | None = Field(None, examples=["somebody"])
     """taken and not used"""
 
@@ -26,16 +28,23 @@ class Rewarded(Body):
 class ClassifyRequest(Rewarded):
     """vLLM's /classify: texts, token ids, or one conversation whose last turn is judged."""
 
-    input: Text | Ids | list[Text] | list[Ids] | None = Field(None, examples=[["2 and 3 make 5.", "2 and 3 make 6."]])
+    input: Prompts | None = Field(None, examples=[["2 and 3 make 5.", "2 and 3 make 6."]])
     """whole conversations as text or token ids, one or several"""
     messages: Messages | None = Field(None, examples=[None])
     """a conversation that ends in the assistant's turn"""
+
+    continue_final_message: bool = False
+    """the last turn of messages was cut: nothing is put after its words"""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "ClassifyRequest":
         if (self.input is None) == (self.messages is None):
             raise ValueError("give either input or messages")
         return self
+
+    def size(self) -> tuple[int, int]:
+        """Inputs, and turns of a conversation."""
+        return (1, len(self.messages)) if self.messages else (len(as_list(self.input)), 0)
 
     def items(self) -> list[Any]:
         """One by one."""
@@ -69,19 +78,23 @@ class ClassifyResponse(Reply):
 class ScoreRequest(Rewarded):
     """vLLM's /score: a question with answers to it. One question goes with every answer; several go with as many answers."""
 
-    queries: Spoken | list[Text] = Field(validation_alias=AliasChoices("queries", "text_1", "data_1"), examples=["What is 2 and 3?"])
+    queries: Spoken | Texts = Field(validation_alias=AliasChoices("queries", "text_1", "data_1"), examples=["What is 2 and 3?"])
     """what was asked: a text, several, or a conversation"""
-    documents: Text | list[Text] = Field(
+    documents: Text | Texts = Field(
         validation_alias=AliasChoices("documents", "items", "text_2", "data_2"), examples=[["It is 5.", "It is 6."]]
     )
     """what was answered"""
 
     @model_validator(mode="after")
     def _pairs(self) -> "ScoreRequest":
-        queries, documents = len(conversations(self.queries)), len(as_list(self.documents))
+        queries, documents = count(self.queries), len(as_list(self.documents))
         if not documents or queries not in (1, documents):
             raise ValueError(f"{queries} queries and {documents} documents make no pairs: give one query, or as many as documents")
         return self
+
+    def size(self) -> tuple[int, int]:
+        """Inputs, and turns of a conversation."""
+        return len(as_list(self.documents)), turns(self.queries)
 
     def items(self) -> list[list[dict[str, str]]]:
         """Conversations that end in an answer."""
@@ -118,10 +131,14 @@ class RerankRequest(Rewarded):
 
     query: Spoken = Field(examples=["What is 2 and 3?"])
     """what was asked: a text, or a conversation"""
-    documents: Annotated[list[Text], Field(min_length=1)] = Field(examples=[["It is 5.", "It is 6."]])
+    documents: Annotated[Texts, Field(min_length=1)] = Field(examples=[["It is 5.", "It is 6."]])
     """what was answered"""
     top_n: int = Field(0, ge=0)
     """how many are given back; 0: all"""
+
+    def size(self) -> tuple[int, int]:
+        """Inputs, and turns of a conversation."""
+        return len(self.documents), turns(self.query)
 
     def items(self) -> list[list[dict[str, str]]]:
         """Conversations that end in an answer."""
@@ -159,9 +176,9 @@ class RerankResponse(Reply):
 class GetRewardRequest(Body):
     """What OpenRLHF's trainer sends to a remote reward model."""
 
-    query: Annotated[list[Text | Ids], Field(min_length=1)] = Field(examples=[["2 and 3 make 5."]])
+    query: Annotated[list[Text | Ids], Field(min_length=1, fail_fast=True)] = Field(examples=[["2 and 3 make 5."]])
     """whole conversations, in the words of their chat template"""
-    prompts: list[Text] | None = Field(None, examples=[["What is 2 and 3?"]])
+    prompts: Texts | None = Field(None, examples=[["What is 2 and 3?"]])
     """their prompts; taken and not used"""
     labels: list[Any] | None = Field(None, examples=[["5"]])
     """their labels; taken and not used"""
@@ -169,6 +186,14 @@ class GetRewardRequest(Body):
     """name of the reward model; the first by default"""
     normalize: bool = False
     """centre and scale by the mean and the standard deviation that are stored with the model"""
+
+    def size(self) -> tuple[int, int]:
+        """Inputs, and turns of a conversation."""
+        return len(self.query), 0
+
+    def items(self) -> list[Any]:
+        """One by one."""
+        return list(self.query)
 
 
 class GetRewardResponse(Body):
@@ -198,7 +223,7 @@ class JudgeRequest(Body):
     """the conversation so far"""
     responses: Annotated[list[Text], Field(min_length=1, max_length=2)] | None = Field(None, examples=[["It is 5.", "It is 6."]])
     """two to compare, one to grade from 1 to 10"""
-    batch: Annotated[list[Question], Field(min_length=1)] | None = Field(None, examples=[None])
+    batch: Annotated[list[Question], Field(min_length=1, fail_fast=True)] | None = Field(None, examples=[None])
     """several questions, in place of messages and responses"""
     model: Text | None = Field(None, examples=["judge"])
     """name of the judge; may be left out, there is one"""
@@ -243,9 +268,23 @@ class JudgeResponse(Reply, Verdict):
     """of a batch, in its order"""
 
 
+def turns(given: Any) -> int:
+    """Of a conversation; a text is one."""
+    return len(given) if _is_conversation(given) else 1
+
+
+def count(given: Any) -> int:
+    """Conversations among them: texts are one each."""
+    return 1 if _is_conversation(given) else len(as_list(given))
+
+
+def _is_conversation(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and isinstance(given[0], Message)
+
+
 def conversations(given: Any) -> list[list[dict[str, str]]]:
     """Texts, each the one turn of a user, or one conversation."""
-    if isinstance(given, list) and given and isinstance(given[0], Message):
+    if _is_conversation(given):
         return [[message.plain() for message in given]]
     return [[{"role": "user", "content": text}] for text in as_list(given)]
 

@@ -3,6 +3,7 @@
 completion: policy --n samples--> reward model --> sorted, the best first
 """
 
+import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -15,13 +16,15 @@ from actors.reward.best_of_n import combine
 from pipelines.serving.backends import together
 from pipelines.serving.prompts import About, Conversation, Prompt, is_ids
 from pipelines.serving.protocol import ChatCompletionRequest, CompletionRequest, ModelCard, Sampled, Usage
-from pipelines.serving.refusal import Refused
+from pipelines.serving.refusal import Busy, Refused
 from pipelines.serving.rewards import Answered, Rewards
 from pipelines.serving.samples import Draw, Sample, Samples
 from pipelines.serving.settings import Ensemble, Limits
 
 ABOUT_SECONDS = 5.0
 """how long a model's word on itself is believed"""
+BUSY_SECONDS = 0.2
+"""between two tries to get samples into a full queue"""
 
 
 class Backend(Protocol):
@@ -34,6 +37,34 @@ class Backend(Protocol):
     def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
         """The results of a method that gives several."""
         ...
+
+
+class Told:
+    """A model's word on itself, asked again after some seconds: an update may have put another one in its place.
+
+    Args:
+        backend: the model.
+    """
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+        self.about: About | None = None
+        self.since = 0.0
+
+    async def __call__(self) -> About:
+        """The word; while the model is too busy to be asked, the last one.
+
+        Raises:
+            Refused: it never said one.
+        """
+        if self.about is None or time.monotonic() - self.since > ABOUT_SECONDS:
+            try:
+                self.about = await self.backend.call("about")
+            except Refused:
+                if self.about is None:
+                    raise
+            self.since = time.monotonic()
+        return self.about
 
 
 @dataclass(frozen=True)
@@ -51,7 +82,11 @@ class RewardModels:
 
     backends: Mapping[str, Backend]
     ensemble: Ensemble
-    about: dict[str, tuple[float, About]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """other names of models: some trainers call a model by its path"""
+
+    def __post_init__(self) -> None:
+        self.told = {name: Told(backend) for name, backend in self.backends.items()}
 
     def names(self) -> list[str]:
         """As requests call them, the default first: the ensemble, if there is one."""
@@ -64,6 +99,7 @@ class RewardModels:
             Refused: there is none.
         """
         names = self.names()
+        asked = self.aliases.get(asked, asked) if asked else asked
         if not names:
             raise Refused(404, "this service has no reward model", "model")
         if asked is not None and asked not in names:
@@ -89,10 +125,8 @@ class RewardModels:
         return Rewards(values.tolist(), found[0].tokens)
 
     async def described(self, name: str) -> About:
-        """A member, asked again after some seconds: an update may have put another model in its place."""
-        if name not in self.about or time.monotonic() - self.about[name][0] > ABOUT_SECONDS:
-            self.about[name] = time.monotonic(), await self.backends[name].call("about")
-        return self.about[name][1]
+        """A member."""
+        return await self.told[name]()
 
     async def _centre(self, name: str) -> tuple[float, float]:
         centre = (await self.described(name)).centre
@@ -130,19 +164,17 @@ class Service:
         self.policy = policy
         self.reward_models = rewards
         self.limits = limits
-        self._policy_about: tuple[float, About] | None = None
+        self._policy = Told(policy) if policy else None
 
     async def policy_about(self) -> About:
-        """The policy, asked again after some seconds.
+        """The policy.
 
         Raises:
             Refused: there is none.
         """
-        if not self.policy:
+        if not self._policy:
             raise Refused(404, "this service has no policy: it only rewards", "model")
-        if not self._policy_about or time.monotonic() - self._policy_about[0] > ABOUT_SECONDS:
-            self._policy_about = time.monotonic(), await self.policy.call("about")
-        return self._policy_about[1]
+        return await self._policy()
 
     async def best_of_n(self, prompt: Prompt, request: ChatCompletionRequest | CompletionRequest) -> Ranked:
         """Samples of a prompt, the best first by the reward model's reward; unsorted, and without, where nobody rewards."""
@@ -153,7 +185,7 @@ class Service:
         if judge is None:
             return Ranked(found.samples[: request.n], [None] * request.n, usage)
         items = await self.reward_models.items(judge, about, prompt, found)
-        rewards = (await self.reward_models.rewards(judge, items)).values
+        rewards = await self._rewards(judge, items)
         order = sorted(range(len(rewards)), key=lambda number: -rewards[number])[: request.n]
         return Ranked([found.samples[number] for number in order], [rewards[number] for number in order], usage)
 
@@ -181,8 +213,16 @@ class Service:
             reward = None
             if piece.finish_reason and judge is not None:
                 items = await self.reward_models.items(judge, about, prompt, whole)
-                (reward,) = (await self.reward_models.rewards(judge, items)).values
+                (reward,) = await self._rewards(judge, items)
             yield piece, reward, _usage(len(found.prompt_ids), len(whole.samples[0].ids))
+
+    async def _rewards(self, judge: str, items: list[Any]) -> list[float]:
+        """Of samples that are there already: whoever waited for them waits for a place in the queue, too, up to the time of the request."""
+        while True:
+            try:
+                return (await self.reward_models.rewards(judge, items)).values
+            except Busy:
+                await asyncio.sleep(BUSY_SECONDS)
 
     async def models(self) -> list[ModelCard]:
         """All that are served."""

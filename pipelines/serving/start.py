@@ -1,6 +1,8 @@
 """Starts or updates a service on the cluster that this process is connected to."""
 
+import errno
 import logging
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,26 @@ from pipelines.serving.settings import ServiceConfig
 
 POLL_SECONDS = 0.5
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+
+
+def check_port(host: str, port: int) -> None:
+    """For a service of a cluster of its own: Ray Serve shares a port that another service listens at, and answers every other request.
+
+    Raises:
+        StageError: somebody listens there.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # Connections of a service that ended a minute ago are no obstacle.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise StageError(f"server.host={host}, server.port={port}: {error.strerror}") from None
+            raise StageError(
+                f"somebody listens at {host}:{port} already: give another --server.port; or, if it is this service, update it by the "
+                "command that it printed when it was ready (--ray.address)"
+            ) from None
 
 
 def start(config: ServiceConfig, told: Callable[[dict[str, str]], None]) -> None:

@@ -1,0 +1,90 @@
+"""What a service refuses before it starts: addresses without keys, weights that run code, runs without models, ports that are taken."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs import serve_bon
+from pipelines.artifacts import StageError
+from pipelines.serving import application, models, start
+from pipelines.serving.settings import JudgeService, RewardService, Server, ServiceConfig
+
+
+def test_an_address_that_others_reach_needs_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GSIL_API_KEYS", raising=False)
+    assert application.digests(Server()) == ()
+    with pytest.raises(StageError, match="GSIL_API_KEYS"):
+        application.digests(Server(host="0.0.0.0"))
+    assert application.digests(Server(host="0.0.0.0", no_auth=True)) == ()
+    keys = tmp_path / "keys"
+    keys.write_text("one\ntwo\n")
+    assert application.digests(Server(host="0.0.0.0", api_keys_file=str(keys))) == (application.digest("one"), application.digest("two"))
+    monkeypatch.setenv("GSIL_API_KEYS", "three, four")
+    assert len(application.digests(Server(host="0.0.0.0"))) == 2
+    monkeypatch.delenv("GSIL_API_KEYS")
+    keys.write_text("\n")
+    with pytest.raises(StageError, match="holds no key"):
+        application.digests(Server(api_keys_file=str(keys)))
+    with pytest.raises(StageError, match="No such file"):
+        application.digests(Server(api_keys_file=str(tmp_path / "other")))
+
+
+def test_weights_are_in_safetensors_unless_others_are_allowed(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(StageError, match="safetensors_only=false"):
+        application.checked_weights(str(tmp_path), Server())
+    assert application.checked_weights(str(tmp_path), Server(safetensors_only=False)) == str(tmp_path)
+    with pytest.raises(StageError, match="no model's directory or hub id"):
+        application.checked_weights(str(tmp_path / "nothing"), Server())
+
+
+def test_what_cannot_be_served_is_said() -> None:
+    with pytest.raises(StageError, match="nothing to serve"):
+        application.build({})
+    with pytest.raises(StageError, match=r"judge\.templates='nowhere' is no folder"):
+        application.build(ServiceConfig(judge=JudgeService(templates="nowhere")).model_dump())
+
+
+def test_the_models_of_a_run(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="no run directory"):
+        models.of_run(ServiceConfig(server=Server(run=str(tmp_path))))
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(StageError, match="no finished reward model"):
+        models.of_run(ServiceConfig(server=Server(run=str(tmp_path))))
+    for name in ("init-sft/seed-0", "bt/seed-0", "bt/seed-1"):
+        (tmp_path / "rewards" / name / "reward").mkdir(parents=True)
+        (tmp_path / "rewards" / name / "manifest.json").write_text("{}")
+    (tmp_path / "rewards/init-demo/seed-0/reward").mkdir(parents=True)
+    (tmp_path / "sft/training").mkdir(parents=True)
+    (tmp_path / "sft/training/manifest.json").write_text("{}")
+    found = models.of_run(ServiceConfig(server=Server(run=str(tmp_path))))
+    assert list(found.reward.models) == ["bt-seed-0", "bt-seed-1", "init-sft"], "init-demo is not finished"
+    assert found.policy.path == str(tmp_path / "sft/training/policy")
+    (tmp_path / "final").mkdir()
+    named = ServiceConfig(server=Server(run=str(tmp_path)), reward=RewardService(models={"mine": "x"}))
+    assert models.of_run(named).reward.models == {"mine": "x"} and models.of_run(named).policy.path == str(tmp_path / "final")
+
+
+def test_the_exported_config_says_what_nodes_need_and_holds_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GSIL_API_KEYS", "sesame")
+    file = tmp_path / "serve_config.yaml"
+    assert serve_bon.main(["--reward.models", "{tiny: x}", "--server.host", "0.0.0.0", "--export", str(file)]) == 0
+    text = file.read_text()
+    assert "sesame" not in text and "# " in text and "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=" in text and "GSIL_API_KEYS" in text
+    config = yaml.safe_load(text)
+    assert config["http_options"] == {"host": "0.0.0.0", "port": 8000}
+    assert ServiceConfig.model_validate(json.loads(json.dumps(config["applications"][0]["args"]))).reward.models == {"tiny": "x"}
+
+
+def test_a_port_that_another_service_has_is_not_shared() -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(StageError, match=r"somebody listens at 127\.0\.0\.1"):
+            start.check_port("127.0.0.1", port)
+    start.check_port("127.0.0.1", port)
