@@ -25,7 +25,8 @@ VARIANTS = {
     # name: (who, model's dtype, reference before training, our allocator settings)
     "ours": ("ours", None, True, True),
     "trl": ("trl", "float32", False, False),
-    "trl, precomputed reference": ("trl", "float32", True, True),
+    "trl, precomputed reference": ("trl", "float32", True, False),
+    "the same, our allocator": ("trl", "float32", True, True),
     "trl, weights in bfloat16": ("trl", "bfloat16", False, True),
 }
 

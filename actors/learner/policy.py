@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from actors.learner import rotary
 from actors.learner.attention import BRANCHING
 from actors.learner.batches import shares_prompt
 from actors.learner.logprobs import ResponseLogProbs
@@ -62,13 +63,15 @@ def load(weights: str, precision: str, longest: int | None, trust_remote_code: b
     for key, value in text.to_dict().items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(text, key, 0.0)
-    return KINDS[kind].auto.from_pretrained(
+    model: PreTrainedModel = KINDS[kind].auto.from_pretrained(
         weights,
         config=config,
         dtype=DTYPES[precision],
         attn_implementation=_attention(config, longest, kind),
         trust_remote_code=trust_remote_code,
     )
+    rotary.install(model)
+    return model
 
 
 def _attention(config: Any, longest: int | None, kind: str) -> str | None:
