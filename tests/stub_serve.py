@@ -7,7 +7,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from pipelines.serving.prompts import About
@@ -32,7 +32,7 @@ class WaitingReward:
 
 
 class WaitingPolicy:
-    """Says the same all the time."""
+    """Says the same all the time; to whoever says "slow" after half a minute."""
 
     def __init__(self, name: str, *_: Any):
         self.name = name
@@ -41,8 +41,17 @@ class WaitingPolicy:
         return About(self.name, 2048, "stub", None)
 
     async def sample(self, prompt: Any, draw: Draw) -> Samples:
-        await asyncio.sleep(SECONDS)
+        await asyncio.sleep(_seconds(prompt))
         return Samples([1], [Sample("word", [2], "stop")] * draw.n)
+
+    async def stream(self, prompt: Any, draw: Draw) -> AsyncIterator[Samples]:
+        yield Samples([1], [Sample("two", [2], None)])
+        await asyncio.sleep(_seconds(prompt))
+        yield Samples([1], [Sample(" words", [3], "stop")])
+
+
+def _seconds(prompt: Any) -> float:
+    return 30 if "slow" in str(prompt) else SECONDS
 
 
 def main(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ from pipelines.serving.judging import Judge, LocalWriter
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.prompts import About, checked
 from pipelines.serving.rewards import Answered, Rewards
-from pipelines.serving.samples import Draw, Sample, Samples
+from pipelines.serving.samples import Draw, Labels, Sample, Samples
 from pipelines.serving.service import RewardModels, Service
 from pipelines.serving.settings import Ensemble, JudgeService, Limits
 
@@ -91,8 +91,8 @@ class StubPolicy:
             await asyncio.sleep(self.pause)
             yield Samples(prompt_ids, [Sample(word, list(word.encode()), "stop" if number == 2 else None)])
 
-    async def label_logps(self, prompt: Any, labels: Sequence[str]) -> list[float]:
-        return [-1.0, -2.0]
+    async def label_logps(self, prompt: Any, labels: Sequence[str]) -> Labels:
+        return Labels(ids_of(prompt), [-1.0, -2.0])
 
 
 def application(

@@ -111,6 +111,7 @@ def test_an_ensemble_is_one_more_model() -> None:
     for name, value in ((None, 0.2), ("both", 0.2), ("a", 0.2), ("b", 0.6)):
         found = post(app, "/classify", {"input": "ab", "model": name, "use_activation": False}).json()
         assert found["data"][0]["probs"] == [pytest.approx(value)] and found["model"] == (name or "both")
+        assert found["usage"]["prompt_tokens"] == (2 if name in ("a", "b") else 4), "every member reads"
     normal = application(rewards=(StubReward("a"), StubReward("b", 0.3)), ensemble=Ensemble(name="both", normalised=True))
     found = post(normal, "/classify", {"input": "ab", "use_activation": False}).json()
     assert found["data"][0]["probs"] == [pytest.approx(((0.2 - 1) / 2 + (0.6 - 1) / 2) / 2)]
@@ -124,11 +125,14 @@ def test_the_judge_is_asked_in_both_orders() -> None:
     assert found["winner"] == 0 and found["verdicts"] == [0, 0] and "[[A]]" in found["explanation"]
     found = post(app, "/v1/judge", {"messages": ASKED, "responses": ["a", "b"], "mode": "logprob"}).json()
     assert found["winner"] == "tie" and found["verdicts"] == [0, 1], "it prefers whatever is shown first"
+    assert found["usage"]["completion_tokens"] == 2 and found["usage"]["prompt_tokens"] > 200, "one token in each order"
     found = post(app, "/v1/judge", {"messages": ASKED, "responses": ["Five."], "criterion": "mt_bench"}).json()
     assert found["grade"] == 7 and found["winner"] is None
     batch = [{"messages": ASKED, "responses": ["Five."]}, {"messages": ASKED, "responses": ["a", "b"]}]
     found = post(app, "/v1/judge", {"batch": batch}).json()
     assert found["data"][0]["grade"] == 7 and found["data"][1]["winner"] == "tie"
+    costs = [verdict["usage"]["total_tokens"] for verdict in found["data"]]
+    assert min(costs) > 0 and found["usage"]["total_tokens"] == sum(costs)
     refused = post(app, "/v1/judge", {"messages": ASKED, "responses": ["a", "b"], "template": "{first}?"})
     assert refused.status_code == 422 and "{second}" in refused.json()["error"]["message"]
 

@@ -114,6 +114,19 @@ def test_a_stream_as_a_whole_has_its_time() -> None:
     assert answer.status_code == 200 and "two" in before and "longer than 0.5 s" in error and end == "data: [DONE]"
 
 
+def test_a_stream_that_nobody_reads_to_its_end_is_counted() -> None:
+    policy = StubPolicy()
+    policy.pause = 0.2
+    app = application(policy=policy, access=Access(timeout=0.5))
+    post(app, "/v1/chat/completions", {"messages": ASKED, "stream": True})
+
+    async def work() -> str:
+        async with client(app) as http:
+            return (await http.get("/metrics")).text
+
+    assert 'gsil_tokens_total{kind="completion"} 7.0' in asyncio.run(work()), "of 'one two'"
+
+
 def test_a_conversation_is_not_written_out_for_more_documents_than_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(self: Any) -> None:
         raise AssertionError("memory of documents times turns")

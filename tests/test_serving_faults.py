@@ -121,6 +121,26 @@ def test_a_full_queue_is_told_at_once_and_the_accepted_are_served(tmp_path: Path
     statuses = Counter(status for status, _, _ in found)
     assert set(statuses) == {200, 503} and statuses[200] >= 6, statuses
     assert all(after is not None for status, _, after in found if status == 503)
+    refused = sorted(seconds for status, seconds, _ in found if status == 503)
+    assert refused[len(refused) // 2] < min(seconds for status, seconds, _ in found if status == 200) + 0.5, "nobody waits for a refusal"
+
+
+def test_a_client_that_goes_away_frees_its_place(tmp_path: Path) -> None:
+    options = ["--policy.max_ongoing_requests", "1"]
+    with service(tmp_path, *FLAGS, *options, module="tests/stub_serve.py") as address:
+        for how in ({}, {"best_of_n": 4}, {"stream": True}, {"stream": True, "best_of_n": 4}):
+            with pytest.raises(httpx.ReadTimeout):
+                _ask(address, "slow", how, seconds=1.5)
+            started = time.monotonic()
+            assert "words" in _ask(address, "quick", {"stream": True}, seconds=20)
+            assert time.monotonic() - started < 10, f"{how}: the policy still works for a client that is gone"
+
+
+def _ask(address: str, words: str, how: dict[str, Any], seconds: float) -> str:
+    body = {"messages": [{"role": "user", "content": words}]} | how
+    with httpx.stream("POST", address + "/v1/chat/completions", json=body, timeout=seconds) as answer:
+        assert answer.status_code == 200
+        return "".join(answer.iter_text())
 
 
 def test_replicas_follow_the_load(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def build(
             metrics.sampled(best.usage, best.rewards)
         flat = [(s, r) for best in found for s, r in zip(best.samples, best.rewards, strict=True)]
         choices = [protocol.TextChoice(index=i, finish_reason=_finish(s), reward=r, text=s.text) for i, (s, r) in enumerate(flat)]
-        usage = protocol.Usage(**{name: sum(getattr(best.usage, name) for best in found) for name in protocol.Usage.model_fields})
+        usage = protocol.Usage.summed(best.usage for best in found)
         return protocol.Completion(model=(await service.policy_about()).name, choices=choices, usage=usage)
 
     async def rewarded(request: Any, cut: bool = False) -> tuple[str, Any, protocol.Usage]:
@@ -113,7 +113,7 @@ def build(
         if cut and isinstance(items[0], list) and isinstance(items[0][-1], dict) and items[0][-1]["role"] == "assistant":
             items = [Answered(item[:-1], item[-1]["content"], ended=False) for item in items]
         found = await within(service.reward_models.rewards(name, items, request.normalize))
-        usage = protocol.Usage(prompt_tokens=sum(found.tokens), total_tokens=sum(found.tokens))
+        usage = protocol.Usage.of(sum(found.tokens))
         metrics.sampled(usage, found.values)
         return name, found, usage
 
@@ -166,8 +166,10 @@ def build(
         if not judge:
             raise Refused(404, "this service has no judge", "model")
         found = await within(judge(request))
+        usage = protocol.Usage.summed(verdict.usage for verdict in found)
+        metrics.judged(usage)
         if request.batch:
-            return reward_protocol.JudgeResponse(model=judge.name, data=found)
+            return reward_protocol.JudgeResponse(model=judge.name, data=found, usage=usage)
         return reward_protocol.JudgeResponse(model=judge.name, **found[0].model_dump())
 
     @app.get("/v1/models", response_model=protocol.ModelList, tags=["service"])
@@ -268,18 +270,20 @@ async def _streamed(
 
     async def events() -> AsyncIterator[str]:
         piece, role = first, {"role": "assistant"}
+        sample, reward, usage = first
         try:
             while piece:
                 sample, reward, usage = piece
                 said = {"delta": role | {"content": sample.text}} if chat else {"text": sample.text}
                 yield _event(head | {"choices": [{"index": 0, **said, "finish_reason": sample.finish_reason, "reward": reward}]})
                 piece, role = await within(anext(pieces, None), since), {}
-            metrics.sampled(usage, [reward])
             if request.stream_options and request.stream_options.include_usage:
                 yield _event(head | {"choices": [], "usage": usage.model_dump()})
         except Refused as error:
             yield _event(error.body())
         finally:
+            # Of a stream that nobody read to its end, too.
+            metrics.sampled(usage, [reward])
             await pieces.aclose()
         yield "data: [DONE]\n\n"
 

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 from actors.judge import prompts
 from actors.judge.verdicts import Reading, read_grade, read_pair, read_probabilities, turned, winner
 from pipelines.serving.backends import together
+from pipelines.serving.protocol import Usage
 from pipelines.serving.refusal import Refused
 from pipelines.serving.reward_protocol import JudgeRequest, Question, Verdict
-from pipelines.serving.samples import Draw
+from pipelines.serving.samples import Draw, Labels, Samples
 from pipelines.serving.service import Backend
 from pipelines.serving.settings import JudgeService
 
@@ -18,12 +19,12 @@ from pipelines.serving.settings import JudgeService
 class Writer(Protocol):
     """A model that answers a question."""
 
-    async def write(self, question: str, max_new_tokens: int) -> str:
-        """Its words."""
+    async def write(self, question: str, max_new_tokens: int) -> tuple[str, Usage]:
+        """Its words, and what they cost."""
         ...
 
-    async def label_logps(self, question: str, labels: Sequence[str]) -> list[float]:
-        """Log-probs of labels as the start of its answer."""
+    async def label_logps(self, question: str, labels: Sequence[str]) -> tuple[list[float], Usage]:
+        """Log-probs of labels as the start of its answer, and what they cost."""
         ...
 
 
@@ -33,15 +34,16 @@ class LocalWriter:
     def __init__(self, backend: Backend):
         self.backend = backend
 
-    async def write(self, question: str, max_new_tokens: int) -> str:
+    async def write(self, question: str, max_new_tokens: int) -> tuple[str, Usage]:
         """Its words, by the most likely tokens."""
         draw = Draw(1, 0.0, 1.0, 0.0, 0.0, (), None, max_new_tokens)
-        found = await self.backend.call("sample", _asked(question), draw)
-        return found.samples[0].text
+        found: Samples = await self.backend.call("sample", _asked(question), draw)
+        return found.samples[0].text, Usage.of(len(found.prompt_ids), len(found.samples[0].ids))
 
-    async def label_logps(self, question: str, labels: Sequence[str]) -> list[float]:
-        """Log-probs of labels as the start of its answer."""
-        return await self.backend.call("label_logps", _asked(question), list(labels))
+    async def label_logps(self, question: str, labels: Sequence[str]) -> tuple[list[float], Usage]:
+        """Log-probs of labels as the start of its answer: one token of it."""
+        found: Labels = await self.backend.call("label_logps", _asked(question), list(labels))
+        return found.logps, Usage.of(len(found.prompt_ids), 1)
 
 
 class UrlWriter:
@@ -59,12 +61,12 @@ class UrlWriter:
         self.key_env = settings.url_key_env
         self.client = AsyncOpenAI(base_url=settings.url, api_key=os.environ.get(settings.url_key_env) or "none", max_retries=3, timeout=120)
 
-    async def write(self, question: str, max_new_tokens: int) -> str:
+    async def write(self, question: str, max_new_tokens: int) -> tuple[str, Usage]:
         """Its words."""
         found = await self._ask(question, max_tokens=max_new_tokens)
-        return _read(lambda: found.choices[0].message.content) or ""
+        return _read(lambda: found.choices[0].message.content) or "", _cost(found)
 
-    async def label_logps(self, question: str, labels: Sequence[str]) -> list[float]:
+    async def label_logps(self, question: str, labels: Sequence[str]) -> tuple[list[float], Usage]:
         """Log-probs of labels as the start of its answer; a label that is not among its twenty likeliest tokens counts as less likely
         than all of them.
 
@@ -79,7 +81,7 @@ class UrlWriter:
         if not any(label in by_word for label in labels):
             raise Refused(503, f"the judge answers with none of the labels {', '.join(labels)}", "mode")
         least = min(entry.logprob for entry in likely) - 1
-        return [by_word.get(label, least) for label in labels]
+        return [by_word.get(label, least) for label in labels], _cost(found)
 
     async def _ask(self, question: str, **options: Any) -> Any:
         from openai import AuthenticationError, OpenAIError
@@ -100,6 +102,11 @@ def _read(get: Callable[[], Any]) -> Any:
         raise Refused(
             503, "the judge's endpoint answers without what it was asked for (logprobs need an endpoint that gives them)"
         ) from None
+
+
+def _cost(found: Any) -> Usage:
+    """As an endpoint counts it; nothing where it does not."""
+    return Usage.of(found.usage.prompt_tokens, found.usage.completion_tokens) if found.usage else Usage()
 
 
 def _asked(question: str) -> list[dict[str, str]]:
@@ -155,16 +162,20 @@ class Judge:
         messages = [message.plain() for message in question.messages]
         a, *others = question.responses
         if not others:
-            words = await self.writer.write(prompts.fill(text, messages, [a], "grade"), self.settings.max_new_tokens)
-            return Verdict(grade=read_grade(words), explanation=words)
+            words, spent = await self.writer.write(prompts.fill(text, messages, [a], "grade"), self.settings.max_new_tokens)
+            return Verdict(grade=read_grade(words), explanation=words, usage=spent)
         orders = [prompts.fill(text, messages, order, mode) for order in ((a, others[0]), (others[0], a))]
         readings: list[Reading]
+        costs: list[Usage]
         if mode == "text":
-            words, swapped = await together(*(self.writer.write(order, self.settings.max_new_tokens) for order in orders))
+            written = await together(*(self.writer.write(order, self.settings.max_new_tokens) for order in orders))
+            (words, _), (swapped, _) = written
+            costs = [cost for _, cost in written]
             readings, explanation = [read_pair(words), turned(read_pair(swapped))], words
         else:
-            logps = await together(*(self.writer.label_logps(order, ("A", "B")) for order in orders))
-            (given, first), (other, second) = (read_probabilities(pair) for pair in logps)
+            asked = await together(*(self.writer.label_logps(order, ("A", "B")) for order in orders))
+            (given, first), (other, second) = (read_probabilities(logps) for logps, _ in asked)
+            costs = [cost for _, cost in asked]
             readings = [given, turned(other)]
             explanation = f"the first response is better with probability {first:.3f}; {1 - second:.3f} where it is shown second"
-        return Verdict(winner=winner(readings), verdicts=readings, explanation=explanation)
+        return Verdict(winner=winner(readings), verdicts=readings, explanation=explanation, usage=Usage.summed(costs))

@@ -62,6 +62,11 @@ class Metrics:
             if reward is not None:
                 self._rewards.observe(reward)
 
+    def judged(self, usage: Usage) -> None:
+        """Tokens of a request to the judge."""
+        self._tokens.labels(kind="judge prompt").inc(usage.prompt_tokens)
+        self._tokens.labels(kind="judge completion").inc(usage.completion_tokens)
+
     def exposition(self) -> tuple[bytes, int, dict[str, str]]:
         """Body, status and headers of the answer to Prometheus."""
         if FOLDER in os.environ:

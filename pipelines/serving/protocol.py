@@ -5,6 +5,7 @@ OpenAI's completions with Best-of-N beside them, vLLM's classify, score and rera
 
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -66,6 +67,17 @@ class Usage(Body):
     """of all responses that were sampled"""
     total_tokens: int = Field(0, examples=[543])
     """both"""
+
+    @classmethod
+    def of(cls, prompt: int, completion: int = 0) -> "Usage":
+        """Tokens read and tokens sampled."""
+        return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+    @classmethod
+    def summed(cls, parts: Iterable["Usage"]) -> "Usage":
+        """Of several."""
+        counts = [(part.prompt_tokens, part.completion_tokens) for part in parts]
+        return cls.of(sum(prompt for prompt, _ in counts), sum(completion for _, completion in counts))
 
 
 class StreamOptions(Body):

@@ -259,6 +259,8 @@ class Verdict(Body):
     """1 to 10, of a single response; null where it could not be read"""
     explanation: str = Field("", examples=["The first response is right."])
     """what the judge wrote, or the probabilities of its labels"""
+    usage: Usage = Field(default_factory=Usage)
+    """what it read and wrote, in both orders; of a batch, all of it"""
 
 
 class JudgeResponse(Reply, Verdict):

@@ -47,6 +47,15 @@ class Samples:
     samples: list[Sample]
 
 
+@dataclass(frozen=True)
+class Labels:
+    """How likely words are as the start of a response."""
+
+    prompt_ids: list[int]
+    logps: list[float]
+    """of each, among each other"""
+
+
 class PolicyReplica:
     """A policy, or a judge, in a vLLM engine.
 
@@ -104,7 +113,7 @@ class PolicyReplica:
         async for output in self._outputs(ids, draw, RequestOutputKind.DELTA):
             yield Samples(ids, [_sample(output.outputs[0])])
 
-    async def label_logps(self, prompt: Prompt, labels: Sequence[str]) -> list[float]:
+    async def label_logps(self, prompt: Prompt, labels: Sequence[str]) -> Labels:
         """Log-probs of words as the start of the response, among each other, by their first tokens.
 
         Raises:
@@ -119,7 +128,7 @@ class PolicyReplica:
         params = SamplingParams(max_tokens=1, temperature=1.0, allowed_token_ids=firsts, logprobs=len(firsts), detokenize=False)
         async for output in self.loop.outputs(ids, params):
             (found,) = output.outputs[0].logprobs
-            return [found[token].logprob for token in firsts]
+            return Labels(ids, [found[token].logprob for token in firsts])
         raise AssertionError("an engine gives an output at the end")
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:

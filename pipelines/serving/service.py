@@ -122,7 +122,8 @@ class RewardModels:
         values = combine(values_MN, self.ensemble.combine, self.ensemble.k) if len(members) > 1 else values_MN[0]
         if not np.isfinite(values).all():
             raise Refused(503, f"the reward model {name} gave a reward that is no finite number", "model")
-        return Rewards(values.tolist(), found[0].tokens)
+        # Every member reads every item.
+        return Rewards(values.tolist(), [sum(counts) for counts in zip(*(rewards.tokens for rewards in found), strict=True)])
 
     async def described(self, name: str) -> About:
         """A member."""
@@ -181,7 +182,7 @@ class Service:
         about = await self._checked(request)
         judge = self._chooser(request)
         found: Samples = await self.policy.call("sample", prompt, _draw(request, self.limits))  # type: ignore[union-attr]
-        usage = _usage(len(found.prompt_ids), sum(len(sample.ids) for sample in found.samples))
+        usage = Usage.of(len(found.prompt_ids), sum(len(sample.ids) for sample in found.samples))
         if judge is None:
             return Ranked(found.samples[: request.n], [None] * request.n, usage)
         items = await self.reward_models.items(judge, about, prompt, found)
@@ -214,7 +215,7 @@ class Service:
             if piece.finish_reason and judge is not None:
                 items = await self.reward_models.items(judge, about, prompt, whole)
                 (reward,) = await self._rewards(judge, items)
-            yield piece, reward, _usage(len(found.prompt_ids), len(whole.samples[0].ids))
+            yield piece, reward, Usage.of(len(found.prompt_ids), len(whole.samples[0].ids))
 
     async def _rewards(self, judge: str, items: list[Any]) -> list[float]:
         """Of samples that are there already: whoever waited for them waits for a place in the queue, too, up to the time of the request."""
@@ -259,10 +260,6 @@ def _draw(request: ChatCompletionRequest | CompletionRequest, limits: Limits) ->
         seed=request.seed,
         max_tokens=request.most_tokens(),
     )
-
-
-def _usage(prompt: int, completion: int) -> Usage:
-    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
 def _pieces(text: str) -> list[str]:
