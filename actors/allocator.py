@@ -26,5 +26,6 @@ def keeping(block_mib: int, total_mib: int) -> dict[str, str]:
 GENERATION = keeping(512, 32 * 1024)
 # Rows of every length are matrices of another shape, and oneDNN keeps the code that it makes for each: 1,024 of them by default, which was
 # half a GiB of 4.5 after 8 steps (SmolLM2-135M, bfloat16) and brought no time.
-TRAINING = {"bfloat16": keeping(32, 256) | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}, "float32": keeping(128, 32 * 1024)}
+FEW_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+TRAINING = {"bfloat16": keeping(32, 256) | FEW_PRODUCTS, "float32": keeping(128, 32 * 1024) | FEW_PRODUCTS}
 """By precision; for scoring too."""

@@ -1,6 +1,6 @@
 """Our learner and TRL's DPOTrainer on the same pairs, model, precision, global batch and threads, the reference counted on both sides.
 
-    python benchmarks/train_step.py [--precision float32 bfloat16] [--lora-r 16] [--lengths 256 512 1024 2048] [--ours-only] [--profile]
+    python benchmarks/train_step.py [--precision float32 bfloat16] [--lora-r 16] [--lengths 256 512 1024 2048] [--only ours ...] [--profile]
 
 Each measurement is a fresh process: seconds of computing the reference and of all steps (loading and saving excluded), tokens/s,
 peak resident memory of the process. TRL (extra `bench`) runs as it comes and in its faster settings; ratios are to the better of
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--lora-r", type=int, default=0)
     parser.add_argument("--lengths", type=int, nargs="*", default=[], help="instead: seconds a pair of so many tokens")
-    parser.add_argument("--ours-only", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="of the systems and settings")
     parser.add_argument("--profile", action="store_true", help="ours: print where the time goes")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -71,7 +71,7 @@ def measure(options: Any, work: Path, model: Path, rows: list[dict[str, Any]], p
     print(f"\n{title} ({once / len(rows):.0f} with the prompt once), batches of {options.batch_size}")
     names = [name for name, (who, dtype, *_) in VARIANTS.items() if precision == "bfloat16" or dtype != "bfloat16"]
     found: dict[str, dict[str, Any]] = {}
-    for name in ["ours"] if options.ours_only or length else names:
+    for name in ["ours"] if length else [name for name in names if name in options.only]:
         who, dtype, precomputed, allocator = VARIANTS[name]
         job = {"who": who, "dtype": dtype, "precomputed": precomputed, "precision": precision, "model": str(model), "data": str(data)}
         job |= {key: getattr(options, key) for key in ("batch_size", "micro_batch_tokens", "threads", "lora_r", "profile")}
@@ -91,7 +91,7 @@ def measure(options: Any, work: Path, model: Path, rows: list[dict[str, Any]], p
             flush=True,
         )
     others = [result for name, result in found.items() if name != "ours"]
-    if others:
+    if others and "ours" in found:
         time_ratio, memory_ratio = (found["ours"][k] / min(o[k] for o in others) for k in ("seconds", "peak_gib"))
         print(f"  ours to the better of TRL: time {time_ratio:.3f}, memory {memory_ratio:.3f}", flush=True)
 

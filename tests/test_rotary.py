@@ -21,17 +21,20 @@ def theirs(family: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("family", rotary.FAMILIES)
-def test_values_and_gradients_are_those_of_transformers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_gradients_are_those_of_transformers_to_the_bit(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    q, k = torch.randn(2, 4, 5, 8).double().requires_grad_(), torch.randn(2, 2, 5, 8).double().requires_grad_()
-    angles = torch.randn(2, 5, 4).double().repeat(1, 1, 2)
+    q, k = (torch.randn(2, heads, 33, 64).to(dtype).requires_grad_() for heads in (4, 2))
+    angles = torch.randn(2, 33, 32).to(dtype).repeat(1, 1, 2)
     found = []
     original = theirs(family, monkeypatch)
     assert original is not rotary.rotate
     for function in (original, rotary.rotate):
         turned = function(q, k, angles.cos(), angles.sin())
         found.append([*turned, *torch.autograd.grad(sum((t**3).sum() for t in turned), (q, k))])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("family", "ours"), [("llama", True), ("qwen2", True), ("gpt_neox", False)])

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from actors.learner import rotary
+from actors.learner import products, rotary
 from actors.learner.attention import BRANCHING
 from actors.learner.batches import shares_prompt
 from actors.learner.logprobs import ResponseLogProbs
@@ -71,6 +71,7 @@ def load(weights: str, precision: str, longest: int | None, trust_remote_code: b
         trust_remote_code=trust_remote_code,
     )
     rotary.install(model)
+    products.install(model)
     return model
 
 

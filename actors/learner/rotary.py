@@ -61,6 +61,6 @@ class Turn(torch.autograd.Function):
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
     result = x * cos
     (low, high), (x_low, x_high), (sin_low, sin_high) = (t.chunk(2, dim=-1) for t in (result, x, sin))
-    low.addcmul_(x_high, sin_low, value=-sign)
-    high.addcmul_(x_low, sin_high, value=sign)
+    low.sub_(x_high * sin_low, alpha=sign)
+    high.add_(x_low * sin_high, alpha=sign)
     return result
