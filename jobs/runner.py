@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -84,6 +85,7 @@ def _execute(
     show: Callable[[dict[str, Any], Path], summary.Shown],
 ) -> None:
     from pipelines.progress import Terminal, chatter_to, print_result, set_up_logs
+    from pipelines.report.writing import Reporter
 
     (root / config.file("config.yaml")).write_text(to_yaml(config), encoding="utf-8")
     # A summary is there only when the run that it describes has ended.
@@ -97,5 +99,8 @@ def _execute(
                 signal.signal(stop, signal.default_int_handler)
             display.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
             cluster.check_fits(config.ray.address, config.demands())
-            result = work(config, graph, Run(root, display))
-    print_result(show(result, root))
+            report = Reporter(root, graph.stages(), config.prefix)
+            result = work(config, graph, Run(root, display, report))
+            report()
+    shown = show(result, root)
+    print_result(replace(shown, lines=[*shown.lines, f"report: {report.page}"]))

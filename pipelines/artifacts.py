@@ -82,11 +82,13 @@ class Run:
     Args:
         root: the directory.
         display: is told what happens.
+        report: called whenever stages begin or end.
     """
 
-    def __init__(self, root: Path, display: Display | None = None):
+    def __init__(self, root: Path, display: Display | None = None, report: Callable[[], None] = lambda: None):
         self.root = root
         self.display = display or Display()
+        self.report = report
         self.log: list[dict[str, Any]] = []
 
     def directory(self, stage: Stage) -> Path:
@@ -122,6 +124,7 @@ class Run:
         for stage in pending:
             self._open(stage)
         self.display.started(pending)
+        self.report()
         started = time.monotonic()
         numbers = work(self, pending)
         seconds = time.monotonic() - started
@@ -130,6 +133,7 @@ class Run:
             own_seconds = seconds * own.pop("share", 1.0 / len(pending))
             self._finish(stage, own, own_seconds)
             self._record(stage, own_seconds, skipped=False)
+        self.report()
 
     def _record(self, stage: Stage, seconds: float, skipped: bool) -> None:
         if all(entry["name"] != stage.name for entry in self.log):

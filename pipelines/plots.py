@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ENDS = {"random": "#9a9a9a", "oracle (golden)": "#222222"}
+ENDS = ("random", "oracle (golden)")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Told apart also by who sees no red or no green (Okabe and Ito)."""
 
@@ -21,12 +21,25 @@ def plot_best_of_n(found: Mapping[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
+    draw_best_of_n(figure, found)
+    for ending in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{ending}"), dpi=130)
+
+
+def draw_best_of_n(figure: Any, found: Mapping[str, Any], ink: str = "#222222") -> None:
+    """The two halves of that figure.
+
+    Args:
+        figure: of matplotlib.
+        found: what report.json holds.
+        ink: colour of the upper end.
+    """
     score_axes, win_axes = figure.subplots(1, 2)
     sizes, colours = found["sizes"], iter(COLOURS * 4)
     normalised = found["selectors"]["random"]["normalised"] is not None
     key, band = ("normalised", ("normalised_low", "normalised_high")) if normalised else ("golden", ("low", "high"))
     for name, line in found["selectors"].items():
-        colour = ENDS.get(name) or next(colours)
+        colour = {ENDS[0]: "#9a9a9a", ENDS[1]: ink}.get(name) or next(colours)
         style = {"color": colour, "linestyle": "--" if name in ENDS else "-", "marker": None if name in ENDS else "o", "markersize": 4}
         score_axes.plot(sizes, line[key], label=name, **style)
         if name not in ENDS:
@@ -49,5 +62,3 @@ def plot_best_of_n(found: Mapping[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     score_axes.legend(frameon=False, fontsize=8)
     figure.suptitle(f"Best of N, chosen by reward models: {found['prompts']} held-out prompts, 95 % bands over prompts", fontsize=11)
-    for ending in ("png", "svg"):
-        figure.savefig(path.with_suffix(f".{ending}"), dpi=130)

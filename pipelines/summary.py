@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Table:
     """A table in the terminal."""
 
     title: str
-    rows: list[list[str]]
+    rows: Sequence[Sequence[str]]
     """the header first"""
     bold: str = ""
     """first cell of the row that stands out"""

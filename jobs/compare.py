@@ -1,0 +1,43 @@
+"""Put runs side by side: what they differ in, their tables, their curves.
+
+    python jobs/compare.py runs/A runs/B ... [--output compare.html]
+
+Reads what the runs left on disk, also while they are going on; prints the tables and writes one self-contained page.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes the page; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the page (default: %(default)s)")
+    options = parser.parse_args(argv)
+
+    from pipelines.progress import print_result
+    from pipelines.report import comparison
+    from pipelines.report.facts import gather
+    from pipelines.summary import Shown, Table
+
+    found = []
+    for path in options.runs:
+        facts = gather(path)
+        if not facts.stages:
+            print(f"error: {path} is no run directory: no stage has left a manifest.json in it", file=sys.stderr)
+            return 1
+        found.append(facts)
+    try:
+        options.output.write_text(comparison.html(found), encoding="utf-8")
+    except OSError as error:
+        print(f"error: --output {options.output}: {error.strerror}", file=sys.stderr)
+        return 1
+    print_result(Shown([Table(title, rows) for title, rows in comparison.tables(found).items()], [f"page: {options.output}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""Runs side by side."""
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import Any
+
+import yaml
+
+from pipelines.report import figures, page
+from pipelines.report.doubts import doubts
+from pipelines.report.facts import Facts
+
+
+def tables(runs: Sequence[Facts]) -> dict[str, page.Rows]:
+    """By title: the settings that differ, then every table that a run has, the rows of all runs one below the other."""
+    found: dict[str, page.Rows] = {}
+    if len(differing := differences(runs)) > 1:
+        found["Settings that differ"] = differing
+    by_title: dict[str, list[list[str]]] = {}
+    for run in runs:
+        for title, (header, *rows) in page.tables(run).items():
+            # Columns are there where something was measured: runs that differ in them have tables of their own.
+            key = next((k for k in (title, f"{title}, {run.name}") if k not in by_title or by_title[k][0] == ["run", *header]), title)
+            by_title.setdefault(key, [["run", *header]]).extend([run.name, *row] for row in rows)
+    return found | by_title
+
+
+def differences(runs: Sequence[Facts]) -> list[list[str]]:
+    """Settings that are not the same in all runs; the header first."""
+    settings = [dict(_flat(yaml.safe_load(run.config) or {})) for run in runs]
+    keys = list(dict.fromkeys(key for flat in settings for key in flat if key != "run.name"))
+    rows = [[key, *(flat.get(key, "") for flat in settings)] for key in keys]
+    return [["setting", *(run.name for run in runs)], *(row for row in rows if len(set(row[1:])) > 1)]
+
+
+def html(runs: Sequence[Facts]) -> str:
+    """One self-contained page."""
+    names = " and ".join(run.name for run in runs)
+    shared = "".join(f"<h2>{escape(title)}</h2>{page.table(rows)}" for title, rows in tables(runs).items())
+    columns = "".join(f"<article><h3>{escape(run.name)}</h3>{_column(run)}</article>" for run in runs)
+    return page.TEMPLATE.substitute(
+        title=escape(names), state="runs side by side", contents="", sections=f'{shared}<h2>Curves</h2><div class="columns">{columns}</div>'
+    )
+
+
+def _column(run: Facts) -> str:
+    warned = "".join(f"<li>{escape(text)}</li>" for text in doubts(run))
+    drawn = (draw(run) for draw in (figures.accuracy, figures.training, figures.lengths, figures.best_of_n))
+    return f"<p>{escape(page.state(run))}</p>{f'<ul class=warnings>{warned}</ul>' if warned else ''}" + "".join(map(page.figure, drawn))
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)

@@ -1,0 +1,210 @@
+"""What is known of a run, out of its directory: nothing is computed here that is not on disk, so every number can be traced to its rows.
+
+runs/NAME/**/manifest.json, metrics.jsonl, *.parquet --> `Facts`, while the run is going on or afterwards
+"""
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.artifacts import Stage, read_json
+from pipelines.records import shards
+
+ROWS = 10
+"""Held-out prompts that are shown side by side."""
+SKIPPED, DONE, RUNNING, WAITING = "skipped", "done", "running", "to do"
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """A node of the job graph and what became of it."""
+
+    name: str
+    state: str
+    seconds: float | None = None
+    inputs: tuple[str, ...] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def policy(self) -> str:
+        """Who it is about: the first part of its name."""
+        return self.name.partition("/")[0]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sampled responses of a stage."""
+
+    tokens: tuple[int, ...]
+    finish: Mapping[str, int]
+    """finish reason -> responses"""
+
+    @property
+    def truncated(self) -> float:
+        """Share that was cut."""
+        return self.finish.get("length", 0) / max(1, sum(self.finish.values()))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A held-out prompt with what everybody answered."""
+
+    id: str
+    prompt: str
+    demonstration: str
+    answers: Mapping[str, tuple[str, float | None]]
+    """policy -> response and its score, if it has one"""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run so far."""
+
+    name: str
+    config: str
+    """the resolved config, YAML"""
+    stages: tuple[StageFacts, ...]
+    summary: Mapping[str, Any] | None
+    """of a run that has ended"""
+    versions: Mapping[str, str]
+    curves: Mapping[str, Sequence[Mapping[str, float]]]
+    """training stage -> its steps"""
+    lengths: Mapping[str, Lengths]
+    """sampling stage -> its responses"""
+    rows: Sequence[Row]
+    best_of_n: Mapping[str, Any] | None
+
+    def evaluations(self) -> dict[str, Mapping[str, Any]]:
+        """Accuracy of every policy that has one so far."""
+        found = {s.policy: s.numbers for s in self.stages if s.name.endswith("/evaluation") and s.numbers}
+        return {name: numbers for name, numbers in found.items() if numbers.get("accuracy") is not None}
+
+    def trained(self) -> dict[str, Mapping[str, Any]]:
+        """Numbers of the trainings on pairs that are done, by policy."""
+        return {s.policy: s.numbers for s in self.stages if s.name.endswith("/training") and "tail_reward_real" in s.numbers}
+
+    def stage(self, name: str) -> Mapping[str, Any]:
+        """Numbers of a stage; nothing where it is not done."""
+        return next((s.numbers for s in self.stages if s.name == name), {})
+
+
+def gather(root: Path, stages: Sequence[Stage] = (), config: str = "config.yaml", summary: str = "summary.json") -> Facts:
+    """Reads a run directory.
+
+    Args:
+        root: the directory.
+        stages: the job graph in its order; without it the stages that left a manifest, by the time when they ended.
+        config: file name of the resolved config.
+        summary: file name of the summary.
+    """
+    ended = read_json(root / summary)
+    known = list(_planned(root, stages, ended) if stages else _found(root, ended))
+    done = [stage for stage in known if stage.state in (DONE, SKIPPED)]
+    manifests = [read_json(root / stage.name / "manifest.json") or {} for stage in done]
+    file = root / config
+    return Facts(
+        name=root.name,
+        config=file.read_text(encoding="utf-8") if file.exists() else "",
+        stages=tuple(known),
+        summary=ended,
+        versions=manifests[-1].get("versions", {}) if manifests else {},
+        curves={s.name: steps for s in known if s.state != WAITING and (steps := _steps(root / s.name / "metrics.jsonl"))},
+        lengths={s.name: _lengths(root / s.name, m["fingerprint"]) for s, m in zip(done, manifests, strict=True) if _samples(s)},
+        rows=_rows(root, done),
+        best_of_n=next((read_json(root / s.name / "report.json") for s in done if (root / s.name / "report.json").exists()), None),
+    )
+
+
+def _planned(root: Path, stages: Sequence[Stage], ended: Mapping[str, Any] | None) -> Iterator[StageFacts]:
+    for stage in stages:
+        folder = root / stage.name
+        manifest, started = read_json(folder / "manifest.json") or {}, read_json(folder / "started.json") or {}
+        inputs = tuple(found.name for found in stage.inputs.values())
+        if manifest.get("fingerprint") == stage.fingerprint:
+            yield StageFacts(stage.name, _state(stage.name, ended), manifest["seconds"], inputs, manifest["numbers"], manifest["settings"])
+        else:
+            state = RUNNING if started.get("fingerprint") == stage.fingerprint else WAITING
+            yield StageFacts(stage.name, state, None, inputs)
+
+
+def _found(root: Path, ended: Mapping[str, Any] | None) -> Iterator[StageFacts]:
+    manifests = [manifest for path in root.rglob("manifest.json") if (manifest := read_json(path)) and "fingerprint" in manifest]
+    reads = {m["name"]: [found["name"] for found in m["inputs"].values()] for m in manifests}
+
+    def depth(name: str) -> int:
+        return 1 + max((depth(found) for found in reads.get(name, [])), default=0)
+
+    # Stages that ended in the same second, after what they read.
+    for m in sorted(manifests, key=lambda m: (m["finished"], depth(m["name"]))):
+        inputs = tuple(found["name"] for found in m["inputs"].values())
+        yield StageFacts(m["name"], _state(m["name"], ended), m["seconds"], inputs, m["numbers"], m["settings"])
+
+
+def _state(name: str, ended: Mapping[str, Any] | None) -> str:
+    log = (ended or {}).get("stages", [])
+    return SKIPPED if any(entry["name"] == name and entry["skipped"] for entry in log) else DONE
+
+
+def _steps(path: Path) -> list[dict[str, float]]:
+    """Of a training, as far as it has come: the last line of one that is going on may be half written."""
+    steps = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            steps.append(json.loads(line))
+        except ValueError:
+            break
+    return steps
+
+
+def _samples(stage: StageFacts) -> bool:
+    return "sampling" in stage.settings
+
+
+@functools.lru_cache(maxsize=64)
+def _lengths(folder: Path, fingerprint: str) -> Lengths:
+    """Read once for a stage that is done: the report is written again after every stage."""
+    tokens: list[int] = []
+    finish: Counter[str] = Counter()
+    for path in sorted(folder.glob("*/*.parquet")):
+        table = pq.read_table(path, columns=["response_ids", "finish_reason"])
+        tokens += pc.list_value_length(table["response_ids"]).to_pylist()
+        finish.update(table["finish_reason"].to_pylist())
+    return Lengths(tuple(tokens), dict(finish))
+
+
+def _rows(root: Path, done: Sequence[StageFacts]) -> list[Row]:
+    """The first held-out prompts with the answers of every policy."""
+    real: dict[str, Mapping[str, Any]] = {}
+    for path in shards(root / "demonstrations" / "held_out"):
+        if len(real) < ROWS:
+            table = pq.read_table(path, columns=["id", "prompt", "response"]).slice(0, ROWS - len(real))
+            real |= {row["id"]: row for row in table.to_pylist()}
+    answers: dict[str, dict[str, tuple[str, float | None]]] = {key: {} for key in real}
+    for stage in done:
+        if not stage.name.endswith("/samples"):
+            continue
+        scores = _scores(root / stage.policy / "evaluation")
+        for path in shards(root / stage.name / "held_out"):
+            for row in pq.read_table(path, columns=["id", "response"], filters=[("id", "in", list(real))]).to_pylist():
+                answers[row["id"]].setdefault(stage.policy, (row["response"], scores.get(row["id"])))
+    return [Row(key, _text(row["prompt"]), row["response"], answers[key]) for key, row in real.items()]
+
+
+def _scores(folder: Path) -> dict[str, float]:
+    path = folder / "scores.parquet"
+    return {row["id"]: row["score"] for row in pq.read_table(path).to_pylist()} if path.exists() else {}
+
+
+def _text(messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation; of a single question the words alone."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -1,0 +1,182 @@
+"""The plots of a report, as SVG that takes its ink from the page, so that it is read in the light, in the dark and in print."""
+
+import functools
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pipelines.plots import COLOURS
+from pipelines.report.facts import Facts, Lengths
+
+INK = "#010203"
+"""Stands for the page's own colour of text."""
+PANELS = {
+    "rewards (beta x log ratio)": ("reward_real", "reward_generated"),
+    "margin": ("margin",),
+    "loss and its parts": ("loss", "loss_real", "loss_generated"),
+    "log-probs, nats": ("logps_real", "logps_generated"),
+    "pairs told apart": ("accuracy",),
+    "gradient norm": ("grad_norm",),
+}
+"""What a training step logs, and what is drawn together."""
+MOST_POINTS = 400
+"""Of a curve; a longer one shows means of neighbours."""
+
+
+def training(facts: Facts) -> str:
+    """Every training on pairs, one after the other: the paper's Fig. 2 and the rest of what a step logs."""
+    curves = {name: steps for name, steps in facts.curves.items() if "reward_real" in steps[0]}
+    return _drawn("training", curves) if curves else ""
+
+
+def sft(facts: Facts) -> str:
+    """Trainings on demonstrations alone."""
+    curves = {name: steps for name, steps in facts.curves.items() if "reward_real" not in steps[0]}
+    return _drawn("sft", curves) if curves else ""
+
+
+def accuracy(facts: Facts) -> str:
+    """Held-out accuracy of every policy, with two standard errors either side."""
+    found = facts.evaluations()
+    return _drawn("accuracy", {name: [n["accuracy"], n["stderr"]] for name, n in found.items()}) if len(found) > 1 else ""
+
+
+def lengths(facts: Facts) -> str:
+    """Tokens of the responses that were trained against, and how they ended."""
+    shown = {name: found for name, found in facts.lengths.items() if not name.endswith("/samples") and found.tokens}
+    return _drawn("lengths", {name: _histogram(found) for name, found in shown.items()}) if shown else ""
+
+
+def best_of_n(facts: Facts) -> str:
+    """Golden score and win rate against N."""
+    return _drawn("best_of_n", facts.best_of_n) if facts.best_of_n else ""
+
+
+def _drawn(name: str, data: Any) -> str:
+    return _cached(name, json.dumps(data))
+
+
+@functools.lru_cache(maxsize=32)
+def _cached(name: str, data: str) -> str:
+    """Drawn once: after most stages most figures are what they were."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    # A seed of its own makes the same figure the same file.
+    style: Any = dict.fromkeys(inked, INK) | {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.color": INK}
+    style |= {"legend.frameon": False, "lines.linewidth": 1.4, "font.family": "sans-serif"}
+    with rc_context(style):
+        figure = Figure(layout="constrained")
+        FigureCanvasSVG(figure)
+        DRAW[name](figure, json.loads(data))
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"(?s)<metadata>.*?</metadata>", "", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px sans-serif", svg)
+    return svg.replace(INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+
+
+def _training(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    figure.set_size_inches(10, 5.2)
+    grid = figure.subplots(2, 3)
+    for axes, (title, keys) in zip(grid.flat, PANELS.items(), strict=True):
+        start = 0
+        for number, (name, steps) in enumerate(curves.items()):
+            for key, colour in zip(keys, COLOURS, strict=False):
+                values = [(start + k, step[key]) for k, step in enumerate(steps) if step.get(key) is not None]
+                axes.plot(*_thinned(values), color=colour, label=key.replace("_", " ") if number == 0 else None)
+            if number:
+                axes.axvline(start - 0.5, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
+            if title.startswith("rewards"):
+                axes.annotate(
+                    name.partition("/")[0], (start, 1), xycoords=("data", "axes fraction"), fontsize=7, va="bottom", annotation_clip=False
+                )
+            start += len(steps)
+        if title.startswith(("rewards", "margin")):
+            axes.axhline(0, color=INK, alpha=0.4, linewidth=0.8)
+        axes.set_title(title, fontsize=9, pad=14 if title.startswith("rewards") else 6)
+        axes.set_xlabel("step")
+        if len(keys) > 1:
+            axes.legend(fontsize=7)
+
+
+def _sft(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    figure.set_size_inches(10, 2.6)
+    for axes, key in zip(figure.subplots(1, 3), ("loss", "grad_norm", "tokens_per_second"), strict=True):
+        for (name, steps), colour in zip(curves.items(), COLOURS, strict=False):
+            values = [(k, step[key]) for k, step in enumerate(steps) if step.get(key) is not None]
+            axes.plot(*_thinned(values), color=colour, label=name.partition("/")[0])
+        axes.set_title(key.replace("_", " "), fontsize=9)
+        axes.set_xlabel("step")
+        if len(curves) > 1:
+            axes.legend(fontsize=7)
+
+
+def _accuracy(figure: Any, found: Mapping[str, Sequence[float | None]]) -> None:
+    figure.set_size_inches(max(3.5, 1.1 * len(found) + 1), 2.8)
+    axes = figure.subplots()
+    values = [value for value, _ in found.values()]
+    errors = [2 * (error or 0.0) for _, error in found.values()]
+    axes.errorbar(list(found), values, yerr=errors, fmt="o", color=COLOURS[0], capsize=4)
+    axes.set_ylabel("held-out accuracy\n(bars: 2 standard errors)")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.1)
+
+
+def _histogram(found: Lengths) -> dict[str, Any]:
+    width = max(1, -(-(max(found.tokens) + 1) // 30))
+    counts = [0] * (max(found.tokens) // width + 1)
+    for tokens in found.tokens:
+        counts[tokens // width] += 1
+    return {"width": width, "counts": counts, "finish": dict(found.finish)}
+
+
+def _lengths(figure: Any, found: Mapping[str, Mapping[str, Any]]) -> None:
+    figure.set_size_inches(10, 2.8)
+    lengths, ends = figure.subplots(1, 2, width_ratios=(2, 1))
+    kinds = sorted({kind for histogram in found.values() for kind in histogram["finish"]}, key=lambda kind: (kind != "stop", kind))
+    for (name, histogram), colour in zip(found.items(), COLOURS * 4, strict=False):
+        edges = [k * histogram["width"] for k in range(len(histogram["counts"]) + 1)]
+        share = [count / sum(histogram["counts"]) for count in histogram["counts"]]
+        lengths.stairs(share, edges, color=colour, label=name, linewidth=1.4)
+    below = dict.fromkeys(found, 0.0)
+    for kind, colour in zip(kinds, COLOURS[2:], strict=False):
+        shares = {name: h["finish"].get(kind, 0) / sum(h["finish"].values()) for name, h in found.items()}
+        ends.barh(list(shares), list(shares.values()), left=list(below.values()), color=colour, label=kind, height=0.6)
+        below = {name: below[name] + share for name, share in shares.items()}
+    lengths.set_xlabel("tokens of a response")
+    lengths.set_ylabel("share")
+    lengths.legend(fontsize=7)
+    ends.set_xlim(0, 1)
+    ends.invert_yaxis()
+    ends.set_xlabel("how they ended")
+    ends.legend(fontsize=7, loc="lower right")
+
+
+def _best_of_n(figure: Any, found: Mapping[str, Any]) -> None:
+    from pipelines.plots import draw_best_of_n
+
+    figure.set_size_inches(10, 4)
+    draw_best_of_n(figure, found, INK)
+
+
+def _thinned(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    every = -(-len(points) // MOST_POINTS) or 1
+    parts = [points[start : start + every] for start in range(0, len(points), every)]
+    return [part[0][0] for part in parts], [sum(value for _, value in part) / len(part) for part in parts]
+
+
+DRAW: dict[str, Callable[[Any, Any], None]] = {
+    "training": _training,
+    "sft": _sft,
+    "accuracy": _accuracy,
+    "lengths": _lengths,
+    "best_of_n": _best_of_n,
+}

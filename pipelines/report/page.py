@@ -1,0 +1,187 @@
+"""The report as one self-contained page, and as Markdown for a terminal or a pull request."""
+
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+from pipelines import best_of_n_report, reward_training, summary
+from pipelines.report import figures
+from pipelines.report.doubts import doubts
+from pipelines.report.facts import SKIPPED, Facts, Row, StageFacts
+
+TEMPLATE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+Rows = Sequence[Sequence[str]]
+
+
+def html(facts: Facts) -> str:
+    """The page: figures, tables and rows are in the file, nothing comes over a network."""
+    sections = [(title, body) for title, make in SECTIONS.items() if (body := make(facts))]
+    return TEMPLATE.substitute(
+        title=escape(facts.name),
+        state=escape(state(facts)),
+        contents="".join(f'<a href="#{_anchor(title)}">{escape(title)}</a>' for title, _ in sections),
+        sections="".join(f'<section id="{_anchor(title)}"><h2>{escape(title)}</h2>{body}</section>' for title, body in sections),
+    )
+
+
+def markdown(facts: Facts) -> str:
+    """Tables and warnings."""
+    parts = [f"# {facts.name}", state(facts), *(f"- **Warning**: {text}" for text in doubts(facts))]
+    parts += [f"## {title}\n\n{_ruled(rows)}" for title, rows in tables(facts).items()]
+    parts.append(f"## Stages\n\n{_ruled(stage_table(facts.stages))}")
+    return "\n\n".join(parts) + "\n"
+
+
+def state(facts: Facts) -> str:
+    """How far the run is, in a line."""
+    done = sum(stage.seconds is not None for stage in facts.stages)
+    seconds = sum(stage.seconds or 0 for stage in facts.stages)
+    ended = facts.summary is not None
+    best = f"; final policy: {facts.summary['final']}" if facts.summary and facts.summary.get("final") else ""
+    stopped = f"; stopped early: {facts.summary['stopped']}" if facts.summary and facts.summary.get("stopped") else ""
+    return f"{'ended' if ended else 'under way'}: {done} of {len(facts.stages)} stages, {duration(seconds)} of work{best}{stopped}"
+
+
+def duration(seconds: float) -> str:
+    """In the units that a person would use."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def tables(facts: Facts) -> dict[str, Rows]:
+    """What is measured, by title; rows with the header first."""
+    found: dict[str, Rows] = {}
+    if facts.evaluations() or facts.trained():
+        found["Policies"] = policy_table(facts)
+    rewards = facts.stage("rewards/metrics")
+    if rewards:
+        found["Reward models on held-out pairs"] = reward_training.table(rewards)
+    if facts.best_of_n:
+        found |= {f"Best of N: {title}": rows for title, rows in best_of_n_report.tables(facts.best_of_n).items()}
+    return found
+
+
+def policy_table(facts: Facts) -> list[list[str]]:
+    """Accuracy, and what training on pairs came to, of every policy so far."""
+    trained = facts.trained()
+    names = list(dict.fromkeys(s.policy for s in facts.stages if s.policy in facts.evaluations() or s.policy in trained))
+    iterations = [summary.iteration_numbers({"train": {}}, {"rows": 0}, dict(trained[name])) for name in names if name in trained]
+    unknown = {"accuracy": None, "stderr": None, "n": 0}
+    return summary.table({name: dict(facts.evaluations().get(name, unknown)) for name in names}, iterations)
+
+
+def stage_table(stages: Sequence[StageFacts]) -> list[list[str]]:
+    """The job graph in rows."""
+    rows = [["stage", "state", "time", "reads"]]
+    return rows + [[s.name, s.state, "" if s.seconds is None else duration(s.seconds), ", ".join(s.inputs)] for s in stages]
+
+
+def _ruled(rows: Rows) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
+
+
+def _found(facts: Facts) -> str:
+    warned = "".join(f"<li>{escape(text)}</li>" for text in doubts(facts))
+    warned = f'<ul class="warnings">{warned}</ul>' if warned else '<p class="calm">No warnings.</p>'
+    shown = "".join(f"<h3>{escape(title)}</h3>{table(rows)}" for title, rows in tables(facts).items())
+    return warned + shown + figure(figures.accuracy(facts))
+
+
+def _graph(facts: Facts) -> str:
+    """A row for everyone that the stages are about, its stages in their order; what they read is told by a tooltip and the table."""
+    most = max((stage.seconds or 0 for stage in facts.stages), default=0) or 1
+    groups: dict[str, list[StageFacts]] = {}
+    for stage in facts.stages:
+        groups.setdefault(stage.policy, []).append(stage)
+    body = ""
+    for name, stages in groups.items():
+        boxes = "".join(_box(stage, most) for stage in stages)
+        body += f'<div class="group"><span class="who">{escape(name)}</span><div class="boxes">{boxes}</div></div>'
+    details = f"<details><summary>as a table, with what each stage reads</summary>{table(stage_table(facts.stages))}</details>"
+    return f'<div class="graph">{body}</div>{details}'
+
+
+def _box(stage: StageFacts, most: float) -> str:
+    label = escape(stage.name.partition("/")[2] or stage.name)
+    time = stage.state if stage.seconds is None else duration(stage.seconds)
+    again = " (done before)" if stage.state == SKIPPED else ""
+    share = 100 * (stage.seconds or 0) / most
+    reads = escape(", ".join(stage.inputs) or "nothing")
+    kind = stage.state.replace(" ", "-")
+    return (
+        f'<div class="box {kind}" title="{escape(stage.name)} reads {reads}"><b>{label}</b><span>{escape(time + again)}</span>'
+        f'<i style="width:{share:.1f}%"></i></div>'
+    )
+
+
+def _training(facts: Facts) -> str:
+    parts = [("Training on pairs", figures.training(facts)), ("Training on demonstrations", figures.sft(facts))]
+    return "".join(f"<h3>{title}</h3>{figure(svg)}" for title, svg in parts if svg)
+
+
+def _samples(facts: Facts) -> str:
+    return figure(figures.lengths(facts))
+
+
+def _best_of_n(facts: Facts) -> str:
+    return figure(figures.best_of_n(facts))
+
+
+def _rows(facts: Facts) -> str:
+    if not any(row.answers for row in facts.rows):
+        return ""
+    cards = "".join(_card(number, row) for number, row in enumerate(facts.rows))
+    control = '<p class="browse"><button id="before">before</button> <span id="place"></span> <button id="after">after</button></p>'
+    return control + f'<div id="cards">{cards}</div>'
+
+
+def _card(number: int, row: Row) -> str:
+    answers = {"demonstration": (row.demonstration, None), **row.answers}
+    columns = "".join(_answer(name, text, score) for name, (text, score) in answers.items())
+    prompt = f'<h4>prompt</h4><pre class="prompt">{escape(row.prompt)}</pre>'
+    return f'<div class="card" data-number="{number}">{prompt}<div class="sides">{columns}</div></div>'
+
+
+def _answer(name: str, text: str, score: float | None) -> str:
+    said = {None: "", 1.0: "right", 0.0: "wrong"}.get(score, f"{score}")
+    mark = f' <span class="score {said}">{said}</span>' if said else ""
+    return f"<article><h4>{escape(name)}{mark}</h4><pre>{escape(text)}</pre></article>"
+
+
+def _ran(facts: Facts) -> str:
+    data = facts.stage("demonstrations")
+    rows = [["demonstrations", "rows"], *([key.replace("_", " "), str(value)] for key, value in data.items() if isinstance(value, int))]
+    versions = [["software", "version"], *([name, version] for name, version in facts.versions.items())]
+    config = f"<details><summary>config.yaml, resolved</summary><pre>{escape(facts.config)}</pre></details>"
+    return '<div class="pairs">' + (table(rows) if data else "") + table(versions) + "</div>" + config
+
+
+def table(rows: Rows) -> str:
+    """In HTML; the header is the first row."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def figure(svg: str) -> str:
+    """A plot, which may be missing."""
+    return f'<figure class="scroll">{svg}</figure>' if svg else ""
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
+
+
+SECTIONS: Mapping[str, Callable[[Facts], str]] = {
+    "What was found": _found,
+    "Job graph": _graph,
+    "Training": _training,
+    "Samples": _samples,
+    "Best of N": _best_of_n,
+    "Side by side": _rows,
+    "What ran": _ran,
+}

@@ -1,0 +1,174 @@
+"""The report of a run in progress and of one that has ended; runs side by side."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import compare
+from pipelines.artifacts import Run, Stage, write_json
+from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
+from pipelines.report import facts, figures
+from pipelines.report.comparison import differences
+from pipelines.report.doubts import doubts
+from pipelines.report.facts import gather
+from pipelines.report.page import duration
+from pipelines.report.writing import Reporter
+
+DATA = Stage("demonstrations", {})
+OBJECTIVE = {"name": "gsil_logistic", "beta": 1.0, "gamma": 1.0}
+
+
+def sampled(name: str, *inputs: Stage) -> Stage:
+    return Stage(name, {"sampling": {"temperature": 1}}, {stage.name: stage for stage in inputs})
+
+
+def graph() -> list[Stage]:
+    """A run of one iteration, without the base model."""
+    sft = Stage("sft/training", {}, {"data": DATA})
+    answers = sampled("sft/samples", sft, DATA)
+    negatives = sampled("iteration-1/negatives", sft, DATA)
+    trained = Stage("iteration-1/training", {"objective": OBJECTIVE}, {"negatives": negatives})
+    better = sampled("iteration-1/samples", trained, DATA)
+    return [
+        *(DATA, sft, answers, Stage("sft/evaluation", {}, {"samples": answers}), negatives, trained, better),
+        Stage("iteration-1/evaluation", {}, {"samples": better}),
+    ]
+
+
+def write_samples(folder: Path, words: str, cut: int = 0) -> None:
+    rows = [
+        {"id": str(k), "iteration": 0, "sample": 0, "prompt": [], "prompt_ids": [], "response": words, "response_ids": [1] * (5 + k)}
+        | {"finish_reason": "length" if k < cut else "stop"}
+        for k in range(4)
+    ]
+    folder.mkdir()
+    write_rows(folder / "00000.parquet", rows, SAMPLE)
+
+
+def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+    """What the real stages leave behind."""
+    (stage,) = stages
+    folder = run.directory(stage)
+    numbers: dict[str, Any] = {}
+    if stage is DATA:
+        question = [{"role": "user", "content": "How many?"}]
+        row = {"source": "x", "prompt": question, "response": "Five <b>sheep</b>", "prompt_ids": [1], "response_ids": [2]}
+        (folder / "held_out").mkdir()
+        write_rows(folder / "held_out" / "00000.parquet", [{"id": str(k), **row} for k in range(4)], DEMONSTRATION)
+        numbers = {"train": 8, "held_out": 4, "rejected": 1}
+    elif stage.name.endswith("/training"):
+        steps: list[dict[str, float]] = [{"step": k, "loss": 2.0 - k / 10, "grad_norm": 1.0, "tokens_per_second": 9.0} for k in range(8)]
+        if stage.name.startswith("iteration"):
+            steps = [step | {"reward_real": -0.1 * k, "reward_generated": -k, "margin": k} for k, step in enumerate(steps)]
+            numbers = {"tail_reward_real": -0.2, "held_out": {"reward_real": -0.2, "accuracy": 0.75, "rows": 40}}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    elif stage.name.endswith("/evaluation"):
+        numbers = {"accuracy": 0.5 if stage.name.startswith("sft") else 0.25, "stderr": 0.05, "n": 100, "truncated": 0}
+        write_json(folder / "scores.json", {})
+    else:
+        training = stage.name.endswith("/negatives")
+        write_samples(folder / ("train" if training else "held_out"), f"said by {stage.name}", cut=3 if training else 0)
+    return {stage.name: numbers}
+
+
+def test_a_run_in_progress_can_be_looked_at(tmp_path: Path) -> None:
+    stages = graph()
+    pages = []
+    reporter = Reporter(tmp_path, stages)
+
+    def report() -> None:
+        reporter()
+        pages.append(reporter.page.read_text())
+
+    run = Run(tmp_path, report=report)
+    for stage in stages[:4]:
+        run.do(work, stage)
+    assert len(pages) == 8, "when a stage begins and when it ends"
+    states = re.findall(r'<div class="box ([\w-]+)"', pages[2])
+    assert states == ["done", "running", *["to-do"] * 6]
+    assert "under way: 4 of 8 stages" in pages[-1] and "<td>0.500</td>" in pages[-1] and "said by sft/samples" in pages[-1]
+    assert "aria-label=&quot;training&quot;" not in pages[-1] and 'aria-label="sft"' in pages[-1]
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> Path:
+    root = tmp_path / "ended"
+    stages = graph()
+    run = Run(root)
+    for stage in stages:
+        run.do(work, stage)
+    (root / "config.yaml").write_text("objective:\n  beta: 1.0\nrun:\n  name: ended\n")
+    summary = {
+        "warnings": ["mind the gap"],
+        "final": "sft",
+        "stopped": None,
+        "stages": [entry | {"skipped": True} for entry in run.log[:1]],
+    }
+    write_json(root / "summary.json", summary)
+    Reporter(root, stages)()
+    return root
+
+
+def test_what_is_wrong_is_said(ended: Path) -> None:
+    said = doubts(gather(ended))
+    assert said[0] == "mind the gap" and len(said) == 4
+    assert any("stays below zero (-0.200)" in text for text in said)
+    assert any(text == "iteration-1 is worse than sft: 0.250 after 0.500" for text in said)
+    assert any(text.startswith("iteration-1/negatives: 75% of the responses were cut") for text in said)
+    page, text = ((ended / f"report.{ending}").read_text() for ending in ("html", "md"))
+    assert all(warning in text and warning.replace("'", "&#x27;") in page for warning in said)
+
+
+def test_the_page_is_whole_and_shows_everybody(ended: Path) -> None:
+    page = (ended / "report.html").read_text()
+    assert set(re.findall(r"https?://[^\"'\s<]+", page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert not re.findall(r"<(?:link|img|script)[^>]+(?:src|href)=", page)
+    assert "Five &lt;b&gt;sheep&lt;/b&gt;" in page and page.count('class="card"') == 4
+    assert "said by sft/samples" in page and "said by iteration-1/samples" in page
+    assert all(f'aria-label="{name}"' in page for name in ("training", "sft", "accuracy", "lengths")) and figures.INK not in page
+    assert "ended: 8 of 8 stages" in page and "final policy: sft" in page and 'class="box skipped"' in page
+    table = (ended / "report.md").read_text()
+    assert "| iteration-1 | 0.250 | 0.050 | 100 | -0.200 |  | 0.750 of 40 |" in table, table
+
+
+def test_a_report_that_cannot_be_written_costs_no_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(facts, "gather", broken)
+    monkeypatch.setattr(logging.getLogger("gsil"), "propagate", True)
+    run = Run(tmp_path, report=Reporter(tmp_path, [DATA]))
+    run.do(work, DATA)
+    assert run.manifest(DATA) and "disk full" in caplog.text
+
+
+def test_a_metrics_file_may_end_in_half_a_line(ended: Path) -> None:
+    with (ended / "sft" / "training" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    assert len(gather(ended).curves["sft/training"]) == 8
+
+
+def test_runs_side_by_side(ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    run = Run(other)
+    for stage in graph()[:4]:
+        run.do(work, stage)
+    (other / "config.yaml").write_text("objective:\n  beta: 2.0\nrun:\n  name: other\n")
+    assert differences([gather(ended), gather(other)]) == [["setting", "ended", "other"], ["objective.beta", "1.0", "2.0"]]
+    output = tmp_path / "both.html"
+    assert compare.main([str(ended), str(other), "--output", str(output)]) == 0
+    assert "objective.beta" in capsys.readouterr().out
+    page = output.read_text()
+    assert page.count('aria-label="training"') == 1 and "ended and other" in page and "objective.beta" in page
+    assert compare.main([str(tmp_path / "nowhere")]) == 1
+    assert "is no run directory" in capsys.readouterr().err
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0.31, 42.4, 61, 3700)] == ["0.3 s", "42 s", "1 min 01 s", "1 h 01 min"]
