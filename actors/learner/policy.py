@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from actors.learner import products, rotary
+from actors.learner import products
 from actors.learner.attention import BRANCHING
 from actors.learner.batches import shares_prompt
 from actors.learner.logprobs import ResponseLogProbs
@@ -70,7 +70,6 @@ def load(weights: str, precision: str, longest: int | None, trust_remote_code: b
         attn_implementation=_attention(config, longest, kind),
         trust_remote_code=trust_remote_code,
     )
-    rotary.install(model)
     products.install(model)
     return model
 

@@ -68,7 +68,7 @@ def _cached(name: str, data: str) -> str:
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     # A seed of its own makes the same figure the same file.
     style: Any = dict.fromkeys(inked, INK) | {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.color": INK}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.15, "grid.color": INK}
     style |= {"legend.frameon": False, "lines.linewidth": 1.4, "font.family": "sans-serif"}
     with rc_context(style):
         figure = Figure(layout="constrained")
@@ -157,7 +157,7 @@ def _lengths(figure: Any, found: Mapping[str, Mapping[str, Any]]) -> None:
     ends.set_xlim(0, 1)
     ends.invert_yaxis()
     ends.set_xlabel("how they ended")
-    ends.legend(fontsize=7, loc="lower right")
+    ends.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(kinds))
 
 
 def _best_of_n(figure: Any, found: Mapping[str, Any]) -> None:
