@@ -8,6 +8,7 @@ Reads what the runs left on disk, also while they are going on; prints the table
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -24,12 +25,14 @@ def main(argv: Sequence[str]) -> int:
     from pipelines.summary import Shown, Table
 
     found = []
-    for path in options.runs:
+    for path in {path.resolve(): path for path in options.runs}.values():
         facts = gather(path)
         if not facts.stages:
             print(f"error: {path} is no run directory: no stage has left a manifest.json in it", file=sys.stderr)
             return 1
-        found.append(facts)
+        # Runs of the same name are told apart by their place.
+        alike = len({other.resolve() for other in options.runs if other.resolve().name == facts.name}) > 1
+        found.append(replace(facts, name=str(path)) if alike else facts)
     try:
         options.output.write_text(comparison.html(found), encoding="utf-8")
     except OSError as error:

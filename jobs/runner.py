@@ -1,5 +1,6 @@
 """What every job does around its stages: parse, plan, lock, connect to Ray, show how it goes, say what went wrong."""
 
+import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ class Plan(Protocol):
         ...
 
 
+log = logging.getLogger("gsil")
 C = TypeVar("C", bound=JobConfig)
 P = TypeVar("P", bound=Plan)
 
@@ -90,17 +92,23 @@ def _execute(
     (root / config.file("config.yaml")).write_text(to_yaml(config), encoding="utf-8")
     # A summary is there only when the run that it describes has ended.
     (root / config.file("summary.json")).unlink(missing_ok=True)
+    report = Reporter(root, graph.stages(), config.prefix)
     with chatter_to(root / "logs" / "driver.log") as console, Terminal(console) as display:
         set_up_logs(root / "logs", display)
         display.say(f"{config.run.name}: {root}")
-        with cluster.connected(config.ray) as logs:
-            # Ray has set handlers of its own by now.
-            for stop in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(stop, signal.default_int_handler)
-            display.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
-            cluster.check_fits(config.ray.address, config.demands())
-            report = Reporter(root, graph.stages(), config.prefix)
-            result = work(config, graph, Run(root, display, report))
-            report()
+        try:
+            with cluster.connected(config.ray) as logs:
+                # Ray has set handlers of its own by now.
+                for stop in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(stop, signal.default_int_handler)
+                display.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
+                cluster.check_fits(config.ray.address, config.demands())
+                result = work(config, graph, Run(root, display, report))
+        except BaseException as error:
+            why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(cluster.person_can_mend(error) or repr(error))
+            log.info("stopped: %s", why)
+            report(failure=why)
+            raise
+        report()
     shown = show(result, root)
     print_result(replace(shown, lines=[*shown.lines, f"report: {report.page}"]))

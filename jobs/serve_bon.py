@@ -71,6 +71,8 @@ def _serve(config: ServeConfig) -> None:
     stays = config.ray.address or os.environ.get("RAY_ADDRESS")
     if not stays:
         start.check_port(config.server.host, config.server.port)
+    # Before a cluster is started for what cannot be served.
+    start.planned(config)
     # The processes of a local instance inherit it.
     os.environ |= models.environment(config)
     with cluster.connected(config.ray) as logs:

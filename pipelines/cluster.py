@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from pipelines.artifacts import StageError
 from pipelines.settings import RaySettings
 
 log = logging.getLogger(__name__)
+ANSWER_SECONDS = 10.0
+"""in which a cluster takes a connection"""
 
 
 @contextlib.contextmanager
@@ -28,6 +31,8 @@ def connected(settings: RaySettings) -> Iterator[str]:
     # Ray Data draws bars of its own; the job has one display.
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     options = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address:
+        _check_answers(address)
     try:
         if address:
             ray.init(address=address, **options)
@@ -41,6 +46,16 @@ def connected(settings: RaySettings) -> Iterator[str]:
         yield str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs")
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself waits for minutes for a cluster that is not there, and says nothing."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+        except OSError as error:
+            raise StageError(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from None
 
 
 def _to_files_only(*names: str) -> None:

@@ -162,7 +162,8 @@ def print_result(shown: Shown) -> None:
     console = Console()
     for table in shown.tables:
         first, *others = table.rows[0]
-        grid = Table(Column(first, no_wrap=True), *others, title=table.title)
+        # A name that is cut could be another one.
+        grid = Table(Column(first, no_wrap=True), *(Column(name, overflow="fold") for name in others), title=table.title)
         for row in table.rows[1:]:
             grid.add_row(*row, style="bold" if row[0] == table.bold else "")
         console.print(grid)

@@ -112,7 +112,7 @@ def show(content: dict[str, Any], root: Path) -> Shown:
 def table(policies: dict[str, dict[str, Any]], iterations: list[dict[str, Any]]) -> list[list[str]]:
     """Rows of the final table, the header first; accuracy has columns where something was measured."""
     measured = any(numbers["n"] for numbers in policies.values())
-    rows = [["policy", *(["accuracy", "+-", "n"] if measured else []), "reward real", "generated", "pairs told apart"]]
+    rows = [["policy", *(["accuracy", "±", "n"] if measured else []), "reward real", "generated", "pairs told apart"]]
     trained_on_pairs = dict(zip([name for name in policies if name not in ("base", "sft")], iterations, strict=True))
     for name, numbers in policies.items():
         trained = trained_on_pairs.get(name, {})

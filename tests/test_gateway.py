@@ -106,6 +106,26 @@ def test_rewards_in_the_shape_of_openrlhf() -> None:
     assert all(0 < score < 1 for score in found["scores"])
 
 
+def test_what_openais_clients_send_without_asking_for_anything_is_taken() -> None:
+    idle = {"n": None, "logprobs": False, "top_logprobs": None, "tools": None, "response_format": {"type": "text"}, "store": False}
+    asked = [{"role": "developer", "content": "Be short."}, *ASKED]
+    assert post(application(), "/v1/chat/completions", {"messages": asked, "metadata": {}, **idle}).status_code == 200
+    refused: list[dict[str, Any]] = [{"logprobs": True}, {"tools": [{}]}, {"response_format": {"type": "json_object"}}]
+    for more in refused:
+        answer = post(application(), "/v1/chat/completions", {"messages": asked, **more})
+        assert answer.status_code == 422 and next(iter(more)) in answer.text
+
+
+def test_a_model_can_be_asked_for_by_its_name() -> None:
+    async def work(name: str) -> httpx.Response:
+        async with client(application()) as http:
+            return await http.get(f"/v1/models/{name}")
+
+    assert asyncio.run(work("reward")).json()["kind"] == "reward"
+    missing = asyncio.run(work("other"))
+    assert missing.status_code == 404 and "policy" in missing.json()["error"]["message"]
+
+
 def test_an_ensemble_is_one_more_model() -> None:
     app = application(rewards=(StubReward("a", 0.1), StubReward("b", 0.3)), ensemble=Ensemble(name="both", combine="min"))
     for name, value in ((None, 0.2), ("both", 0.2), ("a", 0.2), ("b", 0.6)):

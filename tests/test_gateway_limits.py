@@ -35,7 +35,7 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("/v1/chat/completions", {"messages": ASKED * 300}, 422, "256"),
     ("/v1/chat/completions", {"messages": ASKED, "model": "gpt"}, 404, "policy"),
     ("/v1/chat/completions", {"messages": ASKED, "best_of_n": 2, "reward_model": "other"}, 404, "reward"),
-    ("/v1/chat/completions", {"messages": ASKED, "tools": []}, 422, "tools"),
+    ("/v1/chat/completions", {"messages": ASKED, "tools": [{"type": "function"}]}, 422, "tools"),
     ("/v1/chat/completions", {"messages": ASKED, "stream": True, "n": 2}, 422, "stream"),
     ("/v1/completions", {"prompt": []}, 422, "prompt"),
     ("/v1/completions", {"prompt": [-1]}, 422, "prompt"),

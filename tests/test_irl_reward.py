@@ -137,6 +137,8 @@ def test_all_scores_are_written_and_the_best_chosen(finished: Path) -> None:
 
 
 def test_the_report(finished: Path) -> None:
+    page = (finished / "reward-report.html").read_text()
+    assert 'aria-label="best_of_n"' in page and "Reward models on held-out pairs" in page and (finished / "report.html").exists()
     report = json.loads((finished / "best_of_n/results/report.json").read_text())
     assert report["sizes"] == [1, 2, 4, 6] and list(report["selectors"]) == ["random", "init-sft", "bt", "ensemble", "oracle (golden)"]
     goldens = [row["golden"] for row in rows_of(finished / "best_of_n/results/samples/held_out")]

@@ -48,6 +48,11 @@ def test_the_run_directory(undisturbed: Path) -> None:
     assert summary["demonstrations"]["rejected"] == 1
     (rejected,) = pq.read_table(undisturbed / "demonstrations" / "rejected.parquet").to_pylist()
     assert rejected["source"] == "rows.jsonl:8" and "broken JSON" in rejected["reason"]
+    page = (undisturbed / "report.html").read_text()
+    assert f"ended: {len(STAGES)} of {len(STAGES)} stages" in page and page.count('class="card"') == min(
+        10, summary["demonstrations"]["held_out"]
+    )
+    assert all(f'aria-label="{figure}"' in page for figure in ("training", "sft", "lengths"))
     for name in STAGES:
         assert json.loads((undisturbed / name / "manifest.json").read_text())["name"] == name
     assert list(undisturbed.glob("sft/training/events.out.tfevents.*"))

@@ -94,6 +94,24 @@ def test_a_run_in_progress_can_be_looked_at(tmp_path: Path) -> None:
     assert "aria-label=&quot;training&quot;" not in pages[-1] and 'aria-label="sft"' in pages[-1]
 
 
+def test_a_run_that_stopped_says_why(tmp_path: Path) -> None:
+    stages = graph()
+    reporter = Reporter(tmp_path, stages)
+
+    def broken(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        raise ValueError
+
+    run = Run(tmp_path, report=reporter)
+    run.do(work, stages[0])
+    with pytest.raises(ValueError):
+        run.do(broken, stages[1])
+    assert "sft/training | running" in reporter.page.with_suffix(".md").read_text()
+    reporter(failure="no room on the disk")
+    page, text = (reporter.page.with_suffix(f".{ending}").read_text() for ending in ("html", "md"))
+    assert "stopped: 1 of 8 stages" in text and "**Stopped**: no room on the disk" in text and "sft/training | stopped" in text
+    assert "no room on the disk" in page and "No warnings" not in page and 'class="box stopped"' in page
+
+
 @pytest.fixture
 def ended(tmp_path: Path) -> Path:
     root = tmp_path / "ended"

@@ -5,7 +5,9 @@ import socket
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
+from models import write_tiny
 
 from jobs import serve_bon
 from pipelines.artifacts import StageError
@@ -46,6 +48,17 @@ def test_what_cannot_be_served_is_said() -> None:
         application.build({})
     with pytest.raises(StageError, match=r"judge\.templates='nowhere' is no folder"):
         application.build(ServiceConfig(judge=JudgeService(templates="nowhere")).model_dump())
+
+
+def test_a_policy_is_no_reward_model_and_no_cluster_is_started_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert serve_bon.main(["--reward.models", f"{{mine: {tmp_path}}}", "--server.port", str(port)]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: reward.models.mine={tmp_path} is no reward model: its config names LlamaForCausalLM")
+    assert not ray.is_initialized()
 
 
 def test_the_models_of_a_run(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from pipelines.report.facts import Facts
 def tables(runs: Sequence[Facts]) -> dict[str, page.Rows]:
     """By title: the settings that differ, then every table that a run has, the rows of all runs one below the other."""
     found: dict[str, page.Rows] = {}
-    if len(differing := differences(runs)) > 1:
-        found["Settings that differ"] = differing
+    differing = differences(runs)
+    found["Settings that differ" if len(differing) > 1 else "Settings that differ: none"] = differing
     by_title: dict[str, list[list[str]]] = {}
     for run in runs:
         for title, (header, *rows) in page.tables(run).items():
@@ -35,7 +35,7 @@ def differences(runs: Sequence[Facts]) -> list[list[str]]:
 
 def html(runs: Sequence[Facts]) -> str:
     """One self-contained page."""
-    names = " and ".join(run.name for run in runs)
+    names = " and ".join(dict.fromkeys(run.name for run in runs))
     shared = "".join(f"<h2>{escape(title)}</h2>{page.table(rows)}" for title, rows in tables(runs).items())
     columns = "".join(f"<article><h3>{escape(run.name)}</h3>{_column(run)}</article>" for run in runs)
     return page.TEMPLATE.substitute(
@@ -54,4 +54,4 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", str(value)
+            yield f"{prefix}{key}", "null" if value is None else str(value)

@@ -19,7 +19,7 @@ from pipelines.records import shards
 
 ROWS = 10
 """Held-out prompts that are shown side by side."""
-SKIPPED, DONE, RUNNING, WAITING = "skipped", "done", "running", "to do"
+SKIPPED, DONE, RUNNING, STOPPED, WAITING = "skipped", "done", "running", "stopped", "to do"
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ class Facts:
     """sampling stage -> its responses"""
     rows: Sequence[Row]
     best_of_n: Mapping[str, Any] | None
+    failure: str | None = None
+    """why it stopped before its end"""
 
     def evaluations(self) -> dict[str, Mapping[str, Any]]:
         """Accuracy of every policy that has one so far."""
@@ -96,20 +98,20 @@ class Facts:
         return next((s.numbers for s in self.stages if s.name == name), {})
 
 
-def gather(root: Path, stages: Sequence[Stage] = (), config: str = "config.yaml", summary: str = "summary.json") -> Facts:
+def gather(root: Path, stages: Sequence[Stage] = (), prefix: str = "", failure: str | None = None) -> Facts:
     """Reads a run directory.
 
     Args:
         root: the directory.
         stages: the job graph in its order; without it the stages that left a manifest, by the time when they ended.
-        config: file name of the resolved config.
-        summary: file name of the summary.
+        prefix: of the names of the job's own files ("reward-" where it shares the directory).
+        failure: why the job stopped, if it did.
     """
-    ended = read_json(root / summary)
-    known = list(_planned(root, stages, ended) if stages else _found(root, ended))
+    ended = read_json(root / f"{prefix}summary.json")
+    known = list(_planned(root, stages, ended, STOPPED if failure else RUNNING) if stages else _found(root, ended))
     done = [stage for stage in known if stage.state in (DONE, SKIPPED)]
     manifests = [read_json(root / stage.name / "manifest.json") or {} for stage in done]
-    file = root / config
+    file = root / f"{prefix}config.yaml"
     return Facts(
         name=root.name,
         config=file.read_text(encoding="utf-8") if file.exists() else "",
@@ -120,18 +122,19 @@ def gather(root: Path, stages: Sequence[Stage] = (), config: str = "config.yaml"
         lengths={s.name: _lengths(root / s.name, m["fingerprint"]) for s, m in zip(done, manifests, strict=True) if _samples(s)},
         rows=_rows(root, done),
         best_of_n=next((read_json(root / s.name / "report.json") for s in done if (root / s.name / "report.json").exists()), None),
+        failure=failure,
     )
 
 
-def _planned(root: Path, stages: Sequence[Stage], ended: Mapping[str, Any] | None) -> Iterator[StageFacts]:
+def _planned(root: Path, stages: Sequence[Stage], ended: Mapping[str, Any] | None, under_way: str) -> Iterator[StageFacts]:
     for stage in stages:
         folder = root / stage.name
         manifest, started = read_json(folder / "manifest.json") or {}, read_json(folder / "started.json") or {}
-        inputs = tuple(found.name for found in stage.inputs.values())
+        inputs = tuple(dict.fromkeys(found.name for found in stage.inputs.values()))
         if manifest.get("fingerprint") == stage.fingerprint:
             yield StageFacts(stage.name, _state(stage.name, ended), manifest["seconds"], inputs, manifest["numbers"], manifest["settings"])
         else:
-            state = RUNNING if started.get("fingerprint") == stage.fingerprint else WAITING
+            state = under_way if started.get("fingerprint") == stage.fingerprint else WAITING
             yield StageFacts(stage.name, state, None, inputs)
 
 
@@ -144,7 +147,7 @@ def _found(root: Path, ended: Mapping[str, Any] | None) -> Iterator[StageFacts]:
 
     # Stages that ended in the same second, after what they read.
     for m in sorted(manifests, key=lambda m: (m["finished"], depth(m["name"]))):
-        inputs = tuple(found["name"] for found in m["inputs"].values())
+        inputs = tuple(dict.fromkeys(found["name"] for found in m["inputs"].values()))
         yield StageFacts(m["name"], _state(m["name"], ended), m["seconds"], inputs, m["numbers"], m["settings"])
 
 

@@ -21,6 +21,7 @@ PANELS = {
     "gradient norm": ("grad_norm",),
 }
 """What a training step logs, and what is drawn together."""
+SHOWN = {"grad_norm": "gradient norm"}
 MOST_POINTS = 400
 """Of a curve; a longer one shows means of neighbours."""
 
@@ -67,7 +68,7 @@ def _cached(name: str, data: str) -> str:
 
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     # A seed of its own makes the same figure the same file.
-    style: Any = dict.fromkeys(inked, INK) | {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}
+    style: Any = dict.fromkeys(inked, INK) | {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.axisbelow": True}
     style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.15, "grid.color": INK}
     style |= {"legend.frameon": False, "lines.linewidth": 1.4, "font.family": "sans-serif"}
     with rc_context(style):
@@ -113,7 +114,7 @@ def _sft(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> No
         for (name, steps), colour in zip(curves.items(), COLOURS, strict=False):
             values = [(k, step[key]) for k, step in enumerate(steps) if step.get(key) is not None]
             axes.plot(*_thinned(values), color=colour, label=name.partition("/")[0])
-        axes.set_title(key.replace("_", " "), fontsize=9)
+        axes.set_title(SHOWN.get(key, key.replace("_", " ")), fontsize=9)
         axes.set_xlabel("step")
         if len(curves) > 1:
             axes.legend(fontsize=7)

@@ -1,6 +1,7 @@
 """The report as one self-contained page, and as Markdown for a terminal or a pull request."""
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from html import escape
 from pathlib import Path
 from string import Template
@@ -10,6 +11,10 @@ from pipelines.report import figures
 from pipelines.report.doubts import doubts
 from pipelines.report.facts import SKIPPED, Facts, Row, StageFacts
 
+REWARDS = (
+    "Rewards are beta times the log ratio of the trained policy to its reference, in nats; they and the share of pairs told apart are "
+    "measured on held-out pairs. ± is one standard error."
+)
 TEMPLATE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 Rows = Sequence[Sequence[str]]
 
@@ -27,7 +32,9 @@ def html(facts: Facts) -> str:
 
 def markdown(facts: Facts) -> str:
     """Tables and warnings."""
-    parts = [f"# {facts.name}", state(facts), *(f"- **Warning**: {text}" for text in doubts(facts))]
+    parts = [f"# {facts.name}", state(facts)]
+    if said := [*([f"- **Stopped**: {facts.failure}"] if facts.failure else []), *(f"- **Warning**: {text}" for text in doubts(facts))]:
+        parts.append("\n".join(said))
     parts += [f"## {title}\n\n{_ruled(rows)}" for title, rows in tables(facts).items()]
     parts.append(f"## Stages\n\n{_ruled(stage_table(facts.stages))}")
     return "\n\n".join(parts) + "\n"
@@ -40,7 +47,9 @@ def state(facts: Facts) -> str:
     ended = facts.summary is not None
     best = f"; final policy: {facts.summary['final']}" if facts.summary and facts.summary.get("final") else ""
     stopped = f"; stopped early: {facts.summary['stopped']}" if facts.summary and facts.summary.get("stopped") else ""
-    return f"{'ended' if ended else 'under way'}: {done} of {len(facts.stages)} stages, {duration(seconds)} of work{best}{stopped}"
+    how = "ended" if ended else "stopped" if facts.failure else "under way"
+    now = datetime.now().astimezone().isoformat(" ", "minutes")
+    return f"{how}: {done} of {len(facts.stages)} stages, {duration(seconds)} of work{best}{stopped}; written {now}"
 
 
 def duration(seconds: float) -> str:
@@ -85,9 +94,11 @@ def _ruled(rows: Rows) -> str:
 
 
 def _found(facts: Facts) -> str:
-    warned = "".join(f"<li>{escape(text)}</li>" for text in doubts(facts))
+    said = [*([f"The job stopped: {facts.failure}"] if facts.failure else []), *doubts(facts)]
+    warned = "".join(f"<li>{escape(text)}</li>" for text in said)
     warned = f'<ul class="warnings">{warned}</ul>' if warned else '<p class="calm">No warnings.</p>'
     shown = "".join(f"<h3>{escape(title)}</h3>{table(rows)}" for title, rows in tables(facts).items())
+    shown += f'<p class="lead">{REWARDS}</p>' if facts.trained() else ""
     return warned + shown + figure(figures.accuracy(facts))
 
 
@@ -135,7 +146,7 @@ def _rows(facts: Facts) -> str:
     if not any(row.answers for row in facts.rows):
         return ""
     cards = "".join(_card(number, row) for number, row in enumerate(facts.rows))
-    control = '<p class="browse"><button id="before">before</button> <span id="place"></span> <button id="after">after</button></p>'
+    control = '<p class="browse"><button id="before">previous</button> <span id="place"></span> <button id="after">next</button></p>'
     return control + f'<div id="cards">{cards}</div>'
 
 

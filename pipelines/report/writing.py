@@ -22,13 +22,17 @@ class Reporter:
         self.root, self.stages, self.prefix = root, stages, prefix
         self.page = root / f"{prefix}report.html"
 
-    def __call__(self) -> None:
-        """Writes both. A report that cannot be written costs no stage: the log says why."""
+    def __call__(self, failure: str | None = None) -> None:
+        """Writes both. A report that cannot be written costs no stage: the log says why.
+
+        Args:
+            failure: why the job stops here.
+        """
         from pipelines.report.facts import gather
         from pipelines.report.page import html, markdown
 
         try:
-            facts = gather(self.root, self.stages, f"{self.prefix}config.yaml", f"{self.prefix}summary.json")
+            facts = gather(self.root, self.stages, self.prefix, failure)
             for path, text in ((self.page, html(facts)), (self.page.with_suffix(".md"), markdown(facts))):
                 with replacing(path) as temporary:
                     temporary.write_text(text, encoding="utf-8")

@@ -178,6 +178,14 @@ def build(
         cards = await within(service.models())
         return protocol.ModelList(data=[*cards, *([protocol.ModelCard(id=judge.name, kind="judge")] if judge else [])])
 
+    @app.get("/v1/models/{name}", response_model=protocol.ModelCard, tags=["service"])
+    async def model(name: str) -> Any:
+        """One of them."""
+        found = {card.id: card for card in (await models()).data}
+        if name not in found:
+            raise Refused(404, f"there is no model {name!r}: there are {', '.join(found)}", "model")
+        return found[name]
+
     @app.get("/health", tags=["service"])
     async def health() -> JSONResponse:
         """200 when every deployment answers, else 503 with those that do not."""
@@ -214,9 +222,11 @@ def _errors(app: FastAPI) -> None:
         # Among the names of fields pydantic puts those of a union's members.
         where = ".".join(str(part) for part in first["loc"] if part != "body" and (isinstance(part, int) or part.isidentifier()))
         more = f" (and {len(others)} more)" if others else ""
-        status = 400 if first["type"] == "json_invalid" else 422
+        if first["type"] == "json_invalid":
+            why = first.get("ctx", {}).get("error", first["msg"])
+            return refusal(Refused(400, f"the body is no JSON: {why} at character {first['loc'][-1]}"))
         message = first["msg"].removeprefix("Value error, ")
-        return refusal(Refused(status, f"{where}: {message}{more}" if where else f"{message}{more}", where or None))
+        return refusal(Refused(422, f"{where}: {message}{more}" if where else f"{message}{more}", where or None))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:

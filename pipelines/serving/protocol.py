@@ -44,15 +44,15 @@ class Part(Body):
 class Message(Body):
     """A turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
-    """who speaks"""
+    role: Literal["system", "developer", "user", "assistant"]
+    """who speaks; developer is OpenAI's newer word for system"""
     content: Text | Annotated[list[Part], Field(fail_fast=True)] = Field(examples=["What is 2 and 3?"])
     """what is said"""
 
     def plain(self) -> dict[str, str]:
         """As chat templates read it."""
         words = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": words}
+        return {"role": "system" if self.role == "developer" else self.role, "content": words}
 
 
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
@@ -87,8 +87,14 @@ class StreamOptions(Body):
     """send one more chunk at the end, with the usage and no choices"""
 
 
+IDLE: dict[str, Any] = {"logprobs": False, "tools": [], "response_format": {"type": "text"}, "echo": False, "logit_bias": {}}
+"""fields of OpenAI's that we have not, with the values by which they ask for nothing"""
+UNUSED = {"store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
+"""fields of OpenAI's that change no response"""
+
+
 class Sampled(Body):
-    """How responses are drawn, and which of them are given back."""
+    """How responses are drawn, and which of them are given back. Null asks for nothing, as with OpenAI."""
 
     model: Text | None = Field(None, examples=["policy"])
     """name of the policy; may be left out, there is one"""
@@ -116,6 +122,14 @@ class Sampled(Body):
     """of a stream"""
     user: Text | None = Field(None, examples=["somebody"])
     """taken and not used"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asked(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        idle = [key for key, value in given.items() if value is None or key in UNUSED or (key in IDLE and value == IDLE[key])]
+        return {key: value for key, value in given.items() if key not in idle or key in ("messages", "prompt")}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Sampled":

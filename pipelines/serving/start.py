@@ -39,6 +39,15 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
+def planned(config: ServiceConfig) -> Any:
+    """The application; no cluster is needed for it.
+
+    Raises:
+        StageError: it cannot be served.
+    """
+    return application.build(config.model_dump(include=set(ServiceConfig.model_fields)))
+
+
 def start(config: ServiceConfig, told: Callable[[dict[str, str]], None]) -> None:
     """Returns when every deployment has a process that is ready.
 
@@ -50,7 +59,7 @@ def start(config: ServiceConfig, told: Callable[[dict[str, str]], None]) -> None
         StageError: a model cannot be served; or the proxies of this cluster listen elsewhere already.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    app = application.build(config.model_dump(include=set(ServiceConfig.model_fields)))
+    app = planned(config)
     serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=config.server.host, port=config.server.port))
     listening = _get_global_client().http_config
     if (listening.host, listening.port) != (config.server.host, config.server.port):
