@@ -181,7 +181,7 @@ def write_final(run: Run, name: str, policy: Stage, card: str) -> None:
 
 def model_card(config: dict[str, Any], summary: dict[str, Any]) -> str:
     """README.md of final/: what it was made from, how, and what it scored."""
-    results = "\n".join("| " + " | ".join(row) + " |" for row in _ruled(table(summary["policies"], summary["iterations"])))
+    results = ruled(table(summary["policies"], summary["iterations"]))
     software = "\n".join(f"- {package} {version}" for package, version in versions().items())
     sections = ("sft", "iterations", "objective", "training", "negatives")
     hyper = json.dumps({key: config[key] for key in sections if key in config}, indent=1)
@@ -222,8 +222,10 @@ Load it with `AutoModelForCausalLM.from_pretrained`, or `vllm serve`; the chat t
 """
 
 
-def _ruled(rows: list[list[str]]) -> list[list[str]]:
-    return [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+def ruled(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the header is the first row."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
 
 
 def _cell(value: float | None) -> str:

@@ -184,6 +184,9 @@ def test_runs_side_by_side(ended: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "objective.beta" in capsys.readouterr().out
     page = output.read_text()
     assert page.count('aria-label="training"') == 1 and "ended and other" in page and "objective.beta" in page
+    (other / "config.yaml").rename(other / "reward-config.yaml")
+    assert compare.main([str(ended), str(other), "--output", str(output)]) == 0
+    assert "objective.beta" in output.read_text(), "a run of the reward job alone has its own files"
     assert compare.main([str(tmp_path / "nowhere")]) == 1
     assert "is no run directory" in capsys.readouterr().err
 

@@ -35,8 +35,8 @@ def markdown(facts: Facts) -> str:
     parts = [f"# {facts.name}", state(facts)]
     if said := [*([f"- **Stopped**: {facts.failure}"] if facts.failure else []), *(f"- **Warning**: {text}" for text in doubts(facts))]:
         parts.append("\n".join(said))
-    parts += [f"## {title}\n\n{_ruled(rows)}" for title, rows in tables(facts).items()]
-    parts.append(f"## Stages\n\n{_ruled(stage_table(facts.stages))}")
+    parts += [f"## {title}\n\n{summary.ruled(rows)}" for title, rows in tables(facts).items()]
+    parts.append(f"## Stages\n\n{summary.ruled(stage_table(facts.stages))}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -86,11 +86,6 @@ def stage_table(stages: Sequence[StageFacts]) -> list[list[str]]:
     """The job graph in rows."""
     rows = [["stage", "state", "time", "reads"]]
     return rows + [[s.name, s.state, "" if s.seconds is None else duration(s.seconds), ", ".join(s.inputs)] for s in stages]
-
-
-def _ruled(rows: Rows) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
 
 
 def _found(facts: Facts) -> str:
