@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,26 @@ def check_reward_model(path: str) -> None:
         raise StageError(
             f"scorer {path!r} is no reward model's directory or hub id, nor exact_answer, nor module:function: {str(error).splitlines()[0]}"
         ) from None
+    check_one_label(config, f"scorer {path!r}")
+
+
+def check_one_label(config: Mapping[str, Any], what: str) -> None:
+    """Reads of a model's config.json whether it is a reward model.
+
+    Args:
+        config: its content.
+        what: is asked about, in errors.
+
+    Raises:
+        StageError: it is a language model, or has more than one label.
+    """
     kinds = config.get("architectures") or ["a model that does not say what it is"]
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-        raise StageError(f"scorer {path!r} is {kinds[0]}: a reward model is a ...ForSequenceClassification with one label")
+        raise StageError(f"{what} is {kinds[0]}: a reward model is a ...ForSequenceClassification with one label")
     # transformers' own default is two.
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if labels != 1:
-        raise StageError(f"scorer {path!r} has {labels} labels, a reward model has one")
+        raise StageError(f"{what} has {labels} labels, a reward model has one")
 
 
 def score(scoring: RewardScoring, longest: int, trust_remote_code: bool) -> Any:

@@ -57,7 +57,7 @@ def test_a_policy_is_no_reward_model_and_no_cluster_is_started_for_it(tmp_path: 
         port = free.getsockname()[1]
     assert serve_bon.main(["--reward.models", f"{{mine: {tmp_path}}}", "--server.port", str(port)]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"error: reward.models.mine={tmp_path} is no reward model: its config names LlamaForCausalLM")
+    assert line.startswith(f"error: reward.models.mine={tmp_path} is LlamaForCausalLM: a reward model is a")
     assert not ray.is_initialized()
 
 

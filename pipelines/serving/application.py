@@ -20,6 +20,7 @@ from ray import serve
 from actors.generator import environment
 from pipelines import base_model
 from pipelines.artifacts import StageError, read_json
+from pipelines.scoring import check_one_label
 from pipelines.serving.rewards import RewardReplica
 from pipelines.serving.samples import PolicyReplica
 from pipelines.serving.settings import Replicas, Server, ServiceConfig
@@ -46,7 +47,9 @@ def build(args: dict[str, Any]) -> Any:
     rewards = {}
     for name, path in config.reward.models.items():
         weights = checked_weights(path, config.server)
-        check_reward_model(name, weights)
+        # A directory says so before a process loads it.
+        if found := read_json(Path(weights) / "config.json"):
+            check_one_label(found, f"reward.models.{name}={weights}")
         bound = _deployed(RewardReplica, f"reward-{name}", config.reward, patience, environment(config.reward))
         rewards[name] = bound.bind(
             name, weights, config.reward, config.reward.precision, config.reward.max_model_len, config.server.trust_remote_code
@@ -225,20 +228,6 @@ def checked_weights(path: str, server: Server) -> str:
     if server.safetensors_only and not any(name.endswith(".safetensors") and "/" not in name for name in files):
         raise StageError(f"{path!r} has no weights in safetensors: server.safetensors_only=false allows other formats")
     return weights
-
-
-def check_reward_model(name: str, weights: str) -> None:
-    """Before a process loads it: a directory's config says whether it is one.
-
-    Raises:
-        StageError: it is not.
-    """
-    found = read_json(Path(weights) / "config.json")
-    if found and not any(kind.endswith("ForSequenceClassification") for kind in found.get("architectures") or []):
-        raise StageError(
-            f"reward.models.{name}={weights} is no reward model: its config names {', '.join(found.get('architectures') or ['no class'])}, "
-            "not one for sequence classification"
-        )
 
 
 GatewayReplica = serve.ingress()(GatewayReplica)  # type: ignore[misc]
