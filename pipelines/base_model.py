@@ -5,12 +5,16 @@ base/policy/      weights, only where the source is a GGUF file; else the source
 base/source.json  {"weights": where they are}
 """
 
+import contextlib
+import functools
 import importlib.util
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from actors.loading import loading
 from actors.settings import Training
 from pipelines.artifacts import Run, Stage, StageError, write_json
 from pipelines.chat import PLAIN_TEMPLATE, Chat
@@ -99,6 +103,24 @@ def prepare(model: Model) -> Any:
     return work
 
 
+@contextlib.contextmanager
+def _reading_once() -> Iterator[None]:
+    """For every question to a GGUF file transformers parses its head anew, and for every module it makes the table of all tensors' names:
+    seconds each time."""
+    import gguf
+
+    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, made in slow.items():
+        setattr(gguf, name, functools.cache(made))
+    try:
+        yield
+    finally:
+        for name, made in slow.items():
+            setattr(gguf, name, made)
+
+
+@loading()
+@_reading_once()
 def tokenize(model: Model, path: str, directory: Path) -> dict[str, Any]:
     """Writes the tokenizer of the model at `path`; see `write_tokenizer`."""
     gguf = gguf_file(path)
@@ -172,6 +194,8 @@ def _linear_modules(config: Any, trust_remote_code: bool) -> list[str]:
     )
 
 
+@loading()
+@_reading_once()
 def convert(path: str, directory: Path) -> None:
     """Writes where the weights are, and those of a GGUF file as a plain Hugging Face directory in float32."""
     gguf = gguf_file(path)

@@ -1,4 +1,4 @@
-"""SFT, GSIL and reward training: parquet in, a model out. Ray Train gangs the workers, each runs `actors.learner.worker`.
+"""SFT, GSIL and reward training: parquet in, a model out. Ray Train gangs the workers, each runs `actors.learner.entry`.
 
 INPUT  demonstrations/train (SFT), iteration-1/pairs/train (GSIL) or rewards/init-sft/pairs/train (reward model)
 OUTPUT policy/ or reward/ (Hugging Face directory; with LoRA also adapter/), metrics.jsonl, TensorBoard events,
@@ -113,7 +113,7 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from actors.learner.worker import run as worker
+    from actors.learner.entry import run as worker
 
     gpu = training.gpus_per_worker > 0
     threads = max(1, int(training.cpus_per_worker))

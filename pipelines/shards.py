@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.loading import loading
 from actors.settings import Pool
 from pipelines.artifacts import Run, Stage, StageError
 
@@ -95,7 +96,8 @@ class Adapter:
     """Between Ray Data's batches of one row and an actor's verb."""
 
     def __init__(self, actor: Callable[..., Any], arguments: dict[str, Any]):
-        self.actor = actor(**arguments)
+        with loading():
+            self.actor = actor(**arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """INPUT inputs, output, options; OUTPUT output."""

@@ -8,7 +8,6 @@ behind the last checkpoint as if nothing had happened.
 """
 
 import functools
-import gc
 import json
 import os
 import time
@@ -152,8 +151,6 @@ def start_engine(module: Any, settings: Training, theirs: dict[str, Any] | None 
     config = deepspeed_config(settings, dist.get_world_size(), theirs)
     if universal:
         config["checkpoint"] = {"load_universal": True}
-    # DeepSpeed collects garbage several times while it starts: seconds, with all that is imported by now.
-    gc.freeze()
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=_optimizer(groups, settings), config=config)
     if not engine.zero_optimization() or isinstance(engine.optimizer, BF16_Optimizer):
         # There DeepSpeed reduces in one piece, a second copy of all gradients, also where one worker has nothing to reduce.
@@ -222,7 +219,7 @@ def settings_of(job: TrainJob) -> dict[str, Any]:
 
 
 def run(job: dict[str, Any]) -> None:
-    """Entry of a Ray Train worker: sets the threads it was given and trains.
+    """A Ray Train worker: sets the threads it was given and trains.
 
     What would fail again is written to `failed/RANK.json`. When all workers fail alike they end without being started again; one that
     fails alone raises, so that those that wait for it are stopped, and stops before it loads a model when it is started again.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from actors.batching import Batcher
+from actors.loading import loading
 from actors.settings import RewardScoring
 from pipelines.chat import Chat
 from pipelines.serving.prompts import About, Conversation, Prompt, checked, identity, is_ids, templated
@@ -47,6 +48,7 @@ class RewardReplica:
         trust_remote_code: run Python code that comes with the model.
     """
 
+    @loading()
     def __init__(self, name: str, weights: str, scoring: RewardScoring, precision: str, longest: int, trust_remote_code: bool = False):
         from transformers import AutoConfig
 

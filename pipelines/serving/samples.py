@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from actors.loading import loading
 from actors.settings import Engine
 from pipelines.chat import Chat
 from pipelines.serving.prompts import About, Conversation, Prompt, checked, identity, is_ids, templated
@@ -68,6 +69,7 @@ class PolicyReplica:
         trust_remote_code: run Python code that comes with the model.
     """
 
+    @loading()
     def __init__(self, name: str, weights: str, engine: Engine, max_model_len: int, max_new_tokens: int, trust_remote_code: bool = False):
         from actors.engine_loop import EngineLoop
         from actors.generator import policy_engine
