@@ -24,7 +24,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do $$p -c 'impo
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend cpu)
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(if $(filter cpu,$(DEVICE)),$(TORCH_SOURCE))
 COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-	--extra dev --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+	--extra dev --extra eval --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .PHONY: run reward serve test test-slow lint format lock setup clean
 
