@@ -1,0 +1,417 @@
+"""Benchmarks: models of known quality get the scores they deserve, on the rows and prompts of the stock tasks; stages end to end."""
+
+import json
+import re
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from models import write_tiny
+
+from actors.sandbox import Limits
+from actors.settings import Engine
+from actors.task_engine import Question, answer, build
+from pipelines import task_catalogue, task_data, tasks
+from pipelines.artifacts import Run, Stage, StageError, write_json
+from pipelines.base_model import write_tokenizer
+from pipelines.settings import Model
+from pipelines.task_settings import Tasks
+
+LM: Any = pytest.importorskip("lm_eval.api.model", reason="the extra eval is not installed").LM
+ENGINE = Engine(kv_cache_gib=0.25, dtype="float32")
+POLICY = Stage("policy", {})
+
+
+def problems(count: int) -> list[dict[str, str]]:
+    """Rows in GSM8K's layout, all with different answers."""
+    return [{"question": f"What is {i} and {i + 1}?", "answer": f"{i} + {i + 1} = {2 * i + 1}\n#### {2 * i + 1:,}"} for i in range(count)]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def gsm8k(tmp_path: Path) -> Path:
+    """A directory as OpenAI publishes it, small."""
+    write_lines(tmp_path / "gsm8k" / "train.jsonl", problems(600)[500:])
+    return write_lines(tmp_path / "gsm8k" / "test.jsonl", problems(12)).parent
+
+
+WINOGRANDE = [
+    {"qID": str(i), "sentence": f"Ann gave Bob {i} pears because _ was {kind}.", "option1": "Ann", "option2": "Bob", "answer": right}
+    for i in range(4)
+    for kind, right in (("kind", "1"), ("hungry", "2"))
+]
+
+
+class Dummy(LM):
+    """A model of known quality.
+
+    Args:
+        says: the answer to a prompt.
+        likes: whether a continuation of a prompt is the right one.
+    """
+
+    def __init__(self, says: Callable[[str], str] | None = None, likes: Callable[[str, str], bool] | None = None):
+        super().__init__()
+        self.says, self.likes = says, likes
+        self.prompts: list[str] = []
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        assert self.says
+        self.prompts += [request.args[0] for request in requests]
+        return [self.says(request.args[0]) for request in requests]
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        assert self.likes
+        self.prompts += [request.args[0] for request in requests]
+        return [(-1.0, True) if self.likes(*request.args) else (-9.0, False) for request in requests]
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        raise NotImplementedError
+
+
+def asked(lm: Dummy, task: str, data: Path, shots: int = 1, limit: int | None = None) -> dict[str, Any]:
+    """A task on local files, without stages."""
+    (leaf,) = task_catalogue.find(task).leaves
+    local = task_data.locate(leaf, {leaf.name: str(data)}, shots)
+    assert local
+    code = Limits(seconds=5) if leaf.runs_code else None
+    question = Question(leaf.name, leaf.file, leaf.changes, shots, limit, 1234, False, local.evaluated, local.shots_from, code)
+    return answer(lm, build(question, task_data.read(leaf.name, local)), question)
+
+
+def last_question(prompt: str) -> str:
+    return prompt.rpartition("Question: ")[2].removesuffix("\nAnswer:")
+
+
+def value(found: dict[str, Any], metric: str) -> float:
+    return found["metrics"][metric]["value"]
+
+
+def check_gold_and_shuffled(directory: Path) -> None:
+    """Every answer right: 1; every answer another row's with another number: 0."""
+    rows = [json.loads(line) for line in (directory / "test.jsonl").read_text().splitlines()]
+    number = {row["question"]: float(row["answer"].rpartition("#### ")[2].replace(",", "")) for row in rows}
+    gold = {row["question"]: row["answer"] for row in rows}
+    ordered = sorted(gold, key=lambda question: number[question])
+    most = max(sum(n == other for other in number.values()) for n in number.values())
+    other = {question: gold[ordered[(place + most) % len(ordered)]] for place, question in enumerate(ordered)}
+    assert all(other[question].rpartition("#### ")[2] != gold[question].rpartition("#### ")[2] for question in gold)
+    right = asked(Dummy(lambda prompt: " " + gold[last_question(prompt)]), "gsm8k", directory, shots=5)
+    assert right["n"] == len(rows) and value(right, "exact_match,strict-match") == value(right, "exact_match,flexible-extract") == 1.0
+    wrong = asked(Dummy(lambda prompt: " " + other[last_question(prompt)]), "gsm8k", directory, shots=5)
+    assert value(wrong, "exact_match,strict-match") == value(wrong, "exact_match,flexible-extract") == 0.0
+
+
+def test_gold_answers_score_one_and_shuffled_ones_zero(gsm8k: Path) -> None:
+    check_gold_and_shuffled(gsm8k)
+
+
+def test_gold_answers_on_all_of_gsm8k(shared_data: Path) -> None:
+    check_gold_and_shuffled(shared_data / "gsm8k")
+
+
+def test_rows_say_what_was_asked_and_answered(gsm8k: Path) -> None:
+    gold = {row["question"]: row["answer"] for row in problems(12)}
+    lm = Dummy(lambda prompt: gold[last_question(prompt)] if "What is 3 and" in last_question(prompt) else "\n#### 7,000.")
+    found = asked(lm, "gsm8k", gsm8k, shots=5, limit=4)
+    assert [json.loads(row["scores"]) for row in found["rows"]] == [
+        {"exact_match,strict-match": score, "exact_match,flexible-extract": score} for score in (0.0, 0.0, 0.0, 1.0)
+    ]
+    # 1 of 4 right: standard error sqrt(1/4 * 3/4 / 3).
+    assert found["metrics"]["exact_match,strict-match"] == {"value": 0.25, "stderr": pytest.approx(0.25)}
+    last = found["rows"][3]
+    assert last["row"] == 3 and last["target"] == gold["What is 3 and 4?"] and last["responses"] == [gold["What is 3 and 4?"]]
+    assert json.loads(last["answers"]) == {"strict-match": ["7"], "flexible-extract": ["7"]}
+    (prompt,) = last["prompts"]
+    assert prompt.count("Question: ") == 6 and prompt.endswith("Question: What is 3 and 4?\nAnswer:")
+    assert all(int(number) >= 500 for number in re.findall(r"What is (\d+)", prompt)[:5]), "examples are of the training split"
+
+
+def test_examples_are_other_rows_where_there_is_no_split_of_them(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "winogrande" / "dev.jsonl", WINOGRANDE).parent
+    rights = {row["sentence"].replace("_", row[f"option{row['answer']}"]) for row in WINOGRANDE}
+    lm = Dummy(likes=lambda prompt, continuation: (prompt.split("\n\n")[-1] + continuation) in rights)
+    found = asked(lm, "winogrande", data, shots=7)
+    assert found["n"] == 8 and value(found, "acc") == 1.0
+    for prompt in lm.prompts:
+        examples = prompt.split("\n\n")[:-1]
+        assert set(examples) < rights and len(set(examples)) == 7
+    # Seven of eight rows are examples: the eighth is the row itself.
+    own = {row["sentence"].replace("_", row[f"option{row['answer']}"]) for row in WINOGRANDE} - set(lm.prompts[0].split("\n\n")[:-1])
+    assert own == {"Ann gave Bob 0 pears because Ann was kind."}
+    assert found["rows"][1]["target"].endswith("because Bob")
+    assert [len(found["rows"][0][key]) for key in ("prompts", "continuations", "loglikelihoods", "responses")] == [2, 2, 2, 0]
+
+
+AI2 = {
+    "id": "M1",
+    "question": {"stem": "What is wet?", "choices": [{"text": "fire", "label": "A"}, {"text": "water", "label": "B"}]},
+    "answerKey": "B",
+}
+HUB = {"id": "M1", "question": "What is wet?", "choices": {"text": ["fire", "water"], "label": ["A", "B"]}, "answerKey": "B"}
+
+
+def test_arc_in_ai2s_layout_is_asked_as_on_the_hub(tmp_path: Path) -> None:
+    assert task_data.arc(AI2) == HUB == task_data.arc(HUB)
+    other = {**AI2, "question": {**AI2["question"], "stem": "And dry?"}, "answerKey": "A"}  # type: ignore[dict-item]
+    write_lines(tmp_path / "arc" / "ARC-Challenge-Dev.jsonl", [other])
+    data = write_lines(tmp_path / "arc" / "ARC-Challenge-Test.jsonl", [AI2, AI2]).parent
+    lm = Dummy(likes=lambda prompt, continuation: continuation == " water")
+    found = asked(lm, "arc_challenge", data)
+    assert lm.prompts[0] == "Question: And dry?\nAnswer: fire\n\nQuestion: What is wet?\nAnswer:"
+    assert value(found, "acc_norm") == 1.0
+    assert found["rows"][0] | {"scores": ""} == {
+        "row": 0,
+        "prompts": lm.prompts[:1],
+        "continuations": [" fire", " water"],
+        "responses": [],
+        "loglikelihoods": [-9.0, -1.0],
+        "target": "water",
+        "answers": "{}",
+        "scores": "",
+        "verdicts": [],
+    }
+
+
+def test_real_files_of_every_layout(shared_data: Path) -> None:
+    for task, folder, shots, rows in (
+        ("arc_challenge", "arc", 25, 40),
+        ("winogrande", "winogrande", 5, 40),
+        ("truthfulqa_mc2", "truthfulqa", 0, 40),
+    ):
+        nobody = Dummy(likes=lambda prompt, continuation: False)
+        found = asked(nobody, task, shared_data / folder, shots=shots, limit=rows)
+        assert found["n"] == rows and all(row["continuations"] and row["target"] for row in found["rows"])
+    rights = {row["target"] for row in found["rows"]}
+    right = asked(
+        Dummy(likes=lambda prompt, continuation: continuation.strip() in rights), "truthfulqa_mc2", shared_data / "truthfulqa", 0, 40
+    )
+    assert value(right, "acc") > value(found, "acc")
+
+
+PROBLEM = {
+    "task_id": "HumanEval/0",
+    "prompt": "def add(a, b):\n",
+    "canonical_solution": "    return a + b\n",
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
+    "entry_point": "add",
+}
+
+
+def test_programs_are_run(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "humaneval" / "HumanEval.jsonl", [PROBLEM, PROBLEM | {"prompt": "def add(a, b, c=0):\n"}]).parent
+    lm = Dummy(lambda prompt: "    return a + b\n" if "c=0" in prompt else "    return a * b\n")
+    found = asked(lm, "humaneval", data, shots=0)
+    assert value(found, "pass@1,create_test") == 0.5
+    assert [row["verdicts"] for row in found["rows"]] == [["AssertionError"], ["passed"]]
+
+
+@pytest.mark.parametrize("rows", [8, pytest.param(None, marks=pytest.mark.slow)])
+def test_canonical_solutions_pass(rows: int | None, shared_data: Path) -> None:
+    problems = map(json.loads, (shared_data / "humaneval" / "HumanEval.jsonl").read_text().splitlines())
+    solutions = {row["prompt"]: row["canonical_solution"] for row in problems}
+    found = asked(Dummy(lambda prompt: solutions[prompt]), "humaneval", shared_data / "humaneval", shots=0, limit=rows)
+    assert found["n"] == (rows or 164) and value(found, "pass@1,create_test") == 1.0
+
+
+def test_names_of_presets_and_short_ones() -> None:
+    assert tasks.names(Tasks(names=["musr", "gsm8k", "gsil", "gsm8k"]))[:4] == [
+        "leaderboard_musr",
+        "gsm8k",
+        "arc_challenge",
+        "truthfulqa_mc2",
+    ]
+    for name in [*task_catalogue.PRESETS["gsil"], *task_catalogue.PRESETS["dil"], "mbpp", "bbh", "mmlu_pro"]:
+        assert task_catalogue.find(name).leaves, name
+    shots = {
+        name: {task_catalogue.find(name).shots(leaf, {}) for leaf in task_catalogue.find(name).leaves} for name in task_catalogue.SHOTS
+    }
+    assert shots == {name: {count} for name, count in task_catalogue.SHOTS.items()}
+    dil = {
+        name: {task_catalogue.find(name).shots(leaf, {}) for leaf in task_catalogue.find(name).leaves}
+        for name in task_catalogue.PRESETS["dil"]
+    }
+    assert list(dil.values()) == [{5}, {3}, {0}, {4}, {5}, {25}], "leaderboard 2 by its default setting"
+
+
+def test_groups_and_tags_are_lm_evals() -> None:
+    mmlu = task_catalogue.find("mmlu")
+    assert len(mmlu.leaves) == 57 and mmlu.group and mmlu.weighted and {leaf.version for leaf in mmlu.leaves} == {1.0}
+    assert mmlu.leaves[0].config["dataset_name"] and mmlu.shots(mmlu.leaves[0], {"mmlu_stem": 2}) == 2
+    assert [leaf.runs_code for name in ("humaneval", "mbpp", "gsm8k") for leaf in task_catalogue.find(name).leaves] == [True, True, False]
+    assert {leaf.name for leaf in task_catalogue.find("ai2_arc").leaves} == {"arc_easy", "arc_challenge"}
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("gsm8", "gsm8k"), ("arc-challenge", "arc_challenge"), ("gsl", "gsil"), ("mmlupro", "mmlu_pro")]
+)
+def test_a_name_that_does_not_exist(name: str, near: str) -> None:
+    with pytest.raises(StageError, match=rf"no task '{name}'; did you mean .*{near}"):
+        tasks.names(Tasks(names=["winogrande", name]))
+    with pytest.raises(StageError, match=rf"tasks\.data: lm-eval \S+ has no task '{name}'"):
+        tasks.names(Tasks(names=["winogrande"], data={name: "/data"}))
+
+
+def plan(asked: Tasks, task: str = "gsm8k", policy: Stage = POLICY) -> Stage:
+    return tasks.plan(f"evaluation/{policy.name}/{task}", task, policy, policy, asked, ENGINE)
+
+
+def test_what_stops_before_anything_starts(gsm8k: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StageError, match=r"tasks\.data\.gsm8k='/nowhere': there is no such file or directory"):
+        plan(Tasks(data={"gsm8k": "/nowhere"}))
+    with pytest.raises(
+        StageError, match=r"no file or folder is called 'validation', the split of winogrande, among test\.jsonl, train\.jsonl"
+    ):
+        plan(Tasks(data={"winogrande": str(gsm8k)}), "winogrande")
+    with pytest.raises(StageError, match=r"task mbpp runs programs .* --tasks\.allow_code_execution true"):
+        plan(Tasks(), "mbpp")
+    assert plan(Tasks(allow_code_execution=True), "mbpp").settings["code"] == {"seconds": 5.0, "memory_mib": 1024}
+
+    def nothing(_: str) -> str:
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(metadata, "version", nothing)
+    with pytest.raises(StageError, match=r"lm-eval, which is not installed: uv pip install -e '\.\[eval\]'"):
+        tasks.names(Tasks(names=["gsm8k"]))
+
+
+def test_the_fingerprint_knows_what_was_asked(gsm8k: Path) -> None:
+    given = Tasks(data={"gsm8k": str(gsm8k)}, limit=2)
+    first = plan(given).fingerprint
+    assert plan(given.model_copy(update={"batch_size": 3})).fingerprint == first
+    others = [
+        plan(given.model_copy(update=change)).fingerprint for change in ({"limit": 3}, {"shots": {"gsm8k": 1}}, {"backend": "transformers"})
+    ]
+    write_lines(gsm8k / "test.jsonl", problems(11))
+    others += [plan(given).fingerprint, plan(Tasks(limit=2)).fingerprint]
+    assert len({first, *others}) == 6
+
+
+def test_files_are_told_apart(tmp_path: Path) -> None:
+    def names(*files: str, task: str = "gsm8k", data: str | None = None, shots: int = 1) -> dict[str, list[str]]:
+        for file in files:
+            write_lines(tmp_path / file, problems(1))
+        leaf = task_catalogue.find(task).leaves[0]
+        local = task_data.locate(leaf, {data or task: str(tmp_path / files[0].split("/")[0])}, shots)
+        assert local
+        return {split: [Path(file).name for file in found] for split, found in local.files.items()}
+
+    assert names("a/x_test-0.jsonl", "a/x_test-1.jsonl", "a/x_train.jsonl") == {
+        "test": ["x_test-0.jsonl", "x_test-1.jsonl"],
+        "train": ["x_train.jsonl"],
+    }
+    assert names("b/main/test-00000-of-00001.jsonl", "b/main/train.jsonl", "b/socratic/test.jsonl") == {
+        "test": ["test-00000-of-00001.jsonl"],
+        "train": ["train.jsonl"],
+    }
+    assert names("c/test/0.jsonl", "c/train/1.jsonl") == {"test": ["0.jsonl"], "train": ["1.jsonl"]}
+    assert names("d/rows.jsonl") == {"test": ["rows.jsonl"]}
+    mmlu = task_catalogue.find("mmlu").leaves[0].config["dataset_name"]
+    files = [f"e/{mmlu}/{split}-0.jsonl" for split in ("dev", "test", "validation")]
+    assert names(*files, task="mmlu", data="mmlu") == {"test": ["test-0.jsonl"], "dev": ["dev-0.jsonl"]}
+    assert names(*files, task="mmlu", data="mmlu", shots=0) == {"test": ["test-0.jsonl"]}
+    assert names("f/murder_mysteries.jsonl", "f/team_allocation.jsonl", task="leaderboard_musr") == {
+        "murder_mysteries": ["murder_mysteries.jsonl"]
+    }
+
+
+def test_rows_that_do_not_look_like_the_task(tmp_path: Path) -> None:
+    (leaf,) = task_catalogue.find("arc_challenge").leaves
+
+    def read(text: str) -> None:
+        (tmp_path / "test.jsonl").write_text(text)
+        local = task_data.locate(leaf, {"arc_challenge": str(tmp_path)}, 0)
+        assert local
+        task_data.read("arc_challenge", local)
+
+    with pytest.raises(StageError, match=r"test\.jsonl: row 2 of task arc_challenge: broken JSON"):
+        read(json.dumps(AI2) + '\n{"id": \n')
+    with pytest.raises(StageError, match=r"test\.jsonl:1: the row does not look like arc_challenge: it has a, and no 'question'"):
+        read('{"a": 1}\n')
+
+
+def test_pooled_metrics_are_lm_evals() -> None:
+    leaves = [{"n": n, "metrics": {"acc": {"value": v, "stderr": s}}} for n, v, s in ((10, 0.5, 0.1), (30, 0.9, 0.05))]
+    # sqrt((9 * 10 * 0.01 + 29 * 30 * 0.0025) / 38 / 40)
+    assert tasks.pooled(leaves, True) == {"acc": {"value": pytest.approx(0.8), "stderr": pytest.approx(0.044978, abs=1e-6)}}
+    assert tasks.pooled(leaves, False)["acc"]["value"] == pytest.approx(0.7)
+    assert tasks.pooled([*leaves, {"n": 1, "metrics": {}}], True) == {}
+
+
+def policy(run: Run, weights: Path, name: str = "policy") -> Stage:
+    """A stage that holds a policy and its tokenizer."""
+    stage = Stage(name, {"weights": str(weights)})
+    directory = run.directory(stage)
+    directory.mkdir(parents=True)
+    write_json(directory / "source.json", {"weights": str(weights)})
+    write_tokenizer(Model(), {"pretrained_model_name_or_path": str(weights)}, directory)
+    return stage
+
+
+@pytest.mark.parametrize(
+    ("backend", "seeds"), [("transformers", (0, 1)), ("vllm", (0,)), pytest.param("vllm", (0, 1), marks=pytest.mark.slow)]
+)
+def test_policies_answer_tasks(
+    backend: str, seeds: tuple[int, ...], local_ray: None, gsm8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    winogrande = write_lines(tmp_path / "winogrande" / "dev.jsonl", WINOGRANDE)
+    given = Tasks(
+        names=["gsm8k", "winogrande"],
+        data={"gsm8k": str(gsm8k), "winogrande": str(winogrande)},
+        limit=3,
+        shots={"gsm8k": 1},
+        backend=backend,
+    )
+    weights = [write_tiny(tmp_path / f"weights{seed}", seed=seed, std=0.2) for seed in seeds]
+    policies = [policy(run, directory, directory.name) for directory in weights]
+    stages = [plan(given, task, held) for held in policies for task in tasks.names(given)]
+    run.do(tasks.evaluate(given, ENGINE, False), *stages)
+    for stage in stages:
+        numbers, task = run.numbers(stage), stage.settings["task"]
+        assert numbers["n"] == 3 and numbers["groups"] == {}
+        assert (numbers["shots"], numbers["shots_from"]) == ((1, "train") if task == "gsm8k" else (5, "validation"))
+        rows = pq.read_table(run.directory(stage) / f"{task}.parquet").to_pylist()
+        mean = sum(row["score"] for row in rows) / 3
+        assert numbers["metrics"][numbers["main"]]["value"] == pytest.approx(mean)
+        assert all(len(row["responses"]) == 1 if task == "gsm8k" else len(row["loglikelihoods"]) == 2 for row in rows)
+    for directory, stage in zip(weights, stages[1::2], strict=True):
+        check_loglikelihoods(directory, pq.read_table(run.directory(stage) / "winogrande.parquet").to_pylist())
+    monkeypatch.setattr(tasks, "map_shards", None)
+    Run(tmp_path / "run").do(tasks.evaluate(given, ENGINE, False), *stages)
+
+
+def check_loglikelihoods(weights: Path, rows: list[dict[str, Any]]) -> None:
+    """Log-probs of continuations, one sequence at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, words = AutoModelForCausalLM.from_pretrained(weights).eval(), AutoTokenizer.from_pretrained(weights)
+    for row in rows:
+        for prompt, continuation, got in zip(row["prompts"], row["continuations"], row["loglikelihoods"], strict=True):
+            ids = torch.tensor([words(prompt + continuation).input_ids[-512:]])
+            start = ids.shape[1] - (len(words(prompt + continuation).input_ids) - len(words(prompt).input_ids))
+            with torch.no_grad():
+                logps = model(ids).logits[0, :-1].log_softmax(-1)
+            want = logps.gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
+            assert got == pytest.approx(want, abs=2e-3)
+
+
+def test_a_checkpoint_that_does_not_load(local_ray: None, tiny: Path, gsm8k: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    held = policy(run, tiny)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text((tiny / "config.json").read_text())
+    write_json(run.directory(held) / "source.json", {"weights": str(broken)})
+    given = Tasks(names=["gsm8k"], data={"gsm8k": str(gsm8k)}, limit=1, backend="transformers")
+    with pytest.raises(StageError, match=rf"the policy in {broken} cannot be loaded by transformers"):
+        run.do(tasks.evaluate(given, ENGINE, False), plan(given, policy=held))
