@@ -64,7 +64,9 @@ def counted(tell: Callable[[int], None] | None) -> Any:
     return (lambda taken=None, **options: Count(tell, **options) if taken is None else taken) if tell else False
 
 
-def policy_engine(weights: str, engine: Engine, max_model_len: int, trust_remote_code: bool = False, text: bool = False) -> Any:
+def policy_engine(
+    weights: str, engine: Engine, max_model_len: int, trust_remote_code: bool = False, text: bool = False, tokenizer: str | None = None
+) -> Any:
     """A `vllm.LLM` with a policy.
 
     Args:
@@ -73,11 +75,13 @@ def policy_engine(weights: str, engine: Engine, max_model_len: int, trust_remote
         max_model_len: longest prompt and response together, tokens.
         trust_remote_code: run Python code that comes with the model.
         text: responses are wanted as text, too, and log-probs among the allowed tokens.
+        tokenizer: its directory, if it is not that of the weights.
     """
     from vllm import LLM
 
     return LLM(
         model=weights,
+        tokenizer=tokenizer,
         skip_tokenizer_init=not text,
         logprobs_mode="processed_logprobs" if text else "raw_logprobs",
         dtype=engine.dtype,

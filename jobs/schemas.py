@@ -17,6 +17,7 @@ from actors.settings import (
     Tracking,
     Training,
 )
+from pipelines.judging_settings import Answers, Judge, MtBench, Policies, Prompts, Tournament
 from pipelines.serving.settings import ServiceConfig
 from pipelines.settings import (
     BestOfN,
@@ -31,6 +32,7 @@ from pipelines.settings import (
     Rewards,
     RunSettings,
 )
+from pipelines.task_settings import Tasks
 
 
 class JobConfig(Settings):
@@ -185,6 +187,57 @@ class IrlConfig(JobConfig):
         sampled = self.demonstrations.max_prompt_tokens + max(self.responses.max_new_tokens, self.best_of_n.max_new_tokens)
         given = {"demonstrations.max_tokens": self.demonstrations.max_tokens}
         return {f"demonstrations.max_prompt_tokens + {longer}.max_new_tokens": sampled} | given | preferences
+
+
+class EvaluateConfig(JobConfig):
+    """Everything that `jobs/evaluate.py` reads."""
+
+    prefix: ClassVar[str] = "evaluation-"
+    run: RunSettings = RunSettings(name="evaluation")
+    policies: Policies = Policies()
+    prompts: Prompts = Prompts()
+    answers: Answers = Answers()
+    tasks: Tasks = Tasks()
+    judge: Judge = Judge()
+    tournament: Tournament = Tournament()
+    mt_bench: MtBench = MtBench()
+    engine: Engine = Engine()
+    scoring: RewardScoring = RewardScoring()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        # A section that is given in part keeps this job's defaults for the rest.
+        partly = isinstance(given, dict) and isinstance(given.get("run"), dict)
+        return given | {"run": {"name": "evaluation"} | given["run"]} if partly else given
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EvaluateConfig":
+        if not (self.wants_prompts() or self.tasks.names or self.mt_bench.path):
+            raise ValueError(
+                "nothing is asked for: name answers.measures, answers.reference, tasks.names, tournament.contestants or mt_bench.path"
+            )
+        if (self.tournament.contestants or self.mt_bench.path) and not self.judge.given():
+            raise ValueError("tournament.contestants and mt_bench.path need a judge: name judge.path or judge.url")
+        if self.tournament.contestants and self.prompts.path == "none":
+            raise ValueError("tournament.contestants need prompts, but prompts.path=none: change one of the two")
+        return self
+
+    def wants_prompts(self) -> bool:
+        """Whether anything is made of answers to the prompts."""
+        return bool(self.answers.measures or self.answers.reference or self.tournament.contestants)
+
+    def precision(self) -> str:
+        """Of log-probs and rewards."""
+        return "bfloat16" if self.engine.dtype == "bfloat16" else "float32"
+
+    def max_model_len(self) -> int:
+        """Longest prompt and answer, tokens."""
+        return self.prompts.max_prompt_tokens + self.answers.max_new_tokens
+
+    def longest(self) -> dict[str, int]:
+        """Longest sequences that the models meet, tokens, by the settings that ask for them."""
+        return {"prompts.max_prompt_tokens + answers.max_new_tokens": self.max_model_len()} if self.wants_prompts() else {}
 
 
 class ServeConfig(ServiceConfig):

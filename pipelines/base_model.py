@@ -23,8 +23,8 @@ from pipelines.settings import Model
 log = logging.getLogger(__name__)
 
 
-def plan(model: Model) -> Stage:
-    """The stage that readies the base model.
+def plan(model: Model, name: str = "base/model") -> Stage:
+    """The stage that readies a model, of a run its base model.
 
     Raises:
         StageError: a local model is not there.
@@ -34,7 +34,7 @@ def plan(model: Model) -> Stage:
     settings = model.identity() | {"files": files(model.path)}
     if model.chat_template:
         settings["chat_template"] = _template(model.chat_template)
-    return Stage("base/model", settings, demand="2 x (1 CPU, 0 GPU)", version=3)
+    return Stage(name, settings, demand="2 x (1 CPU, 0 GPU)", version=3)
 
 
 def files(path: str) -> dict[str, list[int]]:

@@ -30,8 +30,8 @@ ARITHMETIC_PROBLEMS = 128
 """Made of each split where no limit says otherwise."""
 
 
-def plan(settings: Demonstrations, base: Stage) -> Stage:
-    """The stage that reads the demonstrations, or preference pairs beside them.
+def plan(settings: Demonstrations, base: Stage, name: str | None = None) -> Stage:
+    """The stage that reads the demonstrations, or preference pairs beside them; its name is that of their section by default.
 
     Raises:
         StageError: the data is not there.
@@ -39,7 +39,9 @@ def plan(settings: Demonstrations, base: Stage) -> Stage:
     identity = settings.identity() | {"content": {split: _identity(settings, split) for split in SPLITS}}
     # Where the data lies is not what it is.
     del identity["path"], identity["held_out_path"]
-    return Stage(settings.section, identity | {"pairs": isinstance(settings, Preferences)}, {"base": base}, "1 task (1 CPU, 0 GPU) a file")
+    return Stage(
+        name or settings.section, identity | {"pairs": isinstance(settings, Preferences)}, {"base": base}, "1 task (1 CPU, 0 GPU) a file"
+    )
 
 
 def prepare(settings: Demonstrations, trust_remote_code: bool) -> Any:

@@ -8,6 +8,7 @@ import importlib
 import itertools
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -55,6 +56,22 @@ def exact_answers(rows: Sequence[Row], demonstrations: str, tell: Tell) -> list[
     gold = {row["id"]: row["response"] for row in pq.read_table(demonstrations, columns=["id", "response"]).to_pylist()}
     right = (exact_answer(row["response"], gold[row["id"]]) for row in rows)
     return [(None, "the demonstration has no number after '####'") if r is None else (float(r), None) for r in right]
+
+
+def by_pattern(pattern: str, rows: Sequence[Row], demonstrations: str, tell: Tell) -> list[Scored]:
+    """1 where what a regular expression finds last in the response is what it finds last in the demonstration, else 0."""
+    expression = re.compile(pattern)
+    gold = {row["id"]: found(expression, row["response"]) for row in pq.read_table(demonstrations, columns=["id", "response"]).to_pylist()}
+    nothing = f"the demonstration holds nothing that {pattern!r} finds"
+    return [
+        (None, nothing) if gold[row["id"]] is None else (float(found(expression, row["response"]) == gold[row["id"]]), None) for row in rows
+    ]
+
+
+def found(expression: re.Pattern[str], text: str) -> str | None:
+    """The first group (without one, all) of the last place that an expression finds in a text, without white space around it."""
+    places = list(expression.finditer(text))
+    return (places[-1].group(1 if expression.groups else 0) or "").strip() if places else None
 
 
 def by_function(scorer: Callable[[list[dict[str, str]], str], float], rows: Sequence[Row], demonstrations: str, tell: Tell) -> list[Scored]:

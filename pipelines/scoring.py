@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +24,11 @@ from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.evaluation import final_number
 from pipelines.records import SCORE, shards, sum_counts, uncut, write_rows
-from pipelines.scorers import ByModel, Row, Scored, by_function, by_url, exact_answers, function
+from pipelines.scorers import ByModel, Row, Scored, by_function, by_pattern, by_url, exact_answers, function
 from pipelines.shards import Shard, map_shards
 
 log = logging.getLogger(__name__)
+PATTERN = "regex:"
 
 
 def plan(
@@ -44,8 +46,8 @@ def plan(
         name: of the stage.
         responses: samples, or demonstrations.
         demonstrations: of the same prompts.
-        scorer: the training stage of a reward model; or a reward model's directory or hub id, "exact_answer", "module:function", or
-            the URL of a service.
+        scorer: the training stage of a reward model; or a reward model's directory or hub id, "exact_answer", "regex:PATTERN",
+            "module:function", or the URL of a service.
         precision: of a reward model, "float32" or "bfloat16".
         scoring: the pool.
         splits: that are scored, where there are responses.
@@ -75,6 +77,12 @@ def is_url(scorer: str) -> bool:
 def _identity(scorer: str) -> Any:
     """What a scorer is, beside its name."""
     if scorer == "exact_answer" or is_url(scorer):
+        return None
+    if scorer.startswith(PATTERN):
+        try:
+            re.compile(scorer.removeprefix(PATTERN))
+        except re.error as error:
+            raise StageError(f"scorer {scorer!r} is no regular expression: {error}") from None
         return None
     if is_function(scorer):
         file = sys.modules[function(scorer, str(Path.cwd())).__module__].__file__
@@ -204,6 +212,8 @@ class ScoreResponses:
         self.scorer: Callable[[Sequence[Row], str, Callable[[int], None]], list[Scored]]
         if not ours and scorer == "exact_answer":
             self.scorer = exact_answers
+        elif not ours and scorer.startswith(PATTERN):
+            self.scorer = functools.partial(by_pattern, scorer.removeprefix(PATTERN))
         elif not ours and is_url(scorer):
             self.scorer = functools.partial(by_url, scorer)
         elif not ours and is_function(scorer):

@@ -2,18 +2,16 @@
 
 import asyncio
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
-from serving import over_http
+from judges import always_a, endpoint
 
 from actors.judge import prompts
 from actors.judge.verdicts import read_grade, read_pair, read_probabilities, turned, winner
 from pipelines.serving.judging import Judge, UrlWriter
+from pipelines.serving.protocol import Usage
 from pipelines.serving.refusal import Refused
 from pipelines.serving.reward_protocol import JudgeRequest, Verdict
 from pipelines.serving.settings import JudgeService
@@ -74,31 +72,10 @@ def test_responses_are_filled_in_as_they_are(tmp_path: Path) -> None:
     assert asked.startswith("User: {first}|{second}|b|{other}\n\n") and "[[A]]" in asked
     for criterion in prompts.CRITERIA:
         assert prompts.places(prompts.template(criterion, graded=False)) == {"conversation", "first", "second"}
-        assert prompts.places(prompts.template(criterion, graded=True)) == {"conversation", "response"}
+        assert prompts.places(prompts.template(criterion, graded=True)) - {"reference"} == {"conversation", "response"}
     (tmp_path / "helpful.txt").write_text("Mine: {first} {second}")
     assert prompts.template("helpful", False, tmp_path).startswith("Mine") and "Judge" in prompts.template("helpful", True, tmp_path)
     assert prompts.missing("{first}", 2) == {"second"} and not prompts.missing("{response}", 1)
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[tuple[str, list[Any]]]:
-    """An OpenAI-compatible endpoint whose model prefers the response that is shown first, and the requests that it got."""
-    app, asked = FastAPI(), list[Any]()
-
-    @app.post("/{kind}/chat/completions")
-    async def complete(kind: str, request: Request) -> Any:
-        body = await request.json()
-        asked.append((request.headers["authorization"], body))
-        if kind == "broken":
-            return JSONResponse({"error": {"message": "no"}}, 400)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Clear. [[A]]"}}
-        if kind != "bare" and body.get("logprobs"):
-            likely = [{"token": token, "logprob": logp, "bytes": None} for token, logp in ((" A", -0.1), ("The", -2.5), ("B", -4.0))]
-            choice["logprobs"] = {"content": [likely[0] | {"top_logprobs": likely}]}
-        return {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
-
-    with over_http(app) as url:
-        yield url, asked
 
 
 def by_url(url: str, mode: str, **request: Any) -> Verdict:
@@ -108,22 +85,26 @@ def by_url(url: str, mode: str, **request: Any) -> Verdict:
     return verdict
 
 
-def test_a_judge_behind_a_url(endpoint: tuple[str, list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    url, asked = endpoint
+def test_a_judge_behind_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "secret")
-    two = {"responses": ["five", "six"]}
-    assert by_url(f"{url}/v1", "text", **two) == Verdict(winner="tie", verdicts=[0, 1], explanation="Clear. [[A]]")
-    assert {key for key, _ in asked} == {"Bearer secret"} and {body["temperature"] for _, body in asked} == {0}
-    orders = [body["messages"][0]["content"] for _, body in asked]
-    assert len(orders) == 2 and sorted(order.index("five") < order.index("six") for order in orders) == [False, True]
-    found = by_url(f"{url}/v1", "logprob", **two)
+    two, usage = {"responses": ["five", "six"]}, Usage.of(200, 20)
+    with endpoint(always_a) as (url, asked):
+        assert by_url(url, "text", **two) == Verdict(winner="tie", verdicts=[0, 1], explanation="Clear. [[A]]", usage=usage)
+        assert {key for key, _ in asked} == {"Bearer secret"} and {body["temperature"] for _, body in asked} == {0}
+        orders = [body["messages"][0]["content"] for _, body in asked]
+        assert len(orders) == 2 and sorted(order.index("five") < order.index("six") for order in orders) == [False, True]
+        found = by_url(url, "logprob", **two)
     assert found.verdicts == [0, 1] and f"probability {1 / (1 + math.exp(-3.9)):.3f}" in found.explanation
 
 
+BARE = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []}
+
+
 @pytest.mark.parametrize(
-    ("kind", "mode", "said"), [("broken", "text", "does not answer: BadRequestError"), ("bare", "logprob", "without what it was asked for")]
+    ("answer", "mode", "said"),
+    [((400, {"error": {"message": "no"}}), "text", "answers 400"), ((200, BARE), "logprob", "without what it was asked for")],
 )
-def test_an_endpoint_that_cannot_judge(endpoint: tuple[str, list[Any]], kind: str, mode: str, said: str) -> None:
-    with pytest.raises(Refused, match=said) as refused:
-        by_url(f"{endpoint[0]}/{kind}", mode, responses=["five", "six"])
+def test_an_endpoint_that_cannot_judge(answer: tuple[int, Any], mode: str, said: str) -> None:
+    with endpoint(lambda question: answer) as (url, _), pytest.raises(Refused, match=said) as refused:
+        by_url(url, mode, responses=["five", "six"])
     assert refused.value.status == 503

@@ -13,7 +13,7 @@ ENDINGS = {
     "grade": "Say in one or two sentences why. Then end with a whole number from 1 (useless) to 10 (could not be better) in double "
     "brackets, such as [[5]].",
 }
-_PLACE = re.compile(r"\{(conversation|first|second|response)\}")
+_PLACE = re.compile(r"\{(conversation|first|second|response|reference)\}")
 
 
 def template(criterion: str, graded: bool, folder: Path | None = None) -> str:
@@ -45,7 +45,7 @@ def repeated(text: str) -> set[str]:
     return {name for name in found if found.count(name) > 1} if len(found) <= 4 else places(text)
 
 
-def fill(text: str, messages: Sequence[Mapping[str, str]], responses: Sequence[str], ending: str) -> str:
+def fill(text: str, messages: Sequence[Mapping[str, str]], responses: Sequence[str], ending: str, reference: str = "") -> str:
     """The question to the judge.
 
     Args:
@@ -53,9 +53,11 @@ def fill(text: str, messages: Sequence[Mapping[str, str]], responses: Sequence[s
         messages: the conversation before the response.
         responses: the two to compare, in the order shown; or the one to grade.
         ending: a key of ENDINGS.
+        reference: a response that is known to be right; the place for it stays empty where there is none.
     """
     conversation = "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
     names = ("first", "second") if len(responses) == 2 else ("response",)
-    values = {"conversation": conversation} | dict(zip(names, responses, strict=True))
+    known = f"A response that is right, to compare with:\n<reference>\n{reference}\n</reference>" if reference else ""
+    values = {"conversation": conversation, "reference": known} | dict(zip(names, responses, strict=True))
     # In one pass: braces inside a response are its own words.
     return f"{_PLACE.sub(lambda place: values.get(place.group(1), place.group(0)), text).rstrip()}\n\n{ENDINGS[ending]}\n"

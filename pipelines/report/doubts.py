@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 from actors.settings import Objective
-from pipelines import reward_training, summary
+from pipelines import reward_training, summary, tournament
 from pipelines.report.facts import Facts
 
 CUT = 0.2
@@ -14,7 +14,7 @@ CUT = 0.2
 def doubts(facts: Facts) -> list[str]:
     """All warnings, those of the job itself first, each once."""
     said = list(facts.summary["warnings"]) if facts.summary else []
-    return list(dict.fromkeys([*said, *_iterations(facts), *_cut(facts), *_rewards(facts)]))
+    return list(dict.fromkeys([*said, *_iterations(facts), *_cut(facts), *_rewards(facts), *_judge(facts)]))
 
 
 def _iterations(facts: Facts) -> Iterator[str]:
@@ -29,7 +29,7 @@ def _iterations(facts: Facts) -> Iterator[str]:
 
 def _cut(facts: Facts) -> Iterator[str]:
     for name, found in facts.lengths.items():
-        if found.truncated > CUT and not name.startswith("base/"):
+        if found.truncated > CUT and "base" not in name.split("/"):
             yield (
                 f"{name}: {found.truncated:.0%} of the responses were cut at the limit of tokens: raise max_new_tokens, or "
                 "see whether the policy ends its responses at all"
@@ -39,3 +39,8 @@ def _cut(facts: Facts) -> Iterator[str]:
 def _rewards(facts: Facts) -> Iterator[str]:
     for name, numbers in facts.stage("rewards/metrics").items():
         yield from reward_training.doubts(name, numbers)
+
+
+def _judge(facts: Facts) -> Iterator[str]:
+    if found := facts.stage("evaluation/tournament/games"):
+        yield from tournament.doubts(found)

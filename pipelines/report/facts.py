@@ -19,6 +19,7 @@ from pipelines.records import shards
 
 ROWS = 10
 """Held-out prompts that are shown side by side."""
+EVALUATED = "evaluation/policies/"
 SKIPPED, DONE, RUNNING, STOPPED, WAITING = "skipped", "done", "running", "stopped", "to do"
 
 
@@ -35,8 +36,13 @@ class StageFacts:
 
     @property
     def policy(self) -> str:
-        """Who it is about: the first part of its name."""
-        return self.name.partition("/")[0]
+        """Who it is about: the first part of its name that says so."""
+        return self.name[: -len(self.own) - 1].rpartition("/")[2] if "/" in self.name else self.name
+
+    @property
+    def own(self) -> str:
+        """Its name without whom it is about."""
+        return self.name.removeprefix("evaluation/policies/").removeprefix("evaluation/").partition("/")[2] or self.name
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,17 @@ class Facts:
     def trained(self) -> dict[str, Mapping[str, Any]]:
         """Numbers of the trainings on pairs that are done, by policy."""
         return {s.policy: s.numbers for s in self.stages if s.name.endswith("/training") and "tail_reward_real" in s.numbers}
+
+    def scoreboard(self) -> dict[str, Any]:
+        """What the evaluation has found so far, as `pipelines.scoreboard` takes it."""
+        found: dict[str, Any] = {"measures": {}, "tasks": {}}
+        for stage in self.stages:
+            if stage.numbers and stage.name.startswith(EVALUATED):
+                if stage.own == "measures":
+                    found["measures"][stage.policy] = stage.numbers
+                elif stage.own.startswith("tasks/"):
+                    found["tasks"].setdefault(stage.policy, {})[stage.own.removeprefix("tasks/")] = stage.numbers
+        return found | {"tournament": self.stage("evaluation/tournament/games"), "mt_bench": self.stage("evaluation/mt_bench/grades")}
 
     def stage(self, name: str) -> Mapping[str, Any]:
         """Numbers of a stage; nothing where it is not done."""
@@ -184,26 +201,27 @@ def _lengths(folder: Path, fingerprint: str) -> Lengths:
 
 
 def _rows(root: Path, done: Sequence[StageFacts]) -> list[Row]:
-    """The first held-out prompts with the answers of every policy."""
+    """The first held-out prompts with the answers of every policy; of an evaluation its prompts."""
+    asked = next((root / stage.name / "train" for stage in done if stage.name.startswith(EVALUATED) and stage.own == "prompts"), None)
     real: dict[str, Mapping[str, Any]] = {}
-    for path in shards(root / "demonstrations" / "held_out"):
+    for path in shards(asked or root / "demonstrations" / "held_out"):
         if len(real) < ROWS:
             table = pq.read_table(path, columns=["id", "prompt", "response"]).slice(0, ROWS - len(real))
             real |= {row["id"]: row for row in table.to_pylist()}
     answers: dict[str, dict[str, tuple[str, float | None]]] = {key: {} for key in real}
     for stage in done:
-        if not stage.name.endswith("/samples"):
+        if stage.own not in ("samples", "answers") or stage.name.startswith(EVALUATED) != bool(asked):
             continue
-        scores = _scores(root / stage.policy / "evaluation")
-        for path in shards(root / stage.name / "held_out"):
+        own = (root / stage.name).parent
+        scores = _scores(own / "score-1" / "train" if asked else own / "evaluation")
+        for path in shards(root / stage.name / ("train" if asked else "held_out")):
             for row in pq.read_table(path, columns=["id", "response"], filters=[("id", "in", list(real))]).to_pylist():
                 answers[row["id"]].setdefault(stage.policy, (row["response"], scores.get(row["id"])))
     return [Row(key, _text(row["prompt"]), row["response"], answers[key]) for key, row in real.items()]
 
 
 def _scores(folder: Path) -> dict[str, float]:
-    path = folder / "scores.parquet"
-    return {row["id"]: row["score"] for row in pq.read_table(path).to_pylist()} if path.exists() else {}
+    return {row["id"]: row["score"] for path in shards(folder) for row in pq.read_table(path, columns=["id", "score"]).to_pylist()}
 
 
 def _text(messages: Sequence[Mapping[str, str]]) -> str:

@@ -44,6 +44,12 @@ def accuracy(facts: Facts) -> str:
     return _drawn("accuracy", {name: [n["accuracy"], n["stderr"]] for name, n in found.items()}) if len(found) > 1 else ""
 
 
+def ranking(facts: Facts) -> str:
+    """Ratings of a tournament's contestants, with their bands."""
+    rows = facts.stage("evaluation/tournament/games").get("ranking", [])
+    return _drawn("ranking", rows) if rows else ""
+
+
 def lengths(facts: Facts) -> str:
     """Tokens of the responses that were trained against, and how they ended."""
     shown = {name: found for name, found in facts.lengths.items() if not name.endswith("/samples") and found.tokens}
@@ -131,6 +137,18 @@ def _accuracy(figure: Any, found: Mapping[str, Sequence[float | None]]) -> None:
     axes.margins(x=0.1)
 
 
+def _ranking(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    figure.set_size_inches(6, 0.35 * len(rows) + 0.9)
+    axes = figure.subplots()
+    values = [row["rating"] for row in rows]
+    # The band of a resampled statistic need not hold the statistic itself.
+    below, above = ([max(0.0, sign * (row[end] - row["rating"])) for row in rows] for end, sign in (("low", -1), ("high", 1)))
+    axes.errorbar(values, [row["name"] for row in rows], xerr=[below, above], fmt="o", color=COLOURS[0], capsize=4)
+    axes.invert_yaxis()
+    axes.margins(y=0.2)
+    axes.set_xlabel("rating (Bradley-Terry on Elo's scale, 95 % bands over prompts)")
+
+
 def _histogram(found: Lengths) -> dict[str, Any]:
     width = max(1, -(-(max(found.tokens) + 1) // 30))
     counts = [0] * (max(found.tokens) // width + 1)
@@ -178,6 +196,7 @@ DRAW: dict[str, Callable[[Any, Any], None]] = {
     "training": _training,
     "sft": _sft,
     "accuracy": _accuracy,
+    "ranking": _ranking,
     "lengths": _lengths,
     "best_of_n": _best_of_n,
 }

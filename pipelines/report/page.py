@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from pipelines import best_of_n_report, reward_training, summary
+from pipelines import best_of_n_report, reward_training, scoreboard, summary
 from pipelines.report import figures
 from pipelines.report.doubts import doubts
 from pipelines.report.facts import SKIPPED, Facts, Row, StageFacts
@@ -70,7 +70,7 @@ def tables(facts: Facts) -> dict[str, Rows]:
         found["Reward models on held-out pairs"] = reward_training.table(rewards)
     if facts.best_of_n:
         found |= {f"Best of N: {title}": rows for title, rows in best_of_n_report.tables(facts.best_of_n).items()}
-    return found
+    return found | scoreboard.tables(facts.scoreboard())
 
 
 def policy_table(facts: Facts) -> list[list[str]]:
@@ -94,7 +94,7 @@ def _found(facts: Facts) -> str:
     warned = f'<ul class="warnings">{warned}</ul>' if warned else '<p class="calm">No warnings.</p>'
     shown = "".join(f"<h3>{escape(title)}</h3>{table(rows)}" for title, rows in tables(facts).items())
     shown += f'<p class="lead">{REWARDS}</p>' if facts.trained() else ""
-    return warned + shown + figure(figures.accuracy(facts))
+    return warned + shown + figure(figures.accuracy(facts)) + figure(figures.ranking(facts))
 
 
 def _graph(facts: Facts) -> str:
@@ -112,7 +112,7 @@ def _graph(facts: Facts) -> str:
 
 
 def _box(stage: StageFacts, most: float) -> str:
-    label = escape(stage.name.partition("/")[2] or stage.name)
+    label = escape(stage.own)
     time = stage.state if stage.seconds is None else duration(stage.seconds)
     again = " (done before)" if stage.state == SKIPPED else ""
     share = 100 * (stage.seconds or 0) / most

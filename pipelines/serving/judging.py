@@ -1,12 +1,12 @@
 """The judge: which of two responses is better, asked in both orders; or a grade for one."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from actors.judge import prompts
 from actors.judge.verdicts import Reading, read_grade, read_pair, read_probabilities, turned, winner
+from pipelines.judge_endpoint import Endpoint, EndpointError, Said
 from pipelines.serving.backends import together
 from pipelines.serving.protocol import Usage
 from pipelines.serving.refusal import Refused
@@ -54,59 +54,25 @@ class UrlWriter:
     """
 
     def __init__(self, settings: JudgeService):
-        from openai import AsyncOpenAI
-
-        assert settings.url
-        self.model = settings.url_model
-        self.key_env = settings.url_key_env
-        self.client = AsyncOpenAI(base_url=settings.url, api_key=os.environ.get(settings.url_key_env) or "none", max_retries=3, timeout=120)
+        self.endpoint = Endpoint(settings)
 
     async def write(self, question: str, max_new_tokens: int) -> tuple[str, Usage]:
         """Its words."""
-        found = await self._ask(question, max_tokens=max_new_tokens)
-        return _read(lambda: found.choices[0].message.content) or "", _cost(found)
+        said = await _answered(self.endpoint.write(question, max_new_tokens))
+        return said.text, Usage.of(said.read, said.written)
 
     async def label_logps(self, question: str, labels: Sequence[str]) -> tuple[list[float], Usage]:
-        """Log-probs of labels as the start of its answer; a label that is not among its twenty likeliest tokens counts as less likely
-        than all of them.
-
-        Raises:
-            Refused: none of the labels is among them.
-        """
-        found = await self._ask(question, max_tokens=1, logprobs=True, top_logprobs=20)
-        likely = _read(lambda: list(found.choices[0].logprobs.content[0].top_logprobs))
-        by_word: dict[str, float] = {}
-        for entry in likely:
-            by_word.setdefault(entry.token.strip(), entry.logprob)
-        if not any(label in by_word for label in labels):
-            raise Refused(503, f"the judge answers with none of the labels {', '.join(labels)}", "mode")
-        least = min(entry.logprob for entry in likely) - 1
-        return [by_word.get(label, least) for label in labels], _cost(found)
-
-    async def _ask(self, question: str, **options: Any) -> Any:
-        from openai import AuthenticationError, OpenAIError
-
-        try:
-            return await self.client.chat.completions.create(model=self.model, messages=_asked(question), temperature=0, **options)  # type: ignore[arg-type]
-        except AuthenticationError:
-            raise Refused(503, f"the judge's endpoint refuses the key in {self.key_env}, a variable of the gateway's node") from None
-        except (OpenAIError, ValueError) as error:
-            raise Refused(503, f"the judge's endpoint does not answer: {type(error).__name__}", retry_after=5) from None
+        """Log-probs of labels as the start of its answer."""
+        said = await _answered(self.endpoint.label_logps(question, labels))
+        assert said.logps
+        return said.logps, Usage.of(said.read, said.written)
 
 
-def _read(get: Callable[[], Any]) -> Any:
-    """A part of an endpoint's answer, which may leave out what it was asked for."""
+async def _answered(answer: Awaitable[Said]) -> Said:
     try:
-        return get()
-    except (AttributeError, IndexError, TypeError):
-        raise Refused(
-            503, "the judge's endpoint answers without what it was asked for (logprobs need an endpoint that gives them)"
-        ) from None
-
-
-def _cost(found: Any) -> Usage:
-    """As an endpoint counts it; nothing where it does not."""
-    return Usage.of(found.usage.prompt_tokens, found.usage.completion_tokens) if found.usage else Usage()
+        return await answer
+    except EndpointError as error:
+        raise Refused(503, str(error), retry_after=None if error.hopeless else 5) from None
 
 
 def _asked(question: str) -> list[dict[str, str]]:

@@ -121,14 +121,13 @@ class PolicyReplica:
         Raises:
             Refused: the prompt is too long, or two words start with the same token.
         """
-        from vllm import SamplingParams
+        from actors.judge.engine import label_params
 
         ids = await asyncio.to_thread(self._prompt_ids, prompt)
         firsts = [self.chat.tokenizer(label, add_special_tokens=False).input_ids[0] for label in labels]
         if len(set(firsts)) < len(firsts):
             raise Refused(422, f"the labels {', '.join(labels)} start with the same token of this judge: use mode=text", "mode")
-        params = SamplingParams(max_tokens=1, temperature=1.0, allowed_token_ids=firsts, logprobs=len(firsts), detokenize=False)
-        async for output in self.loop.outputs(ids, params):
+        async for output in self.loop.outputs(ids, label_params(firsts)):
             (found,) = output.outputs[0].logprobs
             return Labels(ids, [found[token].logprob for token in firsts])
         raise AssertionError("an engine gives an output at the end")
@@ -152,7 +151,7 @@ class PolicyReplica:
             raise Refused(
                 422, f"max_tokens={draw.max_tokens}: the prompt's {len(ids)} tokens leave {room} of {self._about.context}", "max_tokens"
             )
-        if draw.seed is not None and not self.takes_seeds:
+        if draw.seed is not None and draw.temperature and not self.takes_seeds:
             raise Refused(422, "seed: this engine runs on a CPU and cannot take a seed a request: leave it out", "seed")
         try:
             params = SamplingParams(
@@ -164,7 +163,7 @@ class PolicyReplica:
                 max_tokens=draw.max_tokens or min(room, self.max_new_tokens),
                 stop=list(draw.stop),
                 stop_token_ids=self.chat.stop_ids,
-                seed=draw.seed,
+                seed=draw.seed if self.takes_seeds else None,
                 output_kind=kind,
             )
             async for output in self.loop.outputs(ids, params):

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from actors.settings import Engine, Pool, RewardScoring, Settings
+from pipelines.judging_settings import JudgeModel
 from pipelines.settings import Combination
 
 
@@ -105,27 +106,13 @@ class PolicyService(Engine, Replicas):
     """longest prompt and response together, tokens"""
 
 
-class JudgeService(Engine, Replicas):
+class JudgeService(JudgeModel, Replicas):
     """The judge, which compares responses."""
 
     path: str | None = None
     """directory or hub id of a model; "policy": the policy itself; none without"""
-    url: str | None = None
-    """an OpenAI-compatible endpoint instead ("https://HOST/v1")"""
-    url_model: str = ""
-    """its name there"""
     name: str = "judge"
     """in requests"""
-    url_key_env: str = "GSIL_JUDGE_KEY"
-    """environment variable with the endpoint's key"""
-    mode: Literal["text", "logprob"] = "text"
-    """read the verdict from what the judge writes, or (a small model) compare the probabilities of the two labels"""
-    templates: str | None = None
-    """folder with templates of your own: helpful.txt, helpful.grade.txt, harmless.txt, ..."""
-    max_new_tokens: int = Field(256, ge=1)
-    """length of its explanation"""
-    max_model_len: int = Field(4096, ge=2)
-    """longest question and explanation together, tokens"""
 
     @model_validator(mode="after")
     def _one(self) -> "JudgeService":

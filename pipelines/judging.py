@@ -1,0 +1,327 @@
+"""A judge's answers to questions on disk, whoever the judge is: a model here or an endpoint.
+
+    evaluation/tournament/questions (QUESTION) --> cache? --> endpoint, or vLLM actors --> evaluation/tournament/answers (ANSWER)
+
+The same question is asked once, in this run and in all that share its cache. What was answered stays, whatever stops the job.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actors.generator import environment
+from actors.judge.engine import JudgeEngine, Words
+from pipelines import base_model
+from pipelines.artifacts import Run, Stage, StageError
+from pipelines.chat import Chat
+from pipelines.judge_endpoint import Endpoint, EndpointError, Said
+from pipelines.judging_settings import Judge
+from pipelines.records import shards, write_rows
+from pipelines.shards import Shard, map_shards
+
+log = logging.getLogger(__name__)
+
+LABELS = ("A", "B")
+QUESTIONS_A_FILE = 512
+FIRST_WAIT = 1.0
+"""Seconds before a request that failed is made again; then twice as many, up to a minute."""
+QUESTION = pa.schema(
+    {"id": pa.string(), "first": pa.string(), "second": pa.string(), "part": pa.int32(), "kind": pa.string(), "question": pa.string()}
+)
+"""`part` tells the questions on one prompt apart: the order of the two responses, or the turn. `kind` is "text", "logprob" or "grade"."""
+SAID = [("text", pa.string()), ("logps", pa.list_(pa.float64())), ("read", pa.int64()), ("written", pa.int64()), ("failed", pa.string())]
+ANSWER = pa.schema([*QUESTION, *SAID])
+"""Of a question without an answer, `failed` says why."""
+
+Row = dict[str, Any]
+
+
+def plan(name: str, questions: Stage, judge: Judge, model: Stage | None) -> Stage:
+    """The stage that asks.
+
+    Args:
+        name: of the stage.
+        questions: whose questions.
+        judge: who is asked.
+        model: the stage of its weights, where it judges here.
+    """
+    inputs = {"questions": questions} | ({"model": model} if model else {})
+    return Stage(name, _identity(judge), inputs, demand="the driver" if judge.url else judge.demand())
+
+
+def _identity(judge: Judge) -> dict[str, Any]:
+    """Who answers, and how long; what is asked is in the questions."""
+    return {"url": judge.url, "url_model": judge.url_model, "max_new_tokens": judge.max_new_tokens, "dtype": judge.dtype}
+
+
+def ask(judge: Judge, trust_remote_code: bool) -> Any:
+    """Returns the work of the stage.
+
+    Raises (the work):
+        StageError: too many questions got no answer, or a limit was reached.
+    """
+
+    def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        return {stage.name: _answer(run, stage, judge, trust_remote_code) for stage in stages}
+
+    return work
+
+
+def _answer(run: Run, stage: Stage, judge: Judge, trust_remote_code: bool) -> dict[str, Any]:
+    rows = [row for path in shards(run.directory(stage.inputs["questions"])) for row in pq.read_table(path).to_pylist()]
+    who = [stage.settings, stage.inputs["model"].fingerprint if "model" in stage.inputs else None]
+    cache = Cache(Path(judge.cache) if judge.cache else run.root / "judge_answers.jsonl")
+    keys = [cache.key(who, row) for row in rows]
+    known = len(cache.answers.keys() & set(keys))
+    missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in cache.answers}
+    failed: dict[str, str] = {}
+    run.display.follow(len(set(keys)), "answers", lambda: min(len(set(keys)), known + cache.taken))
+    try:
+        if judge.url:
+            failed = asyncio.run(Asking(judge, cache).all(missing))
+        elif missing:
+            failed = _ask_here(run, stage, judge, cache, missing, trust_remote_code)
+    finally:
+        cache.close()
+    silence: Row = {"text": None, "logps": None, "read": 0, "written": 0}
+    answers = [row | {"failed": failed.get(key)} | cache.answers.get(key, silence) for key, row in zip(keys, rows, strict=True)]
+    write_rows(run.directory(stage) / "00000.parquet", answers, ANSWER)
+    _check(stage, failed, len(set(keys)), judge)
+    told = {"questions": len(rows), "asked": len(missing), "cached": known, "failed": len(failed)}
+    new = [cache.answers[key] for key in missing if key in cache.answers]
+    read, written = (sum(answer[side] for answer in new) for side in ("read", "written"))
+    reasons = dict(Counter(failed.values()).most_common(5))
+    return told | {"read": read, "written": written, "cost": cost(judge, read, written), "reasons": reasons}
+
+
+def cost(judge: Judge, read: int, written: int) -> float:
+    """Of tokens, in the currency of the prices."""
+    return (read * judge.price_in + written * judge.price_out) / 1e6
+
+
+def _check(stage: Stage, failed: dict[str, str], asked: int, judge: Judge) -> None:
+    if failed:
+        log.warning("%s: %d of %d questions got no answer, for example: %s", stage.name, len(failed), asked, next(iter(failed.values())))
+    if len(failed) > judge.max_failed_fraction * asked:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in Counter(failed.values()).most_common(3))
+        raise StageError(
+            f"{stage.name}: {len(failed)} of {asked} questions got no answer, more than judge.max_failed_fraction="
+            f"{judge.max_failed_fraction}: {reasons}. The other answers are kept: run the job again when the judge is well"
+        )
+
+
+class Cache:
+    """Answers by the content of the question and the judge, in a file that only grows: a line for each answer, written at once.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path):
+        self.answers: dict[str, Row] = {}
+        self.taken = 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise StageError(f"judge.cache={str(path)!r} cannot be written: {error.strerror}") from None
+        self.file.seek(0)
+        whole = True
+        for line in self.file:
+            try:
+                entry = json.loads(line)
+                self.answers[entry.pop("key")] = entry
+            except (ValueError, KeyError, AttributeError):
+                # Cut off when a job was killed.
+                whole = line.endswith("\n")
+        if not whole:
+            self.file.write("\n")
+
+    @staticmethod
+    def key(who: Any, row: Row) -> str:
+        """Of a question to somebody."""
+        return hashlib.sha256(json.dumps([who, row["kind"], row["question"]], sort_keys=True).encode()).hexdigest()[:32]
+
+    def take(self, key: str, answer: Row) -> None:
+        """Keeps an answer, also after the process is killed."""
+        self.file.write(json.dumps({"key": key} | answer) + "\n")
+        self.file.flush()
+        self.answers[key] = answer
+        self.taken += 1
+
+    def close(self) -> None:
+        """Makes sure that all of it is on disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+class Stopped(Exception):
+    """Nothing more is to be asked, and why."""
+
+
+class Asking:
+    """Asks an endpoint, within the judge's limits.
+
+    Args:
+        judge: settings.
+        cache: takes the answers.
+    """
+
+    def __init__(self, judge: Judge, cache: Cache):
+        self.judge = judge
+        self.cache = cache
+        # Every attempt counts against the limits: the client makes none of its own.
+        self.endpoint = Endpoint(judge, retries=0, timeout=judge.timeout)
+        self.requests = 0
+        self.spent = 0.0
+        self.next = 0.0
+        self.stopped: str | None = None
+
+    async def all(self, questions: dict[str, Row]) -> dict[str, str]:
+        """Asks them; returns why, for those without an answer.
+
+        Raises:
+            StageError: a limit is reached, or the endpoint wants another key.
+        """
+        failed: dict[str, str] = {}
+        waiting = iter(questions.items())
+
+        async def one_after_the_other() -> None:
+            while self.stopped is None and (item := next(waiting, None)):
+                key, row = item
+                try:
+                    said = await self._patiently(row)
+                except EndpointError as error:
+                    failed[key] = str(error)
+                except Stopped as why:
+                    # Answers under way to the others are paid for, and kept.
+                    self.stopped = str(why)
+                else:
+                    self.cache.take(key, {"text": said.text, "logps": said.logps, "read": said.read, "written": said.written})
+
+        try:
+            await asyncio.gather(*(one_after_the_other() for _ in range(min(self.judge.concurrency, len(questions)))))
+        finally:
+            await self.endpoint.close()
+        if self.stopped:
+            raise StageError(f"{self.stopped}; {self.cache.taken} answers came and are kept: the same command continues")
+        return failed
+
+    async def _patiently(self, row: Row) -> Said:
+        for attempt in range(self.judge.retries + 1):
+            await self._turn()
+            try:
+                if row["kind"] == "logprob":
+                    said = await self.endpoint.label_logps(row["question"], LABELS)
+                else:
+                    said = await self.endpoint.write(row["question"], self.judge.max_new_tokens)
+                    if not said.text.strip():
+                        raise EndpointError("the judge's endpoint answers with no word")
+            except EndpointError as error:
+                if "refuses the key" in str(error):
+                    raise Stopped(f"{error}: set that variable where the job runs") from None
+                if error.hopeless or attempt == self.judge.retries:
+                    raise
+                await asyncio.sleep(max(error.retry_after or 0.0, min(60.0, FIRST_WAIT * 2.0**attempt)) * random.uniform(0.75, 1.25))
+            else:
+                self.spent += cost(self.judge, said.read, said.written)
+                return said
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _turn(self) -> None:
+        """Waits until a request may be made, and counts it."""
+        limit = self.judge.max_requests
+        if limit is not None and self.requests >= limit:
+            raise Stopped(f"judge.max_requests={limit} requests are made")
+        if self.judge.max_cost is not None and self.spent >= self.judge.max_cost:
+            raise Stopped(f"judge.max_cost={self.judge.max_cost:g} is spent")
+        self.requests += 1
+        if self.judge.requests_per_minute:
+            now = time.monotonic()
+            self.next = max(now, self.next) + 60 / self.judge.requests_per_minute
+            await asyncio.sleep(max(0.0, self.next - 60 / self.judge.requests_per_minute - now))
+
+
+def _ask_here(run: Run, stage: Stage, judge: Judge, cache: Cache, missing: dict[str, Row], trust_remote_code: bool) -> dict[str, str]:
+    """Asks a model of this machine: the questions in files, each answered by an actor; returns why, for those without an answer."""
+    folder = run.directory(stage) / "asked"
+    folder.mkdir(exist_ok=True)
+    tasks = []
+    for number, part in enumerate(_parts(list(missing.items()), QUESTIONS_A_FILE)):
+        asked = [{"id": key, "kind": row["kind"], "question": row["question"]} for key, row in part]
+        # Named by their content: a job that goes on after it was stopped may have other questions left.
+        name = hashlib.sha256("".join(key for key, _ in part).encode()).hexdigest()[:16]
+        source, output = folder / f"{name}.questions", folder / f"{name}.parquet"
+        write_rows(source, asked, pa.schema([QUESTION.field(field) for field in ("id", "kind", "question")]))
+        tasks.append(Shard(stage, (str(source),), output, {"number": number, "max_new_tokens": judge.max_new_tokens}, len(part)))
+    model = stage.inputs["model"]
+    arguments = {
+        "weights": base_model.weights(run, model),
+        "tokenizer": base_model.tokenizer(run, model),
+        "engine": judge,
+        "max_model_len": judge.max_model_len,
+        "trust_remote_code": trust_remote_code,
+    }
+    map_shards(run, tasks, AnswerShards, arguments, judge, environment(judge))
+    failed = {}
+    for task in tasks:
+        for row in pq.read_table(task.output).to_pylist():
+            key, why = row.pop("id"), row.pop("failed")
+            if why:
+                failed[key] = why
+            else:
+                cache.take(key, row)
+    return failed
+
+
+def _parts(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
+
+
+class AnswerShards:
+    """The actor: a judge in an engine, and the files around it."""
+
+    def __init__(self, tokenizer: str, **arguments: Any):
+        self.chat = Chat(tokenizer, arguments["trust_remote_code"])
+        self.room = arguments["max_model_len"]
+        self.engine = JudgeEngine(tokenizer=tokenizer, **arguments, stop_ids=self.chat.stop_ids)
+
+    def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
+        """Answers one file of questions.
+
+        INPUT  id, kind, question
+        OUTPUT id and what ANSWER adds to a question
+        """
+        rows = pq.read_table(inputs[0]).to_pylist()
+        ids = [self.chat.prompt_ids([{"role": "user", "content": row["question"]}]) for row in rows]
+        # A stage asks for one kind of answer.
+        labels = self._labels() if rows[0]["kind"] == "logprob" else []
+        room = self.room - (1 if labels else options["max_new_tokens"])
+        fitting = [k for k in range(len(rows)) if len(ids[k]) <= room]
+        said = dict(zip(fitting, self.engine([ids[k] for k in fitting], options["max_new_tokens"], labels, tell), strict=True))
+        answers = []
+        for k, row in enumerate(rows):
+            words = said.get(k, Words("", 0))
+            answer = {"id": row["id"], "text": words.text, "logps": words.logps, "read": len(ids[k]), "written": words.tokens}
+            long = f"the question has {len(ids[k])} tokens, the judge takes {room} (judge.max_model_len)"
+            answers.append(answer | {"failed": None if k in said else long})
+        write_rows(Path(output), answers, pa.schema([("id", pa.string()), *SAID]))
+
+    def _labels(self) -> list[int]:
+        """Their first tokens."""
+        firsts = [self.chat.tokenizer(label, add_special_tokens=False).input_ids[0] for label in LABELS]
+        if len(set(firsts)) < len(firsts):
+            raise ValueError(f"the labels {' and '.join(LABELS)} start with the same token of this judge: set judge.mode text")
+        return firsts

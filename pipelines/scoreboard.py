@@ -1,0 +1,39 @@
+"""What an evaluation found, as tables for a person; for the terminal and for the report."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines import measures, mt_bench, tournament
+
+
+def tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+    """Tables by title; the header first.
+
+    Args:
+        found: numbers of stages under "measures", "tasks" (both by policy), "tournament" and "mt_bench"; nothing where there is none.
+    """
+    shown: dict[str, list[list[str]]] = {}
+    if found.get("measures"):
+        shown["Answers to the prompts"] = measures.table(found["measures"])
+    if any(found.get("tasks", {}).values()):
+        shown["Tasks"] = tasks(found["tasks"])
+    if found.get("tournament"):
+        shown |= tournament.tables(found["tournament"])
+    if found.get("mt_bench"):
+        shown |= mt_bench.tables(found["mt_bench"])
+    return shown
+
+
+def tasks(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Every policy's main metric of every task; the header first."""
+    names = list(dict.fromkeys(task for done in found.values() for task in done))
+    example = {task: next(done[task] for done in found.values() if task in done) for task in names}
+    header = [f"{task} ({example[task]['shots']} shots, {example[task]['main']}, n={example[task]['n']})" for task in names]
+    return [["policy", *header], *([name, *(_value(done.get(task)) for task in names)] for name, done in found.items())]
+
+
+def _value(numbers: Mapping[str, Any] | None) -> str:
+    if not numbers:
+        return ""
+    main = numbers["metrics"][numbers["main"]]
+    return f"{main['value']:.3f}" + (f" ±{main['stderr']:.3f}" if main.get("stderr") is not None else "")

@@ -1,0 +1,155 @@
+"""The evaluation job: policies of a run and others, before their prompts, a local judge and each other."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from judges import endpoint, longer
+from running import finish
+
+from jobs.config import ConfigError, build
+from jobs.evaluate import plan
+from jobs.schemas import EvaluateConfig
+from pipelines import measures, scorers
+from pipelines.artifacts import StageError
+
+QUICK = {
+    "ray.num_cpus": 2,
+    "engine.num_cpus": 2,
+    "engine.kv_cache_gib": 0.1,
+    "judge.num_cpus": 2,
+    "judge.kv_cache_gib": 0.1,
+    "prompts.max_prompt_tokens": 96,
+    "prompts.max_tokens": 160,
+    "answers.max_new_tokens": 16,
+}
+
+
+def command(root: Path, **options: Any) -> list[str]:
+    flags = [part for key, value in ({"run.root": root} | QUICK | options).items() for part in (f"--{key}", str(value))]
+    return [sys.executable, "jobs/evaluate.py", *flags]
+
+
+def summary(root: Path, name: str) -> dict[str, Any]:
+    return json.loads((root / name / "evaluation-summary.json").read_text())
+
+
+@pytest.mark.slow
+def test_policies_before_a_judge_of_their_own(tiny: Path, undisturbed: Path, tmp_path: Path) -> None:
+    short = tmp_path / "templates" / "helpful.txt"
+    short.parent.mkdir()
+    short.write_text("{conversation} A: {first} B: {second}")
+    options = {
+        "run.name": "judged",
+        "policies.run": undisturbed,
+        "policies.paths": f"{{other: {tiny}}}",
+        "policies.only": "[sft, other]",
+        "answers.measures": "[exact_answer, 'regex:#### (\\d+)']",
+        "answers.reference": "other",
+        "judge.path": tiny,
+        "judge.mode": "logprob",
+        "judge.max_model_len": 512,
+        "judge.templates": short.parent,
+        "tournament.contestants": "[sft, other, demonstrations]",
+        "tournament.limit": 6,
+    }
+    done = finish(command(tmp_path, **options), env=os.environ | {"GSIL_TEST": str(tmp_path)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = summary(tmp_path, "judged")
+    held_out = pq.read_table(undisturbed / "demonstrations" / "held_out").to_pylist()
+    assert list(found["measures"]) == ["sft", "other"] and found["measures"]["sft"]["texts"]["n"] == len(held_out)
+    # Policies that say nothing of the kind: none is right by either measure, and all were looked at.
+    assert {m["n"] for m in found["measures"]["sft"]["measures"].values()} == {len(held_out)}
+    assert found["measures"]["sft"]["kl"]["mean"] > 0 and found["measures"]["other"]["kl"] is None
+    assert len(found["tournament"]["pairs"]) == 3 and found["tournament"]["games"] == 3 * 6
+    games = pq.read_table(tmp_path / "judged" / "evaluation" / "tournament" / "games" / "games.parquet").to_pylist()
+    assert {game["id"] for game in games} <= {row["id"] for row in held_out}
+    said = pq.read_table(tmp_path / "judged" / "evaluation" / "tournament" / "answers" / "00000.parquet").to_pylist()
+    assert all(row["kind"] == "logprob" and len(row["logps"]) == 2 and not row["failed"] for row in said)
+    again = finish(command(tmp_path, **options))
+    assert again.returncode == 0 and all(stage["skipped"] for stage in summary(tmp_path, "judged")["stages"])
+
+
+def test_mt_bench_over_both_turns(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mt_bench"
+    folder.mkdir()
+    rows = [{"question_id": k, "category": "math", "turns": [f"What is {k} and 1?", "And one more?"]} for k in (1, 2)]
+    (folder / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reference = {"question_id": 1, "choices": [{"turns": ["It is two.", "three"]}]}
+    (folder / "reference_answer_x.jsonl").write_text(json.dumps(reference) + "\n")
+
+    def judge(question: str) -> str:
+        return "Right. [[8]]" if "It is two." in question or "\nthree\n" in question else "Hm. [[3]]" if "more" in question else "No."
+
+    options = {"run.name": "graded", "policies.paths": f"{{tiny: {tiny}}}", "mt_bench.path": folder, "mt_bench.max_new_tokens": 8}
+    with endpoint(judge) as (url, asked):
+        done = finish(command(tmp_path, **options, **{"judge.url": url, "judge.url_model": "m"}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = summary(tmp_path, "graded")["mt_bench"]["tiny"]
+    # Question 1: 8 and 8, by its reference; question 2: unread and 3.
+    assert (
+        found["grade"] == 5.5
+        and found["n"] == 3
+        and found["unparsed"] == 1
+        and found["parts"] == {"turn 1": 8, "turn 2": 5.5, "math": 19 / 3}
+    )
+    second = [body["messages"][0]["content"] for _, body in asked if "And one more?" in body["messages"][0]["content"]]
+    assert len(second) == 2 and all(text.index("and 1?") < text.index("Assistant:") < text.index("And one more?") for text in second)
+
+
+def test_variety_and_lengths() -> None:
+    rows = [{"response": "a b a b", "response_ids": [1, 2, 3], "finish_reason": "stop"}]
+    found = measures.texts([*rows, {"response": "c", "response_ids": [1], "finish_reason": "length"}])
+    assert (found["distinct_1"], found["distinct_2"], found["distinct_3"]) == (3 / 5, 2 / 3, 1.0)
+    assert (found["tokens"], found["truncated"]) == (2.0, 0.5)
+    assert measures.texts([])["distinct_1"] is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "got"), [(r"#### (\d+)", "#### 1 #### 22", "22"), (r"\d+", "7 then 8 ", "8"), (r"\d", "none", None)]
+)
+def test_the_last_place_of_a_pattern(pattern: str, text: str, got: str | None) -> None:
+    import re
+
+    assert scorers.found(re.compile(pattern), text) == got
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "nothing is asked for"),
+        (["--tournament.contestants", "[a, b]"], "need a judge: name judge.path or judge.url"),
+        (["--tournament.contestants", "[a]"], "two or more different ones are needed"),
+        (["--judge.max_cost", "3"], "max_cost needs price_in and price_out"),
+        (["--policies.paths", "{a/b: x}"], "names are letters, digits"),
+    ],
+)
+def test_what_cannot_be_evaluated(flags: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build(EvaluateConfig, flags)
+
+
+def test_who_cannot_be_evaluated(tiny: Path, tmp_path: Path) -> None:
+    asked = ["--run.root", str(tmp_path), "--answers.measures", "[exact_answer]"]
+    with pytest.raises(StageError, match="is no run directory"):
+        plan(build(EvaluateConfig, [*asked, "--policies.run", str(tmp_path)]))
+    with pytest.raises(StageError, match="there is no policy 'b'; there are a"):
+        plan(build(EvaluateConfig, [*asked, "--policies.paths", f"{{a: {tiny}}}", "--policies.only", "[b]"]))
+    with pytest.raises(StageError, match=r"prompts\.path is not given"):
+        plan(build(EvaluateConfig, [*asked, "--policies.paths", f"{{a: {tiny}}}"]))
+    with pytest.raises(StageError, match="is no regular expression"):
+        prompts = ["--prompts.path", "arithmetic", "--policies.paths", f"{{a: {tiny}}}"]
+        plan(build(EvaluateConfig, [*asked[:2], *prompts, "--answers.measures", "['regex:(']"]))
+
+
+def test_a_longer_answer_wins_before_a_judge_of_length(tiny: Path, undisturbed: Path, tmp_path: Path) -> None:
+    with endpoint(longer) as (url, _):
+        options = {"run.name": "x", "policies.run": undisturbed, "policies.only": "[sft]", "judge.url": url, "judge.url_model": "m"}
+        done = finish(command(tmp_path, **options, **{"tournament.contestants": "[sft, demonstrations]", "tournament.limit": 5}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (pair,) = summary(tmp_path, "x")["tournament"]["pairs"]
+    assert pair["longer_wins"] == 1.0 and pair["n"] + pair["unparsed"] == 5
