@@ -97,7 +97,8 @@ def plan(config: EvaluateConfig) -> Graph:
     for name in (*config.policies.only, *([config.answers.reference] if config.answers.reference else [])):
         if name not in named:
             raise StageError(f"there is no policy {name!r}; there are {', '.join(named) or 'none'}")
-    chosen = {name: model for name, model in named.items() if name in (config.policies.only or named)} or {"model": config.model}
+    wanted = {*config.policies.only, config.answers.reference} if config.policies.only else named
+    chosen = {name: model for name, model in named.items() if name in wanted} or {"model": config.model}
     data = _prompts(config, root)
     planned = [_evaluated(config, name, model, data) for name, model in chosen.items()]
     reference = next((policy for policy in planned if policy.name == config.answers.reference), None)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from actors.settings import Tracking
 from jobs.config import parse, to_yaml
 from jobs.schemas import JobConfig
 from pipelines import cluster, summary
@@ -87,6 +88,7 @@ def _execute(
     show: Callable[[dict[str, Any], Path], summary.Shown],
 ) -> None:
     from pipelines.progress import Terminal, chatter_to, print_result, set_up_logs
+    from pipelines.report.attached import attach
     from pipelines.report.writing import Reporter
 
     (root / config.file("config.yaml")).write_text(to_yaml(config), encoding="utf-8")
@@ -110,5 +112,7 @@ def _execute(
             report(failure=why)
             raise
         report()
+        if isinstance(tracking := getattr(config, "tracking", None), Tracking):
+            attach(tracking, root, report.page, result)
     shown = show(result, root)
     print_result(replace(shown, lines=[*shown.lines, f"report: {report.page}"]))

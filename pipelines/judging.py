@@ -274,7 +274,7 @@ def _ask_here(run: Run, stage: Stage, judge: Judge, cache: Cache, missing: dict[
         "max_model_len": judge.max_model_len,
         "trust_remote_code": trust_remote_code,
     }
-    map_shards(run, tasks, AnswerShards, arguments, judge, environment(judge))
+    map_shards(run, tasks, JudgeShards, arguments, judge, environment(judge))
     failed = {}
     for task in tasks:
         for row in pq.read_table(task.output).to_pylist():
@@ -290,7 +290,7 @@ def _parts(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     return (items[first : first + size] for first in range(0, len(items), size))
 
 
-class AnswerShards:
+class JudgeShards:
     """The actor: a judge in an engine, and the files around it."""
 
     def __init__(self, tokenizer: str, **arguments: Any):

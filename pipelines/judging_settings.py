@@ -17,9 +17,9 @@ class Policies(Settings):
     run: str | None = None
     """a run directory: its base, SFT and further policies, under their names there; by default that of run.name, if one is there"""
     paths: dict[str, str] = Field(default_factory=dict)
-    """further policies, {name: directory, hub id, .gguf file or package:NAME}"""
+    """further policies, {name: directory, hub id, .gguf file or package:NAME}; without any policy that of model.path, as "model" """
     only: list[str] = Field(default_factory=list)
-    """of all these only those named; all by default"""
+    """of all these only those named, and answers.reference; all by default"""
 
     @field_validator("paths")
     @classmethod

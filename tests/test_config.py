@@ -22,6 +22,19 @@ def refused(*argv: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sft:\n  epochs: 1\n  workers: 2\n  epochs: 3\n", "a.yaml:4: not valid YAML: the key 'epochs' stands twice in its section"),
+        ("sft:\n  epochs: [1\nrun: x\n", "a.yaml:3: not valid YAML"),
+    ],
+)
+def test_files_that_are_no_config(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    message = refused("--config", str(tmp_path / "a.yaml"))
+    assert said in message and "\n" not in message
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
     schemas: dict[str, type[Settings]] = {"dil": DilConfig, "irl": IrlConfig, "serve": ServeConfig}

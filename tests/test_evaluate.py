@@ -153,3 +153,13 @@ def test_a_longer_answer_wins_before_a_judge_of_length(tiny: Path, undisturbed: 
     assert done.returncode == 0, done.stdout + done.stderr
     (pair,) = summary(tmp_path, "x")["tournament"]["pairs"]
     assert pair["longer_wins"] == 1.0 and pair["n"] + pair["unparsed"] == 5
+    page = (tmp_path / "x" / "evaluation-report.html").read_text()
+    for part in (
+        "Tournament: games of the first",
+        'aria-label="ranking"',
+        '<span class="who">tournament</span>',
+        '<span class="who">sft</span>',
+    ):
+        assert part in page
+    assert page.count('class="card"') == len(pq.read_table(undisturbed / "demonstrations" / "held_out"))
+    assert "| sft | demonstrations |" in (tmp_path / "x" / "evaluation-report.md").read_text()

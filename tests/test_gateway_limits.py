@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -97,6 +98,20 @@ def test_keys_are_asked_for() -> None:
     assert asyncio.run(work({"Authorization": "Bearer two"})) == 200 == asyncio.run(work({"X-API-Key": "one"}))
     assert asyncio.run(work({"Authorization": "Bearer three"})) == 401 == asyncio.run(work({}, "/metrics"))
     assert all(asyncio.run(work({}, path)) == 200 for path in ("/health", "/", "/docs"))
+
+
+def test_the_documentation_needs_no_internet_and_no_key() -> None:
+    app = application(access=Access((hashlib.sha256(b"one").hexdigest(),)))
+
+    async def work() -> tuple[str, dict[str, int]]:
+        async with client(app) as http:
+            page = (await http.get("/docs")).text
+            parts = re.findall(r"(?:src|href)=[\"']([^\"']+)[\"']|url:\s*[\"']([^\"']+)[\"']", page)
+            return page, {part: (await http.get(part)).status_code for part in map("".join, parts)}
+
+    page, parts = asyncio.run(work())
+    assert len(parts) >= 3 and set(parts.values()) == {200} and any(part.endswith(".js") for part in parts)
+    assert "http://" not in page.replace("http://testserver", "") and "https://" not in page
 
 
 def test_what_takes_too_long_is_stopped() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from actors.learner.tracking import Tracker, require
 from actors.settings import Tracking
+from pipelines.report.attached import attach
 
 STEPS = [{"step": 1, "steps": 2, "loss": 1.5}, {"step": 2, "steps": 2, "loss": 0.5}]
 
@@ -66,3 +67,51 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.2)
     content = written.read_bytes()
     assert b"alignment" in content and b"job/sft/training" in content and b"learning_rate" in content and content.count(b"loss") >= 2
+
+
+FOUND = {"final": "sft", "policies": {"base": {"accuracy": 0.0, "stderr": None, "n": 8}, "sft": {"accuracy": 0.25, "stderr": 0.1, "n": 8}}}
+
+
+def report(root: Path) -> Path:
+    root.mkdir()
+    (root / "report.md").write_text("# job")
+    (root / "report.html").write_text("<!doctype html>")
+    return root / "report.html"
+
+
+def test_the_report_is_attached_in_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow.tracking import MlflowClient
+
+    uri = (tmp_path / "mlruns").as_uri()
+    attach(Tracking(mlflow_uri=uri), tmp_path / "job", report(tmp_path / "job"), FOUND)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("job")
+    assert experiment
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "job/report" and run.data.params["directory"] == str(tmp_path / "job")
+    assert run.data.metrics == {"base/accuracy": 0.0, "base/n": 8.0, "sft/accuracy": 0.25, "sft/stderr": 0.1, "sft/n": 8.0}
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"report.html", "report.md"}
+
+
+def test_the_report_is_attached_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    # It remembers the folder of the test before.
+    wandb.teardown()
+    for key, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(key, value)
+    attach(Tracking(wandb_project="alignment"), tmp_path / "job", report(tmp_path / "job"), FOUND)
+    (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 30
+    while b"sft/accuracy" not in written.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    content = written.read_bytes()
+    assert b"job/report" in content and b"sft/accuracy" in content and b"report.html" in content
+
+
+def test_a_tracker_that_is_away_costs_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    nowhere = tmp_path / "file"
+    nowhere.write_text("no folder")
+    attach(Tracking(mlflow_uri=(nowhere / "x").as_uri()), tmp_path / "job", report(tmp_path / "job"), FOUND)
+    assert "the report could not be sent to" in caplog.text

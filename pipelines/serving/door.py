@@ -16,6 +16,8 @@ log = logging.getLogger("ray.serve")
 GONE = 499
 """in place of a status, where nobody was left to be answered"""
 OPEN = ("/health", "/", "/docs", "/openapi.json")
+SCRIPTS = "/static-offline-docs/"
+"""of /docs"""
 """what is answered without a key: nothing of it costs or tells anything"""
 
 
@@ -30,7 +32,7 @@ class Access:
 
     def admits(self, path: str, headers: dict[bytes, bytes]) -> bool:
         """Whether a request has a key. Every key is compared in full, whatever the others said."""
-        if not self.keys or path in OPEN:
+        if not self.keys or path in OPEN or path.startswith(SCRIPTS):
             return True
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         given = hashlib.sha256((token if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")).strip()).hexdigest()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from pipelines.serving import protocol, reward_protocol
@@ -53,7 +54,8 @@ def build(
         ready: the state of every deployment, "ready" or what it is instead.
         metrics: counts requests.
     """
-    app = FastAPI(
+    # /docs with its scripts in the service itself: many clusters have no internet.
+    app = FastAPIOffline(
         title="Best-of-N, rewards and judges",
         version=metadata.version("gsil-ray"),
         description="Responses chosen by reward models, the rewards themselves, and verdicts on pairs of responses.",
