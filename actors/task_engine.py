@@ -230,7 +230,8 @@ def row(task: Any, number: int, samples: Rows) -> dict[str, Any]:
     scored = bool(responses) and isinstance(responses[0], tuple | list)
     answers = {sample["filter"]: sample["filtered_resps"] for sample in samples}
     scores = {_named(name, sample["filter"]): sample[name] for sample in samples for name in sample["metrics"]}
-    programs = [program for one in first["filtered_resps"] if isinstance(one, list) for program in one if isinstance(program, str)]
+    tests = str(first["target"])
+    programs = [program for one in first["filtered_resps"] for program in (one if isinstance(one, list) else [one])]
     return {
         "row": number,
         "prompts": prompts[:1] if len(set(prompts)) == 1 else prompts,
@@ -240,7 +241,7 @@ def row(task: Any, number: int, samples: Rows) -> dict[str, Any]:
         "target": target(task, first),
         "answers": json.dumps({} if scored else answers, default=str),
         "scores": json.dumps(scores, default=str),
-        "verdicts": [reason for (program, _), reason in CODE.reasons.items() if program in programs],
+        "verdicts": [CODE.reasons[program, tests] for program in programs if (program, tests) in CODE.reasons],
     }
 
 

@@ -176,6 +176,9 @@ def in_vllm(weights: str, tokenizer: str, engine: Engine, max_model_len: int | N
                 scored = [{"prompt_logprobs": 1, "skip_reading_prefix_cache": skip} for skip in whole]
                 outputs = self._ask([tokens[number] for number in numbers], scored)
                 for number, output in zip(numbers, outputs, strict=True):
+                    if (output.num_cached_tokens or 0) >= contexts[number]:
+                        cached_too = f"{output.num_cached_tokens} tokens of a context of {contexts[number]}"
+                        raise RuntimeError(f"the engine took {cached_too} from its cache, and gives no log-probs of them")
                     found[number] = self._parse_logprobs(tokens=tokens[number], outputs=output, ctxlen=contexts[number])
                 done += len(part)
                 self.tell(done)

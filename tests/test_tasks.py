@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -76,14 +78,21 @@ class Dummy(LM):
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         raise NotImplementedError
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return "".join(f"[{turn['role']}]{turn['content']}" for turn in chat_history) + "[assistant]" * add_generation_prompt
 
-def asked(lm: Dummy, task: str, data: Path, shots: int = 1, limit: int | None = None) -> dict[str, Any]:
+    @property
+    def tokenizer_name(self) -> str:
+        return "none"
+
+
+def asked(lm: Dummy, task: str, data: Path, shots: int = 1, limit: int | None = None, chat: bool = False) -> dict[str, Any]:
     """A task on local files, without stages."""
     (leaf,) = task_catalogue.find(task).leaves
     local = task_data.locate(leaf, {leaf.name: str(data)}, shots)
     assert local
     code = Limits(seconds=5) if leaf.runs_code else None
-    question = Question(leaf.name, leaf.file, leaf.changes, shots, limit, 1234, False, local.evaluated, local.shots_from, code)
+    question = Question(leaf.name, leaf.file, leaf.changes, shots, limit, 1234, chat, local.evaluated, local.shots_from, code)
     return answer(lm, build(question, task_data.read(leaf.name, local)), question)
 
 
@@ -95,18 +104,18 @@ def value(found: dict[str, Any], metric: str) -> float:
     return found["metrics"][metric]["value"]
 
 
-def check_gold_and_shuffled(directory: Path) -> None:
+def check_gold_and_shuffled(directory: Path, limit: int | None = None) -> None:
     """Every answer right: 1; every answer another row's with another number: 0."""
-    rows = [json.loads(line) for line in (directory / "test.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (directory / "test.jsonl").read_text().splitlines()][:limit]
     number = {row["question"]: float(row["answer"].rpartition("#### ")[2].replace(",", "")) for row in rows}
     gold = {row["question"]: row["answer"] for row in rows}
     ordered = sorted(gold, key=lambda question: number[question])
     most = max(sum(n == other for other in number.values()) for n in number.values())
     other = {question: gold[ordered[(place + most) % len(ordered)]] for place, question in enumerate(ordered)}
     assert all(other[question].rpartition("#### ")[2] != gold[question].rpartition("#### ")[2] for question in gold)
-    right = asked(Dummy(lambda prompt: " " + gold[last_question(prompt)]), "gsm8k", directory, shots=5)
+    right = asked(Dummy(lambda prompt: " " + gold[last_question(prompt)]), "gsm8k", directory, shots=5, limit=limit)
     assert right["n"] == len(rows) and value(right, "exact_match,strict-match") == value(right, "exact_match,flexible-extract") == 1.0
-    wrong = asked(Dummy(lambda prompt: " " + other[last_question(prompt)]), "gsm8k", directory, shots=5)
+    wrong = asked(Dummy(lambda prompt: " " + other[last_question(prompt)]), "gsm8k", directory, shots=5, limit=limit)
     assert value(wrong, "exact_match,strict-match") == value(wrong, "exact_match,flexible-extract") == 0.0
 
 
@@ -114,8 +123,9 @@ def test_gold_answers_score_one_and_shuffled_ones_zero(gsm8k: Path) -> None:
     check_gold_and_shuffled(gsm8k)
 
 
-def test_gold_answers_on_all_of_gsm8k(shared_data: Path) -> None:
-    check_gold_and_shuffled(shared_data / "gsm8k")
+@pytest.mark.parametrize("rows", [200, pytest.param(None, marks=pytest.mark.slow)])
+def test_gold_answers_on_gsm8k(rows: int | None, shared_data: Path) -> None:
+    check_gold_and_shuffled(shared_data / "gsm8k", rows)
 
 
 def test_rows_say_what_was_asked_and_answered(gsm8k: Path) -> None:
@@ -133,6 +143,16 @@ def test_rows_say_what_was_asked_and_answered(gsm8k: Path) -> None:
     (prompt,) = last["prompts"]
     assert prompt.count("Question: ") == 6 and prompt.endswith("Question: What is 3 and 4?\nAnswer:")
     assert all(int(number) >= 500 for number in re.findall(r"What is (\d+)", prompt)[:5]), "examples are of the training split"
+
+
+def test_a_conversation_has_the_examples_as_turns(gsm8k: Path) -> None:
+    lm = Dummy(lambda prompt: "#### 1")
+    found = asked(lm, "gsm8k", gsm8k, shots=1, limit=1, chat=True)
+    number = int(re.findall(r"What is (\d+)", lm.prompts[0])[0])
+    example, question = problems(600)[number], problems(1)[0]
+    asked_before = f"[user]Question: {example['question']}\nAnswer:[assistant]{example['answer']}"
+    turns = f"{asked_before}[user]Question: {question['question']}\nAnswer:[assistant]"
+    assert lm.prompts == found["rows"][0]["prompts"] == [turns] and value(found, "exact_match,strict-match") == 1.0
 
 
 def test_examples_are_other_rows_where_there_is_no_split_of_them(tmp_path: Path) -> None:
@@ -363,12 +383,16 @@ def test_policies_answer_tasks(
     backend: str, seeds: tuple[int, ...], local_ray: None, gsm8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(tmp_path / "run")
-    winogrande = write_lines(tmp_path / "winogrande" / "dev.jsonl", WINOGRANDE)
+    # Twice the same, and longer behind the gap than a block of an engine's cache.
+    tail = " and everybody who was there could see it from where they stood."
+    rows = [row | {"sentence": row["sentence"][:-1] + tail} for row in WINOGRANDE for _ in range(2)]
+    winogrande = write_lines(tmp_path / "winogrande" / "dev.jsonl", rows)
+    shots = {"gsm8k": 1, "winogrande": 2 if backend == "transformers" else 0}
     given = Tasks(
         names=["gsm8k", "winogrande"],
         data={"gsm8k": str(gsm8k), "winogrande": str(winogrande)},
         limit=3,
-        shots={"gsm8k": 1},
+        shots=shots,
         backend=backend,
     )
     weights = [write_tiny(tmp_path / f"weights{seed}", seed=seed, std=0.2) for seed in seeds]
@@ -378,15 +402,24 @@ def test_policies_answer_tasks(
     for stage in stages:
         numbers, task = run.numbers(stage), stage.settings["task"]
         assert numbers["n"] == 3 and numbers["groups"] == {}
-        assert (numbers["shots"], numbers["shots_from"]) == ((1, "train") if task == "gsm8k" else (5, "validation"))
+        assert numbers["shots"] == shots[task]
+        assert numbers["shots_from"] == ("train" if task == "gsm8k" else "validation" if shots[task] else None)
         rows = pq.read_table(run.directory(stage) / f"{task}.parquet").to_pylist()
         mean = sum(row["score"] for row in rows) / 3
         assert numbers["metrics"][numbers["main"]]["value"] == pytest.approx(mean)
         assert all(len(row["responses"]) == 1 if task == "gsm8k" else len(row["loglikelihoods"]) == 2 for row in rows)
     for directory, stage in zip(weights, stages[1::2], strict=True):
         check_loglikelihoods(directory, pq.read_table(run.directory(stage) / "winogrande.parquet").to_pylist())
+    wait_until(lambda: not subprocess.run(["pgrep", "-f", "ray::TaskEngine"], capture_output=True, check=False).stdout)
     monkeypatch.setattr(tasks, "map_shards", None)
     Run(tmp_path / "run").do(tasks.evaluate(given, ENGINE, False), *stages)
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "a policy's process does not outlive the actor that holds it"
+        time.sleep(0.2)
 
 
 def check_loglikelihoods(weights: Path, rows: list[dict[str, Any]]) -> None:
@@ -415,3 +448,58 @@ def test_a_checkpoint_that_does_not_load(local_ray: None, tiny: Path, gsm8k: Pat
     given = Tasks(names=["gsm8k"], data={"gsm8k": str(gsm8k)}, limit=1, backend="transformers")
     with pytest.raises(StageError, match=rf"the policy in {broken} cannot be loaded by transformers"):
         run.do(tasks.evaluate(given, ENGINE, False), plan(given, policy=held))
+
+
+CHOICE = {
+    "question": "What is wet?",
+    "options": ["fire", "water"],
+    "answer": "B",
+    "answer_index": 1,
+    "cot_content": "",
+    "category": "biology",
+}
+EQUATION = {"problem": "What is 1 + 1?", "solution": r"It is $\boxed{2}$.", "level": "Level 5", "type": "Algebra"}
+MYSTERY = {"narrative": "A and B met.", "question": "Who?", "choices": "['A', 'B']", "answer_index": "1", "answer_choice": "B"}
+GOLD: list[tuple[str, dict[str, Any], str, str]] = [
+    ("mmlu_abstract_algebra", {"question": "What is wet?", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": ""}, " B", "acc"),
+    ("leaderboard_mmlu_pro", CHOICE, " B", "acc"),
+    ("mmlu_pro_biology", CHOICE, "The answer is (B).", "exact_match,custom-extract"),
+    ("leaderboard_bbh_navigate", {"input": "Turn left.", "target": "No"}, " No", "acc_norm"),
+    ("bbh_cot_fewshot_navigate", {"input": "Turn left.", "target": "No"}, " So the answer is No.", "exact_match,get-answer"),
+    ("leaderboard_musr_murder_mysteries", MYSTERY, " B", "acc_norm"),
+    (
+        "leaderboard_math_algebra_hard",
+        EQUATION,
+        "So it is $2$.\nFinal Answer: The final answer is $2$. I hope it is correct.",
+        "exact_match",
+    ),
+    (
+        "mbpp",
+        {"task_id": 11, "text": "Double it.", "code": "", "test_list": [f"assert f({n}) == {2 * n}" for n in range(3)]},
+        "def f(x):\n    return 2 * x",
+        "pass_at_1",
+    ),
+    (
+        "hellaswag",
+        {"activity_label": "Rain", "ctx_a": "It rains.", "ctx_b": "", "endings": ["It is dry.", "It is wet."], "label": "1"},
+        " It is wet.",
+        "acc_norm",
+    ),
+    ("truthfulqa_mc1", {"question": "Is it?", "mc1_targets": {"choices": ["Yes", "No"], "labels": [1, 0]}}, " Yes", "acc"),
+]
+
+
+@pytest.mark.parametrize(("task", "row", "gold", "metric"), GOLD, ids=[task for task, *_ in GOLD])
+def test_every_task_of_the_papers_runs_on_local_rows(task: str, row: dict[str, Any], gold: str, metric: str, tmp_path: Path) -> None:
+    (leaf,) = task_catalogue.find(task).leaves
+    shots = min(1, task_catalogue.find(task).shots(leaf, {}))
+    evaluated = leaf.config.get("test_split") or leaf.config["validation_split"]
+    write_lines(tmp_path / f"{evaluated}.jsonl", [row, row])
+    for split in filter(None, {leaf.config.get(key) for key in ("fewshot_split", "training_split")}):
+        write_lines(tmp_path / f"{split}.jsonl", [row])
+    right = asked(Dummy(lambda prompt: gold, lambda prompt, continuation: continuation == gold), task, tmp_path, shots)
+    wrong = asked(Dummy(lambda prompt: " 3 (", lambda prompt, continuation: continuation != gold), task, tmp_path, shots)
+    assert (value(right, metric), value(wrong, metric)) == (1.0, 0.0)
+    assert task_catalogue.main_metric(task, right["metrics"]) == metric
+    verdicts = [found["rows"][0]["verdicts"] for found in (right, wrong)]
+    assert verdicts == ([["passed"], ["IndentationError: unexpected indent (<candidate>, line 1)"]] if leaf.runs_code else [[], []])
