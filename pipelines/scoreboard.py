@@ -28,8 +28,13 @@ def tasks(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Every policy's main metric of every task; the header first."""
     names = list(dict.fromkeys(task for done in found.values() for task in done))
     example = {task: next(done[task] for done in found.values() if task in done) for task in names}
-    header = [f"{task} ({example[task]['shots']} shots, {example[task]['main']}, n={example[task]['n']})" for task in names]
+    header = [f"{task} ({_shots(example[task]['shots'])}, {example[task]['main']}, n={example[task]['n']})" for task in names]
     return [["policy", *header], *([name, *(_value(done.get(task)) for task in names)] for name, done in found.items())]
+
+
+def _shots(number: int | None) -> str:
+    """The tasks of a group may have different ones."""
+    return "its shots" if number is None else f"{number} shots"
 
 
 def _value(numbers: Mapping[str, Any] | None) -> str:

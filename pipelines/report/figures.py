@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipelines.plots import COLOURS
-from pipelines.report.facts import Facts, Lengths
+from pipelines.report.facts import EVALUATED, Facts, Lengths
 
 INK = "#010203"
 """Stands for the page's own colour of text."""
@@ -51,9 +51,9 @@ def ranking(facts: Facts) -> str:
 
 
 def lengths(facts: Facts) -> str:
-    """Tokens of the responses that were trained against, and how they ended."""
-    shown = {name: found for name, found in facts.lengths.items() if not name.endswith("/samples") and found.tokens}
-    return _drawn("lengths", {name: _histogram(found) for name, found in shown.items()}) if shown else ""
+    """Tokens of the responses that were trained against, or that were evaluated, and how they ended."""
+    shown = {name: found for name, found in facts.lengths.items() if not name.endswith(("/samples", "/draws")) and found.tokens}
+    return _drawn("lengths", {name.removeprefix(EVALUATED): _histogram(found) for name, found in shown.items()}) if shown else ""
 
 
 def best_of_n(facts: Facts) -> str:
