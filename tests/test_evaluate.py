@@ -72,6 +72,12 @@ def test_policies_before_a_judge_of_their_own(tiny: Path, undisturbed: Path, tmp
     assert all(row["kind"] == "logprob" and len(row["logps"]) == 2 and not row["failed"] for row in said)
     again = finish(command(tmp_path, **options))
     assert again.returncode == 0 and all(stage["skipped"] for stage in summary(tmp_path, "judged")["stages"])
+    in_words = finish(command(tmp_path, **(options | {"judge.mode": "text", "judge.max_new_tokens": 8})))
+    assert in_words.returncode == 0, in_words.stdout + in_words.stderr
+    ran = {stage["name"] for stage in summary(tmp_path, "judged")["stages"] if not stage["skipped"]}
+    assert ran == {f"evaluation/tournament/{name}" for name in ("questions", "answers", "games")}
+    said = pq.read_table(tmp_path / "judged" / "evaluation" / "tournament" / "answers" / "00000.parquet").to_pylist()
+    assert all(row["text"] is not None and 0 < row["written"] <= 8 and not row["failed"] for row in said)
 
 
 def test_mt_bench_over_both_turns(tiny: Path, tmp_path: Path) -> None:

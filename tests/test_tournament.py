@@ -1,6 +1,7 @@
 """Tournaments before judges of known character: rules, limits, failures, resume."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,6 @@ def test_a_limit_of_cost(tmp_path: Path) -> None:
 
 
 def test_a_rate(tmp_path: Path) -> None:
-    import time
-
     started = time.monotonic()
     with endpoint(longer) as (url, _):
         Played(tmp_path).play(url=url, requests_per_minute=1200)
@@ -170,6 +169,21 @@ def test_an_endpoint_in_trouble_is_asked_again(wrong: tuple[int, Any], tmp_path:
         found = Played(tmp_path).play(url=url, concurrency=1)
     assert len(asked) == 72 and found["failed"] == 0
     assert [(pair["win"], pair["tie"], pair["lose"]) for pair in found["pairs"]] == [(0, 0, 1), (0, 0, 1), (1, 0, 0)]
+
+
+def test_an_endpoint_that_is_slow_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "FIRST_WAIT", 0.01)
+    slept: list[str] = []
+
+    def slow_at_first(question: str) -> str:
+        if not slept:
+            slept.append(question)
+            time.sleep(1.5)
+        return longer(question)
+
+    with endpoint(slow_at_first) as (url, asked):
+        found = Played(tmp_path).play(url=url, timeout=0.5, concurrency=1)
+    assert found["failed"] == 0 and len(asked) > 36
 
 
 def test_too_many_failures_fail_the_tournament(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
