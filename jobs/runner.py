@@ -49,6 +49,8 @@ def main(
     Returns:
         the exit status.
     """
+    # Python puts a script's folder before all others, and Ray hands it on to workers: there `evaluate` is a job, and no library.
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
     asked = parse(schema, argv, usage)
     config = asked.config
     root = config.run.directory()

@@ -9,7 +9,9 @@ import pytest
 
 from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
 from actors.settings import Settings, Training
+from jobs import runner
 from jobs.config import ConfigError, build, help_text, to_yaml
+from jobs.gsil_iterative import align, plan
 from jobs.schemas import DilConfig, GsilConfig, IrlConfig, ServeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,3 +158,11 @@ def test_a_contradiction_with_deepspeed_json_names_both_values(text: str, words:
     with pytest.raises(ValueError) as error:
         deepspeed_config(Training(deepspeed=str(path)), 1, read_deepspeed(str(path)))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_job_hides_no_library_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As Python begins with `python jobs/evaluate.py`: lm-eval imports a library called evaluate.
+    monkeypatch.setattr(sys, "path", [str(ROOT / "jobs"), *sys.path])
+    with pytest.raises(SystemExit):
+        runner.main(GsilConfig, ["--help"], "", plan, align)
+    assert str(ROOT / "jobs") not in sys.path and str(ROOT) in [str(Path(path).resolve()) for path in sys.path]
