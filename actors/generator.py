@@ -45,6 +45,18 @@ def cache(pool: EnginePool) -> dict[str, Any]:
     return {"block_size": BLOCK, "kv_cache_memory_bytes": int(pool.kv_cache_gib * 2**30)}
 
 
+def of_engine(engine: Engine) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that the settings of an engine say."""
+    return {
+        "dtype": engine.dtype,
+        "max_num_seqs": engine.max_num_seqs,
+        "tensor_parallel_size": engine.tensor_parallel,
+        "enforce_eager": engine.enforce_eager or not engine.num_gpus,
+        "disable_log_stats": True,
+        **cache(engine),
+    }
+
+
 class Count(tqdm):
     """A bar that shows nothing and tells how many responses are finished."""
 
@@ -84,14 +96,9 @@ def policy_engine(
         tokenizer=tokenizer,
         skip_tokenizer_init=not text,
         logprobs_mode="processed_logprobs" if text else "raw_logprobs",
-        dtype=engine.dtype,
         max_model_len=max_model_len,
-        max_num_seqs=engine.max_num_seqs,
-        tensor_parallel_size=engine.tensor_parallel,
-        enforce_eager=engine.enforce_eager or not engine.num_gpus,
         trust_remote_code=trust_remote_code,
-        disable_log_stats=True,
-        **cache(engine),
+        **of_engine(engine),
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from actors.generator import cache, counted
+from actors.generator import counted, of_engine
 from actors.settings import Engine
 
 Request = tuple[Any, list[int], list[int]]
@@ -199,14 +199,9 @@ def in_vllm(weights: str, tokenizer: str, engine: Engine, max_model_len: int | N
         tokenizer=tokenizer,
         # Its stop tokens are all that the chat template and the model know.
         generation_config=tokenizer,
-        dtype=engine.dtype,
         max_model_len=max_model_len,
-        max_num_seqs=engine.max_num_seqs,
-        tensor_parallel_size=engine.tensor_parallel,
-        enforce_eager=engine.enforce_eager or not engine.num_gpus,
         trust_remote_code=trust_remote_code,
-        disable_log_stats=True,
-        **cache(engine),
+        **of_engine(engine),
     )
 
 
