@@ -75,13 +75,15 @@ class Scorer:
         return results
 
     def _parts(self, example: Example) -> list[list[int]]:
-        """The responses of a row in parts that fit one forward pass, longest first: there may be hundreds."""
+        """The responses of a row in parts that fit one forward pass: there may be hundreds. Those that begin alike stay together where
+        that is computed once, else those of one length."""
         if example.cost(self.share_prompt) <= self.max_batch_tokens:
             return [list(range(len(example.responses)))]
         lengths = [len(response) for response in example.responses]
         parts: list[list[int]] = []
         tokens = 0
-        for response in sorted(range(len(lengths)), key=lambda response: -lengths[response]):
+        alike = (lambda response: list(example.responses[response])) if self.share_prompt else (lambda response: [-lengths[response]])
+        for response in sorted(range(len(lengths)), key=alike):
             own = lengths[response] if self.share_prompt else len(example.prompt_ids) + lengths[parts[-1][0] if tokens else response]
             if not tokens or tokens + own > self.max_batch_tokens:
                 parts.append([])

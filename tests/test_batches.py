@@ -18,7 +18,7 @@ from actors.learner.logprobs import CHUNK_TOKENS, ResponseLogProbs, SelectedLogS
 from actors.scorer import batches_by_length
 
 EXAMPLES = [
-    Example("a", [0, 10, 11, 12], ([20, 21, 1], [30, 31, 32, 33, 1])),
+    Example("a", [0, 10, 11, 12], ([20, 21, 1], [20, 31, 32, 33, 1])),
     Example("b", [0, 13], ([22, 1], [34])),
     Example("c", [0, 14, 15, 16, 17, 18], ([23, 24, 25, 26, 1], [35, 36, 1])),
 ]
@@ -141,7 +141,22 @@ def test_a_response_sees_its_prompt_and_itself() -> None:
     assert ["".join(str(int(v)) for v in row) for row in batch.branches.rule()(0, 0, at[:, None], at[None, :])] == rows
     assert batch.input_ids_BT.tolist() == [[5, 6, 7, 8, 9, 4, 3]] and batch.positions_BT.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
     assert batch.sources_N.tolist() == [1, 2, 1, 5] and batch.targets_N.tolist() == [7, 8, 9, 3] and batch.owners_N.tolist() == [0, 0, 1, 2]
-    assert batch.branches.bounds == ((0, 2, 4, 5), (5, 6, 7)) and (batch.tokens, batch.responses) == (7, 3)
+    assert (batch.branches.lengths, batch.branches.paths) == ((4, 1, 2), ((), ((0, 2),), ())) and (batch.tokens, batch.responses) == (7, 3)
+
+
+def test_what_responses_begin_with_alike_is_computed_once() -> None:
+    #            0  1  2  3  4  5   6      7  8
+    # packed     5 [7  8  3][9  1] [8]... in the order of their tokens: a tree, depth first
+    responses: tuple[list[int], ...] = ([8], [7, 8, 3], [7, 9], [], [7, 8, 3], [7, 9, 1])
+    batch = collate([Example("a", [5], responses), Example("b", [7], ([8],))], pad_id=0, share_prompt=True)
+    assert batch.branches
+    assert batch.input_ids_BT.tolist() == [[5, 7, 8, 3, 9, 1, 8, 7, 8]] and batch.positions_BT.tolist() == [[0, 1, 2, 3, 2, 3, 1, 0, 1]]
+    assert batch.branches.lengths == (1, 3, 1, 1, 1, 2)
+    assert batch.branches.paths == ((), ((0, 1),), ((0, 1), (1, 1)), ((0, 1), (1, 1), (2, 1)), ((0, 1),), ())
+    assert batch.branches.until_T.tolist() == [7, 6, 4, 4, 6, 6, 7, 9, 9]
+    assert batch.ends_R.tolist() == [6, 3, 4, 0, 3, 5, 8], "of equal ones the same"
+    assert batch.sources_N.tolist() == [0, 0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 4, 7]
+    assert batch.targets_N.tolist() == [8, 7, 8, 3, 7, 9, 7, 8, 3, 7, 9, 1, 8] and batch.tokens == 15
 
 
 def test_the_rule_for_gpus_is_the_one_for_cpus() -> None:
@@ -149,7 +164,7 @@ def test_the_rule_for_gpus_is_the_one_for_cpus() -> None:
 
     branches = collate(EXAMPLES, pad_id=0, share_prompt=True).branches
     assert branches
-    length = len(branches.row_T)
+    length = len(branches.until_T)
     query, key, value = (torch.randn(1, heads, length, 16) for heads in (4, 2, 2))
     ours, _ = branching_attention(torch.nn.Module(), query, key, value, None, branches=branches)
     mask = create_block_mask(branches.rule(), None, None, length, length, device="cpu")

@@ -1,16 +1,14 @@
-"""Attention over packed rows whose responses share their prompt.
+"""Attention over packed rows whose responses share their prompt, and with it all that they begin with alike.
 
-    packed sequence   | prompt A | A's response 1 | A's response 2 | prompt B | ...
-    branch            |    0     |       1        |       2        |    0     |
+    packed sequence   | prompt A, response 1 | rest of response 2 | rest of response 3 | prompt B, response 1 | ...
+    piece             |          0           |         1          |         2          |          3           |
 
-A token sees what stands before it in its own branch and in the prompt (branch 0) of its row. transformers calls
-`branching_attention` in every layer, under the name BRANCHING; the kernels are torch's.
+A row is a tree of tokens, laid out depth first: what a response begins with as another one did is there once. A token sees those on
+its way from the root. transformers calls `branching_attention` in every layer, under the name BRANCHING; the kernels are torch's.
 
 Shapes: T positions of the packed sequence, H heads, D size of a head.
 """
 
-import functools
-import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,38 +24,32 @@ FLOAT32_KEYS = 256
 
 @dataclass(frozen=True)
 class Branches:
-    """Where rows and branches of a packed sequence begin and end."""
+    """The pieces of a packed sequence, and what each looks back at."""
 
-    bounds: tuple[tuple[int, ...], ...]
-    """of every row: its start, the end of its prompt, the end of each response"""
-    row_T: torch.Tensor
-    branch_T: torch.Tensor
+    lengths: tuple[int, ...]
+    """tokens of each piece: the first of a row is its prompt with a response, the others are what responses add"""
+    paths: tuple[tuple[tuple[int, int], ...], ...]
+    """of each piece: the pieces that it continues, from the root, and how many tokens of each are on its way"""
+    until_T: torch.Tensor
+    """of each token: the end of what continues it, so that token q sees token k where k <= q < until[k]"""
     masks: dict[Any, Any] = field(default_factory=dict, compare=False)
     """made once and used by every layer"""
 
     def to(self, device: torch.device | str) -> "Branches":
         """The same on another device."""
-        return Branches(self.bounds, self.row_T.to(device), self.branch_T.to(device))
+        return Branches(self.lengths, self.paths, self.until_T.to(device))
 
-    @functools.cached_property
-    def lengths(self) -> list[int]:
-        """Tokens of the pieces that attend together: of every row the prompt with its first response, then each later response."""
-        edges = [(row[0], *row[2:]) if len(row) > 2 else row for row in self.bounds]
-        return [end - start for row in edges for start, end in itertools.pairwise(row)]
-
-    def mask(self, prompt: int, response: int, device: torch.device) -> torch.Tensor:
-        """`[response, prompt + response]` bool: a later response sees all of the prompt and what it wrote so far."""
-        if (prompt, response) not in self.masks:
-            causal = torch.ones(response, prompt + response, dtype=torch.bool, device=device).tril(prompt)
-            self.masks[prompt, response] = causal
-        return self.masks[prompt, response]
+    def mask(self, before: int, own: int, device: torch.device) -> torch.Tensor:
+        """`[own, before + own]` bool: a piece sees all of its way and what it wrote so far."""
+        if (before, own) not in self.masks:
+            self.masks[before, own] = torch.ones(own, before + own, dtype=torch.bool, device=device).tril(before)
+        return self.masks[before, own]
 
     def rule(self) -> Any:
         """The rule as a function of (batch, head, query, key), for FlexAttention: whether the one token sees the other."""
 
         def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            branch = self.branch_T[key]
-            return (self.row_T[query] == self.row_T[key]) & (query >= key) & ((branch == 0) | (branch == self.branch_T[query]))
+            return (key <= query) & (query < self.until_T[key])
 
         return sees
 
@@ -94,18 +86,16 @@ def branching_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     # Split once: the gradient of a slice would be a tensor of the whole sequence, full of zeros, for every row.
-    pieces = zip(*(x.split(branches.lengths, dim=2) for x in (query, key, value)), strict=True)
+    queries, keys, values = (x.split(branches.lengths, dim=2) for x in (query, key, value))
     parts = []
-    for start, prompt, *ends in branches.bounds:
-        # The prompt and the first response are an ordinary causal sequence; each later response looks back at the prompt.
-        query, key, value = next(pieces)
-        parts.append(_attend(query, key, value, is_causal=True, scale=scaling))
-        prompts = [x[:, :, : prompt - start] for x in (key, value)]
-        for begin, end in itertools.pairwise(ends):
-            query, *own = next(pieces)
-            key, value = (torch.cat(pair, dim=2) for pair in zip(prompts, own, strict=True))
-            mask = branches.mask(prompt - start, end - begin, query.device)
-            parts.append(_attend(query, key, value, attn_mask=mask, scale=scaling))
+    for number, path in enumerate(branches.paths):
+        query, key, value = queries[number], keys[number], values[number]
+        if not path:
+            parts.append(_attend(query, key, value, is_causal=True, scale=scaling))
+            continue
+        key, value = (torch.cat([*(x[piece][:, :, :seen] for piece, seen in path), x[number]], dim=2) for x in (keys, values))
+        mask = branches.mask(key.shape[2] - query.shape[2], query.shape[2], query.device)
+        parts.append(_attend(query, key, value, attn_mask=mask, scale=scaling))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 

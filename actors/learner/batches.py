@@ -2,7 +2,8 @@
 
 A row is one prompt with its responses. Where the model allows it (`shares_prompt`), the prompt is computed once and rows are packed one
 after the other without padding: [prompt, response 1, response 2][prompt, ...]; every response sees its prompt and itself, and its
-positions continue the prompt's. Other models get one padded row a response, with the same result.
+positions continue the prompt's. What responses begin with alike is computed once, too: a third of the tokens of 64 samples of an
+arithmetic prompt. Other models get one padded row a response, with the same result.
 
 Shapes: B rows of the model's input (1 where packed), T positions, N response tokens of a batch, R responses of a batch.
 """
@@ -95,63 +96,96 @@ def collate(examples: Sequence[Example], pad_id: int, share_prompt: bool) -> Bat
     Args:
         examples: the batch's responses are theirs in order: those of the first row, then those of the second, ...
         pad_id: fills up rows; any valid token id, its value never matters.
-        share_prompt: pack rows and compute each prompt once; else one row a response, padded on the right.
+        share_prompt: pack rows and compute each prompt, and what responses begin with alike, once; else one row a response, padded on
+            the right.
     """
-    # (place in the flat input of the prompt and of each response)
+    sequences = [np.concatenate([e.prompt_ids, response]).astype(np.int64) for e in examples for response in e.responses]
+    prompts = [len(e.prompt_ids) for e in examples for _ in e.responses]
     if share_prompt:
-        starts = np.cumsum([0, *(example.tokens for example in examples)])
-        shape = (1, int(starts[-1]))
-        places = [(int(start), _ends(int(start), e)[:-1]) for start, e in zip(starts, examples, strict=False)]
+        packed = _Packed()
+        places = [place for example in examples for place in packed.row(example)]
+        shape, branches = (1, packed.at), packed.branches()
     else:
-        width = max(len(e.prompt_ids) + len(r) for e in examples for r in e.responses)
-        shape = (sum(len(e.responses) for e in examples), width)
-        places = []
-    ids_T, positions_T = np.full(shape, pad_id, dtype=np.int64).ravel(), np.zeros(shape, dtype=np.int64).ravel()
-    row_T, branch_T = np.zeros(shape, dtype=np.int64).ravel(), np.full(shape, -1, dtype=np.int64).ravel()
-    sources, targets, owners, occupancy, ends = [], [], [], [], []
-    owner = 0
-    for number, example in enumerate(examples):
-        length = len(example.prompt_ids)
-        for branch, response in enumerate(example.responses, start=1):
-            prompt, start = (places[number][0], places[number][1][branch - 1]) if share_prompt else (owner * width, owner * width + length)
-            if branch == 1 or not share_prompt:
-                ids_T[prompt : prompt + length] = example.prompt_ids
-                positions_T[prompt : prompt + length] = np.arange(length)
-                row_T[prompt : prompt + length], branch_T[prompt : prompt + length] = number, 0
-            end = start + len(response)
-            ids_T[start:end] = response
-            positions_T[start:end] = length + np.arange(len(response))
-            row_T[start:end], branch_T[start:end] = number, branch
-            # The first token is predicted by the prompt's last, the others by the one before.
-            sources.append(np.concatenate([[prompt + length - 1], np.arange(start, end - 1)])[: len(response)])
-            targets.append(np.asarray(response, dtype=np.int64))
-            owners.append(np.full(len(response), owner))
-            ends.append(end - 1 if len(response) else prompt + length - 1)
-            occupancy.append(1 - np.arange(len(response), dtype=np.float32) / max(1, len(response)))
-            owner += 1
-    branches = None
-    if share_prompt:
-        bounds = tuple((start, *_ends(start, e)) for (start, _), e in zip(places, examples, strict=True))
-        branches = Branches(bounds, torch.from_numpy(row_T), torch.from_numpy(branch_T))
+        width = max(map(len, sequences))
+        places = [number * width + np.arange(len(ids)) for number, ids in enumerate(sequences)]
+        shape, branches = (len(sequences), width), None
+    ids_T, positions_T, mask_T = np.full(shape, pad_id).ravel(), np.zeros(shape, dtype=np.int64).ravel(), np.zeros(shape, dtype=np.int64)
+    for place, ids in zip(places, sequences, strict=True):
+        ids_T[place], positions_T[place], mask_T.ravel()[place] = ids, np.arange(len(ids)), 1
+    lengths = [len(ids) - prompt for ids, prompt in zip(sequences, prompts, strict=True)]
+    fractions = [1 - np.arange(length, dtype=np.float32) / max(1, length) for length in lengths]
+    # The first token of a response is predicted by the prompt's last, the others by the one before.
+    sources = [place[prompt - 1 : -1] for place, prompt in zip(places, prompts, strict=True)]
     return Batch(
         input_ids_BT=torch.from_numpy(ids_T.reshape(shape)),
         positions_BT=torch.from_numpy(positions_T.reshape(shape)),
-        attention_mask=None if share_prompt else torch.from_numpy((branch_T >= 0).astype(np.int64).reshape(shape)),
+        attention_mask=None if share_prompt else torch.from_numpy(mask_T),
         branches=branches,
-        sources_N=torch.from_numpy(np.concatenate(sources).astype(np.int64)),
-        targets_N=torch.from_numpy(np.concatenate(targets)),
-        owners_N=torch.from_numpy(np.concatenate(owners).astype(np.int64)),
-        occupancy_N=torch.from_numpy(np.concatenate(occupancy)),
-        ends_R=torch.tensor(ends),
-        responses=owner,
-        tokens=int((branch_T >= 0).sum()),
+        sources_N=torch.from_numpy(np.concatenate(sources)),
+        targets_N=torch.from_numpy(np.concatenate([ids[prompt:] for ids, prompt in zip(sequences, prompts, strict=True)])),
+        owners_N=torch.from_numpy(np.repeat(np.arange(len(sequences)), lengths)),
+        occupancy_N=torch.from_numpy(np.concatenate(fractions)),
+        ends_R=torch.tensor([place[-1] for place in places]),
+        responses=len(sequences),
+        tokens=sum(example.tokens for example in examples) if share_prompt else int(mask_T.sum()),
     )
 
 
-def _ends(start: int, example: Example) -> tuple[int, ...]:
-    """Where a packed row's prompt and each of its responses end."""
-    lengths = [len(example.prompt_ids), *(len(response) for response in example.responses)]
-    return tuple(int(end) for end in start + np.cumsum(lengths))
+class _Packed:
+    """A packed sequence that grows by rows; see `actors.learner.attention`."""
+
+    def __init__(self) -> None:
+        self.at = 0
+        self.lengths: list[int] = []
+        self.paths: list[tuple[tuple[int, int], ...]] = []
+        self.until: list[np.ndarray] = []
+
+    def row(self, example: Example) -> list[np.ndarray]:
+        """Adds a row; returns for each response the places of its tokens, those of the prompt first."""
+        start = self.at
+        until_T = np.zeros(example.tokens, dtype=np.int64)
+        found: dict[int, np.ndarray] = {}
+        path: list[tuple[int, int]] = []
+        before_T = place_T = np.zeros(0, dtype=np.int64)
+        responses = [np.asarray(response, dtype=np.int64) for response in example.responses]
+        # In this order the response before is the one with which most is shared.
+        for number in sorted(range(len(responses)), key=lambda number: responses[number].tolist()):
+            ids_T = np.concatenate([example.prompt_ids, responses[number]]).astype(np.int64)
+            shared = _alike(before_T, ids_T)
+            until_T[place_T[shared:] - start] = self.at
+            path = _cut(path, shared)
+            own = len(ids_T) - shared
+            place_T = np.concatenate([place_T[:shared], self.at + np.arange(own)])
+            if own:
+                self.paths.append(tuple(path))
+                path.append((len(self.lengths), own))
+                self.lengths.append(own)
+                self.at += own
+            found[number], before_T = place_T, ids_T
+        until_T[place_T - start] = self.at
+        self.until.append(until_T[: self.at - start])
+        return [found[number] for number in range(len(responses))]
+
+    def branches(self) -> Branches:
+        """The pieces."""
+        return Branches(tuple(self.lengths), tuple(self.paths), torch.from_numpy(np.concatenate(self.until)))
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens two sequences begin with alike."""
+    length = min(len(one), len(other))
+    differ = np.flatnonzero(one[:length] != other[:length])
+    return int(differ[0]) if len(differ) else length
+
+
+def _cut(path: list[tuple[int, int]], tokens: int) -> list[tuple[int, int]]:
+    """The first tokens of a way."""
+    kept = []
+    for piece, length in path:
+        if tokens:
+            kept.append((piece, min(length, tokens)))
+            tokens -= min(length, tokens)
+    return kept
 
 
 def batch_order(rows: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
