@@ -71,9 +71,9 @@ def align(config: DilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     base_model.check(run, graph.base_model, config.longest(), {"sft": config.sft, "training": config.training})
     run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
     if graph.sft:
-        run.do(policy_training.train(config.sft, config.sft.objective(), config.tracking, longest, trust), graph.sft)
+        run.do(policy_training.train(config.sft, config.tracking, longest, trust), graph.sft)
     run.do(reference.score(config.scoring, config.training.precision, longest, trust), graph.pairs)
-    run.do(policy_training.train(config.training, config.objective, config.tracking, longest, trust), graph.training)
+    run.do(policy_training.train(config.training, config.tracking, longest, trust), graph.training)
     for samples, score in graph.evaluations.values():
         run.do(generation.sample(config.engine, longest, trust), samples)
         run.do(evaluation.evaluate, score)

@@ -114,7 +114,7 @@ def align(config: GsilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     run.do(sample, graph.base.samples)
     run.do(evaluation.evaluate, graph.base.evaluation)
     if config.sft.epochs:
-        run.do(policy_training.train(config.sft, config.sft.objective(), config.tracking, longest, trust), graph.sft.weights)
+        run.do(policy_training.train(config.sft, config.tracking, longest, trust), graph.sft.weights)
     policy = graph.sft
     for step in graph.iterations:
         run.do(sample, policy.samples, step.negatives)
@@ -124,7 +124,7 @@ def align(config: GsilConfig, graph: Graph, run: Run) -> dict[str, Any]:
         run.do(score, step.pairs)
         if result.nothing_left(step):
             break
-        run.do(policy_training.train(config.training, config.objective, config.tracking, longest, trust), step.policy.weights)
+        run.do(policy_training.train(config.training, config.tracking, longest, trust), step.policy.weights)
         result.add(step)
         policy = step.policy
     run.do(sample, policy.samples)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actors.settings import RewardTraining, Sampling
+from actors.settings import Sampling
 from jobs import runner
 from jobs.schemas import IrlConfig
 from pipelines import (
@@ -61,8 +61,6 @@ class Reward:
 
     name: str
     kind: str
-    settings: RewardTraining
-    """with the model's own seed"""
     pairs: Stage
     training: Stage
 
@@ -140,7 +138,7 @@ def plan(config: IrlConfig) -> Graph:
             training = config.training.model_copy(update={"seed": config.training.seed + seed})
             objective = reward_training.objective(config.rewards.loss_of(kind))
             trained = policy_training.plan(f"rewards/{kind}/seed-{seed}", start, base, pairs, training, objective, centre)
-            rewards.append(Reward(f"{kind}-{seed}", kind, training, pairs, trained))
+            rewards.append(Reward(f"{kind}-{seed}", kind, pairs, trained))
     metrics = reward_training.plan_metrics({reward.name: reward.training for reward in rewards})
     head = Graph(base, data, preferences, policy, labels, tuple(rewards), metrics, (), None)
     if not config.best_of_n.asked() or not policy:
@@ -199,15 +197,13 @@ def learn(config: IrlConfig, graph: Graph, run: Run) -> dict[str, Any]:
         run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
         if config.best_of_n.golden == "exact_answer" and config.best_of_n.asked():
             scoring.check_answers(run, graph.demonstrations, "best_of_n.golden")
-        run.do(policy_training.train(config.sft, config.sft.objective(), config.tracking, longest, trust), graph.policy.training)
+        run.do(policy_training.train(config.sft, config.tracking, longest, trust), graph.policy.training)
         for samples in graph.samples():
             run.do(sample, *samples)
     if graph.labels:
         run.do(score, graph.labels)
     run.do(reward_training.make_pairs, *graph.pairs())
-    for reward in graph.rewards:
-        objective = reward_training.objective(config.rewards.loss_of(reward.kind))
-        run.do(policy_training.train(reward.settings, objective, config.tracking, longest, trust), reward.training)
+    run.do(policy_training.train(config.training, config.tracking, longest, trust), *(reward.training for reward in graph.rewards))
     run.do(reward_training.measure, graph.metrics)
     if graph.choice:
         for stages in graph.scores:

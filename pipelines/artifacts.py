@@ -83,12 +83,14 @@ class Run:
         root: the directory.
         display: is told what happens.
         report: called whenever stages begin or end.
+        patience: seconds that a stage waits for nodes which the cluster does not have yet.
     """
 
-    def __init__(self, root: Path, display: Display | None = None, report: Callable[[], None] = lambda: None):
+    def __init__(self, root: Path, display: Display | None = None, report: Callable[[], None] = lambda: None, patience: float = 3600.0):
         self.root = root
         self.display = display or Display()
         self.report = report
+        self.patience = patience
         self.log: list[dict[str, Any]] = []
 
     def directory(self, stage: Stage) -> Path:

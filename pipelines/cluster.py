@@ -1,18 +1,23 @@
-"""The Ray cluster of a job: a running one, or a local instance that ends with the job."""
+"""The Ray cluster of a job: a running one, or a local instance that ends with the job; and whether it has what a stage asks for."""
 
 import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from pipelines.artifacts import StageError
+from pipelines.artifacts import Run, StageError
 from pipelines.settings import RaySettings
 
 log = logging.getLogger(__name__)
 ANSWER_SECONDS = 10.0
 """in which a cluster takes a connection"""
+SAY_EVERY_SECONDS = 60.0
+"""Between two lines of a stage that waits for nodes."""
 
 
 @contextlib.contextmanager
@@ -85,7 +90,7 @@ def check_fits(address: str | None, demands: Mapping[str, tuple[float, float]]) 
     """Stops before a local instance would wait for ever for CPUs or GPUs that it does not have.
 
     Args:
-        address: of a running cluster, which may grow: there it is a warning.
+        address: of a running cluster, which may grow: there each stage asks for itself (`wait_for`).
         demands: least (CPUs, GPUs) that must be free at one time, by the setting that asks for them.
 
     Raises:
@@ -93,13 +98,77 @@ def check_fits(address: str | None, demands: Mapping[str, tuple[float, float]]) 
     """
     import ray
 
-    may_grow = bool(address or os.environ.get("RAY_ADDRESS"))
+    if address or os.environ.get("RAY_ADDRESS"):
+        return
     has = ray.cluster_resources()
     for setting, (cpus, gpus) in demands.items():
         for kind, asked in (("CPU", cpus), ("GPU", gpus)):
             here = has.get(kind, 0)
-            if asked > here and may_grow:
-                log.warning("%s asks for %g %ss at once, the cluster has %g now: the stage waits for more", setting, asked, kind, here)
-            elif asked > here:
+            if asked > here:
                 mend = "lower it, or raise ray.num_cpus" if kind == "CPU" else "lower it, or run on a machine that has them"
                 raise StageError(f"{setting} asks for {asked:g} {kind}s at once, this machine has {here:g}: {mend}")
+
+
+def wait_for(run: Run, name: str, count: int, cpus: float, gpus: float) -> None:
+    """Returns when the cluster has nodes for what a stage needs at least. Asks its autoscaler for them, and says what it waits for.
+
+    Args:
+        run: its `patience` is how long.
+        name: of the stage.
+        count: processes that have to run at one time.
+        cpus: that each asks Ray for.
+        gpus: that each asks Ray for.
+
+    Raises:
+        StageError: no node type of the cluster can give it, or it has not come in time.
+    """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    each = {kind: asked for kind, asked in (("CPU", cpus), ("GPU", gpus)) if asked}
+    wanted = f"{name} asks for {count} x ({cpus:g} CPU, {gpus:g} GPU)"
+    began, at, said = time.monotonic(), datetime.now().astimezone(), 0.0
+    while (there := _room(ray.nodes(), each)) < count:
+        # Again and again: a request of another job replaces this one.
+        request_resources(bundles=[each] * count)
+        waited = time.monotonic() - began
+        if _can_never_be():
+            _withdraw()
+            raise StageError(f"{wanted}: no node type of this cluster can give that; lower it, or add a node type")
+        if waited > run.patience:
+            _withdraw()
+            raise StageError(
+                f"{wanted}, the cluster has room for {there}: no more nodes came in {waited / 60:.0f} minutes (ray.wait_minutes); the "
+                "same command goes on here when they have"
+            )
+        if not said or waited - said > SAY_EVERY_SECONDS:
+            said = waited or 1e-9
+            log.warning("%s, the cluster has room for %d: waits for nodes since %s", wanted, there, f"{at:%H:%M:%S}")
+        time.sleep(1)
+    if said:
+        _withdraw()
+        log.warning("%s: the nodes are there after %.0f s", name, time.monotonic() - began)
+
+
+def _room(nodes: list[dict[str, Any]], each: Mapping[str, float]) -> int:
+    """How many processes that ask for `each` the living nodes have room for when nothing else runs there."""
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    return sum(min((int(has.get(kind, 0) / asked + 1e-9) for kind, asked in each.items()), default=10**9) for has in alive)
+
+
+def _can_never_be() -> bool:
+    """Whether the autoscaler says that it has no node type for a demand. Only Ray's newer one (v2) says so."""
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
+    return bool(reply.autoscaling_state.infeasible_cluster_resource_constraints)
+
+
+def _withdraw() -> None:
+    """Asks for nothing any more: nodes that nobody works on go."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[])

@@ -2,7 +2,7 @@
 
 INPUT  demonstrations/train (SFT), iteration-1/pairs/train (GSIL) or rewards/init-sft/pairs/train (reward model)
 OUTPUT policy/ or reward/ (Hugging Face directory; with LoRA also adapter/), metrics.jsonl, TensorBoard events,
-       held_out.{json,parquet}, checkpoints/
+       held_out.{json,parquet}, trained.json, checkpoints/
 """
 
 import concurrent.futures
@@ -18,9 +18,11 @@ import pyarrow.parquet as pq
 
 from actors.allocator import TRAINING
 from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
+from actors.learner.entry import trained
 from actors.settings import Objective, Tracking, Training
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
+from pipelines.cluster import wait_for
 from pipelines.records import shards
 from pipelines.shards import last_words
 
@@ -52,52 +54,63 @@ def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, 
     return Stage(name, settings, inputs, demand=training.demand(), version=3)
 
 
-def train(training: Training, objective: Objective, tracking: Tracking, longest: int, trust_remote_code: bool) -> Any:
-    """Returns the work of a training stage.
+def train(training: Training, tracking: Tracking, longest: int, trust_remote_code: bool) -> Any:
+    """Returns the work of training stages: one gang of workers trains them one after the other.
 
     Args:
-        training: settings.
-        objective: what it minimises.
+        training: where it runs; what is trained, and how, each stage says itself.
         tracking: where metrics go.
         longest: no prompt with one of its responses is longer, tokens.
         trust_remote_code: run Python code that comes with the model.
     """
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
-        stage = stages[0]
-        directory = run.directory(stage)
-        data = {split: _filled(run.directory(stage.inputs["data"]) / split) for split in ("train", "held_out")}
-        if objective.name == "sft":
-            # Held-out answers tell about SFT; held-out pairs exist only later.
-            data["held_out"] = []
-        job = {
-            "name": f"{run.root.name}/{stage.name}",
-            "weights": base_model.weights(run, stage.inputs["start"]),
-            "tokenizer": base_model.tokenizer(run, stage.inputs["base"]),
-            "train": data["train"],
-            "held_out": data["held_out"],
-            "output": str(directory),
-            "training": training,
-            "objective": objective,
-            "tracking": tracking,
-            "deepspeed": stage.settings["training"]["deepspeed"],
-            "longest": longest,
-            "trust_remote_code": trust_remote_code,
-        }
-        if "centre" in stage.inputs:
-            job |= {"kind": "reward", "centre": _filled(run.directory(stage.inputs["centre"]) / "held_out")}
-        metrics, failed = directory / "metrics.jsonl", directory / "failed"
-        shutil.rmtree(failed, ignore_errors=True)
-        rows = sum(pq.read_metadata(path).num_rows for path in data["train"])
-        run.display.follow(math.ceil(rows / training.batch_size) * training.epochs, "steps", lambda: count_lines(metrics))
+        common = {"tracking": tracking, "longest": longest, "trust_remote_code": trust_remote_code}
+        jobs = [_job(run, stage, training) | common for stage in stages]
+        places = {job["name"]: Path(job["output"]) for job in jobs}
+        for place in places.values():
+            shutil.rmtree(place / "failed", ignore_errors=True)
+        run.display.follow(sum(map(_steps, jobs)), "steps", lambda: sum(count_lines(place / "metrics.jsonl") for place in places.values()))
         try:
-            _fit(run, job, training)
+            # What an earlier attempt trained to the end stays.
+            if left := [job for job in jobs if trained(job["output"]) is None]:
+                _fit(run, left, training)
         finally:
-            for failure in sorted(failed.glob("*.json")):
-                raise StageError(f"{job['name']}: {json.loads(failure.read_text())['error']}")
-        return {stage.name: _numbers(directory)}
+            for name, place in places.items():
+                for failure in sorted((place / "failed").glob("*.json")):
+                    raise StageError(f"{name}: {json.loads(failure.read_text())['error']}")
+        seconds = {stage.name: trained(str(run.directory(stage))) or 0.0 for stage in stages}
+        shares = {name: {"share": own / sum(seconds.values())} for name, own in seconds.items()}
+        return {stage.name: _numbers(run.directory(stage)) | shares[stage.name] for stage in stages}
 
     return work
+
+
+def _job(run: Run, stage: Stage, training: Training) -> dict[str, Any]:
+    """What a worker is told of a stage."""
+    own = {name: value for name, value in stage.settings["training"].items() if name != "deepspeed"}
+    objective = Objective(**stage.settings["objective"])
+    data = {split: _filled(run.directory(stage.inputs["data"]) / split) for split in ("train", "held_out")}
+    job = {
+        "name": f"{run.root.name}/{stage.name}",
+        "weights": base_model.weights(run, stage.inputs["start"]),
+        "tokenizer": base_model.tokenizer(run, stage.inputs["base"]),
+        "train": data["train"],
+        # Held-out answers tell about SFT; held-out pairs exist only later.
+        "held_out": [] if objective.name == "sft" else data["held_out"],
+        "output": str(run.directory(stage)),
+        "training": training.model_copy(update=own),
+        "objective": objective,
+        "deepspeed": stage.settings["training"]["deepspeed"],
+    }
+    if "centre" in stage.inputs:
+        job |= {"kind": "reward", "centre": _filled(run.directory(stage.inputs["centre"]) / "held_out")}
+    return job
+
+
+def _steps(job: dict[str, Any]) -> int:
+    rows = sum(pq.read_metadata(path).num_rows for path in job["train"])
+    return math.ceil(rows / job["training"].batch_size) * job["training"].epochs
 
 
 def count_lines(path: Path) -> int:
@@ -109,12 +122,13 @@ def _filled(folder: Path) -> list[str]:
     return [str(path) for path in shards(folder) if pq.read_metadata(path).num_rows]
 
 
-def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
+def _fit(run: Run, jobs: list[dict[str, Any]], training: Training) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from actors.learner.entry import run as worker
 
+    wait_for(run, jobs[0]["name"], training.min_workers or training.workers, training.cpus_per_worker, training.gpus_per_worker)
     gpu = training.gpus_per_worker > 0
     threads = max(1, int(training.cpus_per_worker))
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | TRAINING[training.precision]
@@ -123,7 +137,7 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
         env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     trainer = TorchTrainer(
         worker,
-        train_loop_config=job,
+        train_loop_config={"jobs": jobs},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers if training.min_workers is None else (training.min_workers, training.workers),
@@ -131,7 +145,7 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
             resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": training.gpus_per_worker} if gpu else {}),
         ),
         run_config=ray.train.RunConfig(
-            name=job["name"].replace("/", "-"),
+            name=jobs[0]["name"].replace("/", "-"),
             storage_path=str(run.root / "logs" / "ray_train"),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
             worker_runtime_env={"env_vars": env},
@@ -143,7 +157,8 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
         causes = getattr(error, "worker_failures", None) or {}
         first = next(iter(causes.values()), error)
         log.info("%s", first)
-        raise StageError(f"{job['name']}: a training worker failed: {last_words(first)} (logs/job.log has all of it)") from error
+        under_way = next((job for job in jobs if trained(job["output"]) is None), jobs[-1])
+        raise StageError(f"{under_way['name']}: a training worker failed: {last_words(first)} (logs/job.log has all of it)") from error
 
 
 def _fit_aside(trainer: Any) -> None:
@@ -162,7 +177,7 @@ def _fit_aside(trainer: Any) -> None:
 
 def _numbers(directory: Path) -> dict[str, Any]:
     """The last step's metrics, the tail's mean reward of real responses, and the held-out scores."""
-    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     tail = [step for step in steps[-max(1, len(steps) // 4) :] if "skipped" not in step]
     numbers: dict[str, Any] = {"steps": len(steps), "skipped": sum("skipped" in step for step in steps), "last": steps[-1]}
     if "reward_real" in steps[-1] and tail:

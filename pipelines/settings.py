@@ -38,6 +38,8 @@ class RaySettings(Settings):
     """a running cluster ("auto" or HOST:6379); else RAY_ADDRESS; else a local instance is started"""
     num_cpus: int | None = Field(None, ge=1)
     """CPUs of the local instance; all by default"""
+    wait_minutes: float = Field(60.0, ge=0)
+    """how long a stage waits for nodes that a running cluster does not have yet"""
 
 
 class Model(Settings):

@@ -18,6 +18,7 @@ from typing import Any
 from actors.loading import loading
 from actors.settings import Pool
 from pipelines.artifacts import Run, Stage, StageError
+from pipelines.cluster import wait_for
 
 log = logging.getLogger(__name__)
 DEATHS = 3
@@ -64,6 +65,7 @@ def map_shards(
     pending = [shard for shard in work if not shard.output.exists()]
     run.display.follow(sum(s.rows for s in work), "rows", lambda: sum(map(_made, work)))
     if pending:
+        wait_for(run, pending[0].stage.name, min(pool.min_actors, len(pending)), pool.num_cpus, pool.num_gpus)
         items = [{"inputs": list(s.inputs), "output": str(s.output), "options": s.options} for s in pending]
         done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             Adapter,

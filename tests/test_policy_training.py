@@ -21,20 +21,30 @@ from pipelines.settings import Model
 
 def run_stage(root: Path, model: Path, spoil: dict[int, float] | None = None, **settings: Any) -> Path:
     """Runs a training stage on pairs of the tiny model; returns its directory."""
+    run, training, (stage,) = planned(root, model, [spoil], **settings)
+    run.do(policy_training.train(training, Tracking(), 64, False), stage)
+    return run.directory(stage)
+
+
+def planned(root: Path, model: Path, spoils: list[dict[int, float] | None], **settings: Any) -> tuple[Run, Training, list[Stage]]:
+    """Training stages of the tiny model, one for each `spoil`, and their pairs."""
 
     def write(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         for split in ("train", "held_out"):
             (run.directory(stages[0]) / split).mkdir()
-            write_pairs(model, run.directory(stages[0]) / split / "00000.parquet", spoil)
+            write_pairs(model, run.directory(stages[0]) / split / "00000.parquet", spoils[stages[0].settings["spoil"]])
         return {}
 
-    run, base, data = Run(root), base_model.plan(Model(path=str(model))), Stage("pairs", {"spoil": str(spoil)})
+    run, base = Run(root), base_model.plan(Model(path=str(model)))
     training = Training(**({"epochs": 20, "learning_rate": 1e-4, "checkpoint_every": 5, "zero_stage": 2} | settings))
-    stage = policy_training.plan("gsil/training", base, base, data, training, Objective())
     run.do(base_model.prepare(Model(path=str(model))), base)
-    run.do(write, data)
-    run.do(policy_training.train(training, Objective(), Tracking(), 64, False), stage)
-    return run.directory(stage)
+    stages = []
+    for number in range(len(spoils)):
+        name = f"gsil-{number}" if number else "gsil"
+        data = Stage(f"{name}/pairs", {"spoil": number})
+        run.do(write, data)
+        stages.append(policy_training.plan(f"{name}/training", base, base, data, training, Objective()))
+    return run, training, stages
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +94,18 @@ def test_with_too_few_free_places_it_trains_with_fewer_workers(undisturbed: Any,
 def test_rows_that_are_not_finite_fail_the_stage_once_with_their_ids(local_ray: None, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"gsil/training: the loss .* not finite in 3 steps in a row, up to step 3, on the rows row-"):
         run_stage(tmp_path, tiny, dict.fromkeys(range(14), math.inf), workers=1)
+
+
+def test_one_gang_trains_several_and_what_one_learned_outlives_another_that_fails(local_ray: None, tiny: Path, tmp_path: Path) -> None:
+    run, training, stages = planned(
+        tmp_path, tiny, [None, dict.fromkeys(range(14), math.inf), None], workers=2, epochs=2, checkpoint_every=0
+    )
+    with pytest.raises(StageError, match=r"gsil-1/training: the loss .* not finite"):
+        run.do(policy_training.train(training, Tracking(), 64, False), *stages)
+    before = steps_of(run.directory(stages[0]))
+    assert not (run.directory(stages[2]) / "metrics.jsonl").exists()
+    run.do(policy_training.train(training, Tracking(), 64, False), stages[0], stages[2])
+    # They carry tokens per second: taken again they would differ.
+    assert steps_of(run.directory(stages[0])) == before
+    assert_same_steps(steps_of(run.directory(stages[2])), before, rel=4e-3)
+    assert sum(stage["seconds"] for stage in run.log if "training" in stage["name"]) > 0

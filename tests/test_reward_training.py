@@ -119,7 +119,7 @@ def test_the_graph_draws_nothing_that_nobody_reads(shared_preferences: Path, tin
     assert names == ["base/model", "preferences", "rewards/bt/pairs", "rewards/bt/seed-0", "rewards/metrics"]
     config = build(IrlConfig, ["--model.path", str(tiny), "--rewards.seeds", "2", "--best_of_n.prompts", "0"])
     graph = irl_reward.plan(config)
-    assert [reward.settings.seed for reward in graph.rewards] == [0, 1], "seeds are seeds"
+    assert [reward.training.settings["training"]["seed"] for reward in graph.rewards] == [0, 1], "seeds are seeds"
     assert [s.name for s in graph.stages()][2:] == [
         "sft/training",
         "base/responses",

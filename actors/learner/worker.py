@@ -8,6 +8,7 @@ behind the last checkpoint as if nothing had happened.
 """
 
 import functools
+import gc
 import json
 import os
 import time
@@ -24,6 +25,7 @@ from actors.learner.batches import batch_order
 from actors.learner.checkpoint import Checkpoints
 from actors.learner.data import Examples
 from actors.learner.deepspeed_config import ELEMENTS_AT_ONCE, deepspeed_config
+from actors.learner.entry import TRAINED
 from actors.learner.learner import Learner
 from actors.learner.logprobs import Head
 from actors.learner.tracking import Tracker
@@ -80,6 +82,7 @@ def train(job: TrainJob) -> None:
         ValueError: the settings do not fit the model, the checkpoint or the worker.
         TrainingError: losses stay infinite, or the policy on disk is not the one that was trained.
     """
+    began = time.monotonic()
     settings, output = job.training, Path(job.output)
     tracking.require(job.tracking)
     torch.manual_seed(settings.seed)
@@ -120,6 +123,10 @@ def train(job: TrainJob) -> None:
     if tracker:
         tracker.close()
     check_export(job, learner, examples, probe)
+    if tracker:
+        temporary = output / f".{TRAINED}"
+        temporary.write_text(json.dumps({"seconds": round(time.monotonic() - began, 1)}), encoding="utf-8")
+        temporary.replace(output / TRAINED)
 
 
 def start_engine(module: Any, settings: Training, theirs: dict[str, Any] | None = None, universal: bool = False) -> Any:
@@ -218,8 +225,8 @@ def settings_of(job: TrainJob) -> dict[str, Any]:
     return {k: v.model_dump() if hasattr(v, "model_dump") else v for k, v in job.__dict__.items()}
 
 
-def run(job: dict[str, Any]) -> None:
-    """A Ray Train worker: sets the threads it was given and trains.
+def run(job: dict[str, Any]) -> bool:
+    """One training of a Ray Train worker: sets the threads it was given, trains, and gives back what it held. Returns whether it is done.
 
     What would fail again is written to `failed/RANK.json`. When all workers fail alike they end without being started again; one that
     fails alone raises, so that those that wait for it are stopped, and stops before it loads a model when it is started again.
@@ -230,6 +237,10 @@ def run(job: dict[str, Any]) -> None:
         raise TrainingError(json.loads(earlier.read_text(encoding="utf-8"))["error"])
     try:
         train(TrainJob(**job))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return True
     except ValueError as error:
         failed.mkdir(exist_ok=True)
         (failed / f"{dist.get_rank()}.json").write_text(json.dumps({"error": str(error)}), encoding="utf-8")
@@ -238,3 +249,4 @@ def run(job: dict[str, Any]) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
+        return False
