@@ -63,8 +63,13 @@ RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 def ours_alive(root: Path) -> list[str]:
-    """Processes of a run by their environment: the driver, Ray's node, engines, workers."""
-    alive = []
+    """Processes of a run: the driver, Ray's node, engines, workers."""
+    return list(processes(root).values())
+
+
+def processes(root: Path) -> dict[int, str]:
+    """Those of a run by their environment: process id -> command."""
+    alive = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -73,7 +78,7 @@ def ours_alive(root: Path) -> list[str]:
             except OSError:
                 continue
             if f"GSIL_TEST={root}" in environment and words and not words.startswith(RAY_AGENTS):
-                alive.append(words.replace("\0", " ")[:120])
+                alive[int(entry.name)] = words.replace("\0", " ")[:120]
     return alive
 
 
