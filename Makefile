@@ -2,7 +2,7 @@
 # make reward sets everything up and learns reward models that choose the best of N samples
 # make serve  sets everything up and serves Best-of-N at http://127.0.0.1:8000, with models that it trains once (runs/serve)
 # make test   sets everything up and passes the tests; make test-slow runs those that take many minutes
-# make lint   ruff and mypy over the whole tree
+# make lint   ruff and mypy over the whole tree, hadolint and shellcheck over deploy/
 # make lock   resolves pyproject.toml to requirements/{cpu,gpu}.txt
 # DEVICE=gpu or DEVICE=cpu chooses the locked set; by default a GPU is taken where an NVIDIA driver answers.
 
@@ -49,6 +49,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint deploy/docker/Dockerfile
+	$(BIN)/shellcheck deploy/slurm.sh .ci/run
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -8,9 +8,42 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
-from running import command, content, finish, free_ports, ours_alive, wait_until_gone
+import pytest
+from running import ROOT, command, content, finish, free_ports, ours_alive, wait_until_gone
+
+LEFT_HERE = ("runs/a/final/model.safetensors", ".venv/bin/python", "jobs/__pycache__/config.pyc", ".git/config", ".env", "wandb/run/log")
+
+
+def packed(directory: Path, target: Path, include_gitignore: bool) -> list[str]:
+    """What Ray itself puts into the package of a working directory."""
+    from ray._private.runtime_env.packaging import create_package
+
+    create_package(str(directory), target, include_gitignore=include_gitignore)
+    with zipfile.ZipFile(target) as package:
+        return [name for name in package.namelist() if not name.endswith("/")]
+
+
+# Ray can be told to read no .gitignore (RAY_RUNTIME_ENV_IGNORE_GITIGNORE).
+@pytest.mark.parametrize("include_gitignore", [True, False])
+def test_runs_caches_and_environments_are_not_submitted(tmp_path: Path, include_gitignore: bool) -> None:
+    project = tmp_path / "project"
+    for name in (*LEFT_HERE, "jobs/dil.py", "my_judge.py", "data/rows.jsonl"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("x")
+    for name in (".rayignore", ".gitignore"):
+        shutil.copy(ROOT / name, project / name)
+    names = packed(project, tmp_path / "package.zip", include_gitignore)
+    assert sorted(names) == [".gitignore", ".rayignore", "data/rows.jsonl", "jobs/dil.py", "my_judge.py"]
+
+
+def test_the_project_is_submitted_whole_and_small(tmp_path: Path) -> None:
+    names = packed(ROOT, tmp_path / "package.zip", True)
+    code = [str(path.relative_to(ROOT)) for room in ("actors", "pipelines", "jobs") for path in (ROOT / room).rglob("*.py")]
+    assert set(code) <= set(names) and "jobs/configs/quickstart.yaml" in names and "pipelines/report/page.html" in names
+    assert (tmp_path / "package.zip").stat().st_size < 2 * 2**20
 
 
 def test_a_job_submitted_to_a_running_cluster(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
