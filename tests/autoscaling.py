@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ray.util import get_node_ip_address
 from running import free_ports, processes, wait_until_gone
 
 HEAD = "f" * 51 + "00000"
@@ -18,7 +19,7 @@ PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeP
 
 
 @contextlib.contextmanager
-def autoscaling(root: Path, types: dict[str, dict[str, Any]], idle_minutes: float = 0.1, v2: bool = True) -> Iterator[str]:
+def autoscaling(root: Path, types: dict[str, dict[str, Any]], idle_minutes: float = 0.25, v2: bool = True) -> Iterator[str]:
     """Yields the address of a cluster whose head has no CPU.
 
     Args:
@@ -27,6 +28,8 @@ def autoscaling(root: Path, types: dict[str, dict[str, Any]], idle_minutes: floa
         idle_minutes: after which a node that does nothing goes.
         v2: Ray's newer autoscaler.
     """
+    (port,) = free_ports(1)
+    address = f"{get_node_ip_address()}:{port}"
     kinds = {name: {"node_config": {}, "min_workers": 0} | kind for name, kind in types.items()}
     kinds["ray.head.default"] = {"node_config": {}, "resources": {"CPU": 0}, "min_workers": 0, "max_workers": 0}
     config = {
@@ -35,7 +38,8 @@ def autoscaling(root: Path, types: dict[str, dict[str, Any]], idle_minutes: floa
         "upscaling_speed": 100.0,
         "idle_timeout_minutes": idle_minutes,
         # By its class: for its name Ray reads an example that the wheel lacks. Without the flags every node is a failed launch, and killed.
-        "provider": {"type": "external", "module": PROVIDER, "disable_node_updaters": True, "disable_launch_config_check": True}
+        "provider": {"type": "external", "module": PROVIDER, "gcs_address": address}
+        | {"disable_node_updaters": True, "disable_launch_config_check": True}
         | ({"launch_multiple": True, "head_node_id": HEAD} if v2 else {}),
         "auth": {"ssh_user": "ubuntu"},
         "available_node_types": kinds,
@@ -44,7 +48,7 @@ def autoscaling(root: Path, types: dict[str, dict[str, Any]], idle_minutes: floa
         **{part: [] for part in ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files")},
         "file_mounts": {},
     }
-    file, (port,) = root / "autoscaling.json", free_ports(1)
+    file = root / "autoscaling.json"
     file.write_text(json.dumps(config))
     marks = {"GSIL_TEST": str(root), "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_AUTH_MODE": "disabled"}
     if v2:
@@ -53,7 +57,7 @@ def autoscaling(root: Path, types: dict[str, dict[str, Any]], idle_minutes: floa
     options = [f"--port={port}", "--num-cpus=0", "--include-dashboard=false", f"--autoscaling-config={file}", "--disable-usage-stats"]
     try:
         subprocess.run([ray, "start", "--head", *options], check=True, capture_output=True, env=os.environ | marks, timeout=120)
-        yield f"127.0.0.1:{port}"
+        yield address
     finally:
         # `ray stop` would end every Ray on the machine.
         for pid in processes(root):
