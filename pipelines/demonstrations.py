@@ -50,7 +50,7 @@ def prepare(settings: Demonstrations, trust_remote_code: bool) -> Any:
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         stage = stages[0]
         writer = _Writer(run.directory(stage), settings)
-        run.display.follow(None, "rows", lambda: writer.read)
+        run.display.follow(None, "rows", lambda: writer.read, lambda: {"rejected": len(writer.rejected)})
         tokenizer = base_model.tokenizer(run, stage.inputs["base"])
         # Held-out first: a row that is in both belongs there.
         for split in ("held_out", "train"):

@@ -22,9 +22,12 @@ from actors.settings import Objective, Tracking, Training
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.records import shards
+from pipelines.restarts import restarted, restarts
 from pipelines.shards import last_words
 
 log = logging.getLogger(__name__)
+STEP_BYTES = 16384
+"""A recorded step is shorter."""
 
 
 def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, objective: Objective, centre: Stage | None = None) -> Stage:
@@ -89,7 +92,12 @@ def train(training: Training, objective: Objective, tracking: Tracking, longest:
         metrics, failed = directory / "metrics.jsonl", directory / "failed"
         shutil.rmtree(failed, ignore_errors=True)
         rows = sum(pq.read_metadata(path).num_rows for path in data["train"])
-        run.display.follow(math.ceil(rows / training.batch_size) * training.epochs, "steps", lambda: count_lines(metrics))
+
+        def now() -> dict[str, float]:
+            return {"tokens_per_second": newest(metrics).get("tokens_per_second", 0), "restarts": restarts(directory)}
+
+        steps = math.ceil(rows / training.batch_size) * training.epochs
+        run.display.follow(steps, "steps", lambda: int(newest(metrics).get("step", 0)), now)
         try:
             _fit(run, job, training)
         finally:
@@ -100,9 +108,15 @@ def train(training: Training, objective: Objective, tracking: Tracking, longest:
     return work
 
 
-def count_lines(path: Path) -> int:
-    """Lines written so far; 0 before the file is there."""
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def newest(path: Path) -> dict[str, Any]:
+    """The last step that was recorded; nothing before the first."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - STEP_BYTES))
+        # What comes after the last line's end is being written.
+        *_, last, _ = [b"", b"", *file.read().split(b"\n")]
+    return json.loads(last) if last else {}
 
 
 def _filled(folder: Path) -> list[str]:
@@ -134,6 +148,7 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
             name=job["name"].replace("/", "-"),
             storage_path=str(run.root / "logs" / "ray_train"),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
+            callbacks=[_counts_restarts(Path(job["output"]))],
             worker_runtime_env={"env_vars": env},
         ),
     )
@@ -144,6 +159,16 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
         first = next(iter(causes.values()), error)
         log.info("%s", first)
         raise StageError(f"{job['name']}: a training worker failed: {last_words(first)} (logs/job.log has all of it)") from error
+
+
+def _counts_restarts(directory: Path) -> Any:
+    import ray.train
+
+    class Restarts(ray.train.UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            restarted(directory)
+
+    return Restarts()
 
 
 def _fit_aside(trainer: Any) -> None:
