@@ -90,17 +90,20 @@ def _execute(
     show: Callable[[dict[str, Any], Path], summary.Shown],
 ) -> None:
     from pipelines.logs import Where, set_up_logs
+    from pipelines.plan import write_plan
     from pipelines.progress import Terminal, chatter_to, print_result
     from pipelines.report.attached import attach
     from pipelines.report.writing import Reporter
+    from pipelines.status import ProgressFile
     from pipelines.watching import Watch
 
     (root / config.file("config.yaml")).write_text(to_yaml(config), encoding="utf-8")
     # A summary is there only when the run that it describes has ended.
     (root / config.file("summary.json")).unlink(missing_ok=True)
+    write_plan(root, config.prefix, config.script, graph.stages())
     report, name = Reporter(root, graph.stages(), config.prefix), config.run.name
     with chatter_to(root / "logs" / "driver.log") as console, Terminal(console) as terminal:
-        display = Watch(terminal)
+        display = Watch(terminal, ProgressFile(root / config.file("progress.json")))
         set_up_logs(root / "logs", Where(name, lambda: display.running), terminal.say)
         terminal.say(f"{name}: {root}")
         try:
