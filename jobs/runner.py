@@ -89,7 +89,9 @@ def _execute(
     work: Callable[[C, P, Run], dict[str, Any]],
     show: Callable[[dict[str, Any], Path], summary.Shown],
 ) -> None:
+    from pipelines.job_metadata import JobMetadata
     from pipelines.logs import Where, set_up_logs
+    from pipelines.metrics import Metrics
     from pipelines.plan import write_plan
     from pipelines.progress import Terminal, chatter_to, print_result
     from pipelines.report.attached import attach
@@ -103,7 +105,7 @@ def _execute(
     write_plan(root, config.prefix, config.script, graph.stages())
     report, name = Reporter(root, graph.stages(), config.prefix), config.run.name
     with chatter_to(root / "logs" / "driver.log") as console, Terminal(console) as terminal:
-        display = Watch(terminal, ProgressFile(root / config.file("progress.json")))
+        display = Watch(terminal, ProgressFile(root / config.file("progress.json")), Metrics(name), JobMetadata(name))
         set_up_logs(root / "logs", Where(name, lambda: display.running), terminal.say)
         terminal.say(f"{name}: {root}")
         try:

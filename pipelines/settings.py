@@ -38,6 +38,8 @@ class RaySettings(Settings):
     """a running cluster ("auto" or HOST:6379); else RAY_ADDRESS; else a local instance is started"""
     num_cpus: int | None = Field(None, ge=1)
     """CPUs of the local instance; all by default"""
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+    """where Prometheus finds the metrics of the local instance; any free port by default"""
 
 
 class Model(Settings):
