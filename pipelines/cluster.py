@@ -42,7 +42,8 @@ def connected(settings: RaySettings) -> Iterator[str]:
         if address:
             ray.init(address=address, **options)
         else:
-            ray.init(address="local", num_cpus=settings.num_cpus, include_dashboard=False, **options)
+            local = {"num_cpus": settings.num_cpus, "include_dashboard": False, "_metrics_export_port": settings.metrics_port}
+            ray.init(address="local", **local, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise StageError(f"no Ray cluster answers at {address!r}: {error}") from None
     try:

@@ -50,7 +50,7 @@ def prepare(settings: Demonstrations, trust_remote_code: bool) -> Any:
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         stage = stages[0]
         writer = _Writer(run.directory(stage), settings)
-        run.display.follow(None, "rows", lambda: writer.read)
+        run.display.follow(None, "rows", lambda: writer.read, lambda: {"rejected": len(writer.rejected)})
         tokenizer = base_model.tokenizer(run, stage.inputs["base"])
         # Held-out first: a row that is in both belongs there.
         for split in ("held_out", "train"):
@@ -99,10 +99,15 @@ def _rows(settings: Demonstrations, split: str, tokenizer: str, trust_remote_cod
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     tasks = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
-    raw = tasks.flat_map(lambda task: _read(task["file"], settings, name))
+
+    def read(task: dict[str, str]) -> Iterator[sources.RawRow]:
+        return _read(task["file"], settings, name)
+
     options = {"settings": settings, "tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
+    rows = tasks.flat_map(read).map_batches(tokenize, batch_size=1024, fn_kwargs=options)
+    rows.set_name(f"{settings.section}-{split}")
     try:
-        for row in raw.map_batches(tokenize, batch_size=1024, fn_kwargs=options).iter_rows():
+        for row in rows.iter_rows():
             if row["fatal"]:
                 raise StageError(row["fatal"])
             yield row

@@ -24,9 +24,12 @@ from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.cluster import wait_for
 from pipelines.records import shards
+from pipelines.restarts import restarted, restarts
 from pipelines.shards import last_words
 
 log = logging.getLogger(__name__)
+STEP_BYTES = 16384
+"""A recorded step is shorter."""
 
 
 def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, objective: Objective, centre: Stage | None = None) -> Stage:
@@ -70,11 +73,19 @@ def train(training: Training, tracking: Tracking, longest: int, trust_remote_cod
         places = {job["name"]: Path(job["output"]) for job in jobs}
         for place in places.values():
             shutil.rmtree(place / "failed", ignore_errors=True)
-        run.display.follow(sum(map(_steps, jobs)), "steps", lambda: sum(count_lines(place / "metrics.jsonl") for place in places.values()))
+
+        def reached() -> list[dict[str, Any]]:
+            return [newest(place / "metrics.jsonl") for place in places.values()]
+
+        def now() -> dict[str, float]:
+            rates = [step["tokens_per_second"] for step in reached() if "tokens_per_second" in step]
+            return {"tokens_per_second": rates[-1] if rates else 0, "restarts": restarts(run.directory(stages[0]))}
+
+        run.display.follow(sum(map(_steps, jobs)), "steps", lambda: sum(int(step.get("step", 0)) for step in reached()), now)
         try:
             # What an earlier attempt trained to the end stays.
             if left := [job for job in jobs if trained(job["output"]) is None]:
-                _fit(run, left, training)
+                _fit(run, left, training, run.directory(stages[0]))
         finally:
             for name, place in places.items():
                 for failure in sorted((place / "failed").glob("*.json")):
@@ -113,16 +124,22 @@ def _steps(job: dict[str, Any]) -> int:
     return math.ceil(rows / job["training"].batch_size) * job["training"].epochs
 
 
-def count_lines(path: Path) -> int:
-    """Lines written so far; 0 before the file is there."""
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def newest(path: Path) -> dict[str, Any]:
+    """The last step that was recorded; nothing before the first."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - STEP_BYTES))
+        # What comes after the last line's end is being written.
+        *_, last, _ = [b"", b"", *file.read().split(b"\n")]
+    return json.loads(last) if last else {}
 
 
 def _filled(folder: Path) -> list[str]:
     return [str(path) for path in shards(folder) if pq.read_metadata(path).num_rows]
 
 
-def _fit(run: Run, jobs: list[dict[str, Any]], training: Training) -> None:
+def _fit(run: Run, jobs: list[dict[str, Any]], training: Training, directory: Path) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -148,6 +165,7 @@ def _fit(run: Run, jobs: list[dict[str, Any]], training: Training) -> None:
             name=jobs[0]["name"].replace("/", "-"),
             storage_path=str(run.root / "logs" / "ray_train"),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
+            callbacks=[_counts_restarts(directory)],
             worker_runtime_env={"env_vars": env},
         ),
     )
@@ -159,6 +177,16 @@ def _fit(run: Run, jobs: list[dict[str, Any]], training: Training) -> None:
         log.info("%s", first)
         under_way = next((job for job in jobs if trained(job["output"]) is None), jobs[-1])
         raise StageError(f"{under_way['name']}: a training worker failed: {last_words(first)} (logs/job.log has all of it)") from error
+
+
+def _counts_restarts(directory: Path) -> Any:
+    import ray.train
+
+    class Restarts(ray.train.UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            restarted(directory)
+
+    return Restarts()
 
 
 def _fit_aside(trainer: Any) -> None:

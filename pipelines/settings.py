@@ -40,6 +40,8 @@ class RaySettings(Settings):
     """CPUs of the local instance; all by default"""
     wait_minutes: float = Field(60.0, ge=0)
     """how long a stage waits for nodes that a running cluster does not have yet"""
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+    """where Prometheus finds the metrics of the local instance; any free port by default"""
 
 
 class Model(Settings):

@@ -19,10 +19,13 @@ from actors.loading import loading
 from actors.settings import Pool
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.cluster import wait_for
+from pipelines.restarts import restarted, restarts
+from pipelines.watching import title
 
 log = logging.getLogger(__name__)
 DEATHS = 3
 """Times that an actor may die and start again."""
+NAME_LENGTH = 160
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,15 @@ def map_shards(
     for shard in work:
         shard.output.parent.mkdir(parents=True, exist_ok=True)
     pending = [shard for shard in work if not shard.output.exists()]
-    run.display.follow(sum(s.rows for s in work), "rows", lambda: sum(map(_made, work)))
+    directory = run.directory(work[0].stage) if work else run.root
+    run.display.follow(sum(s.rows for s in work), "rows", lambda: sum(map(_made, work)), lambda: {"restarts": restarts(directory)})
     if pending:
         wait_for(run, pending[0].stage.name, min(pool.min_actors, len(pending)), pool.num_cpus, pool.num_gpus)
         items = [{"inputs": list(s.inputs), "output": str(s.output), "options": s.options} for s in pending]
+        who = title(list(dict.fromkeys(shard.stage.name for shard in pending)))
         done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            Adapter,
-            fn_constructor_kwargs={"actor": actor, "arguments": arguments},
+            named(actor.__name__, who),
+            fn_constructor_kwargs={"actor": actor, "arguments": arguments, "directory": str(directory)},
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(min_size=min(pool.min_actors, len(pending)), max_size=min(pool.max_actors, len(pending))),
             num_cpus=pool.num_cpus,
@@ -79,6 +84,8 @@ def map_shards(
             max_task_retries=DEATHS,
             runtime_env={"env_vars": env},
         )
+        # In Ray's dashboard; Ray makes a file name of it, too.
+        done.set_name(f"{run.root.name}-{who}".replace("/", "-")[:NAME_LENGTH])
         try:
             for _ in done.iter_rows():
                 pass
@@ -95,9 +102,19 @@ def map_shards(
 
 
 class Adapter:
-    """Between Ray Data's batches of one row and an actor's verb."""
+    """Between Ray Data's batches of one row and an actor's verb.
 
-    def __init__(self, actor: Callable[..., Any], arguments: dict[str, Any]):
+    Args:
+        actor: the class.
+        arguments: for its constructor.
+        directory: of the stage, which hears of restarts.
+    """
+
+    def __init__(self, actor: Callable[..., Any], arguments: dict[str, Any], directory: str):
+        import ray
+
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            restarted(Path(directory))
         with loading():
             self.actor = actor(**arguments)
 
@@ -108,6 +125,11 @@ class Adapter:
             self.actor([str(path) for path in inputs], str(output), dict(options), tally)
             tally.path.unlink(missing_ok=True)
         return {"output": batch["output"]}
+
+
+def named(actor: str, stages: str) -> type[Adapter]:
+    """The adapter under a name that Ray's dashboard shows for the actors: it has nothing else to tell those of one stage from others."""
+    return type(f"{actor}: {stages}", (Adapter,), {})
 
 
 class Tally:

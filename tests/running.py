@@ -3,12 +3,15 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,52 @@ def free_ports(count: int) -> list[int]:
         for held in sockets:
             held.bind(("127.0.0.1", 0))
         return [held.getsockname()[1] for held in sockets]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster of one node, as `ray start` makes it."""
+
+    root: Path
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+
+    def submit(self, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` of this repository, also while the cluster is starting."""
+        ray = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", self.dashboard, "--working-dir", "."]
+        deadline = time.monotonic() + 180
+        while True:
+            done = finish([*ray, *words], env=self.environment, **options)
+            # The job server answers before it has found its agent: both come up some seconds after the head node.
+            starting = any(text in done.stderr for text in ("Failed to connect", "No available agent"))
+            if not starting or time.monotonic() > deadline:
+                return done
+            time.sleep(2)
+
+
+@contextlib.contextmanager
+def cluster(root: Path) -> Iterator[Cluster]:
+    """Its processes belong to `root`, see `ours_alive`."""
+    # A local instance that ran in this process before leaves variables behind that are not meant for another cluster.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = inherited | {"RAY_AUTH_MODE": "disabled", "GSIL_TEST": str(root)}
+    port, dashboard, agent = free_ports(3)
+    head = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}"]
+    # Jobs are submitted through the agent; those of other local instances hold its default port.
+    head += ["--num-cpus=2", "--block", f"--dashboard-agent-listen-port={agent}"]
+    # Paths of Unix sockets are short: not below pytest's folders.
+    temporary = tempfile.mkdtemp(prefix="ray-")
+    process = subprocess.Popen(
+        [*head, f"--temp-dir={temporary}"], cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield Cluster(root, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+        shutil.rmtree(temporary, ignore_errors=True)
+    wait_until_gone(root)
 
 
 def stop_when(process: subprocess.Popen[bytes], condition: Callable[[], bool], how: signal.Signals) -> None:

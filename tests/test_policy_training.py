@@ -16,6 +16,7 @@ from training import assert_same_steps, steps_of, write_pairs
 from actors.settings import Objective, Tracking, Training
 from pipelines import base_model, policy_training
 from pipelines.artifacts import Run, Stage, StageError
+from pipelines.restarts import restarts
 from pipelines.settings import Model
 
 
@@ -82,6 +83,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_only(
     watcher.join()
     assert killed and not psutil.pid_exists(killed[0])
     assert_same_steps(steps_of(stage), undisturbed, rel=4e-3)
+    assert restarts(stage) == 1
 
 
 @pytest.mark.slow

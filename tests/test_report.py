@@ -15,7 +15,6 @@ from pipelines.report import facts, figures
 from pipelines.report.comparison import differences
 from pipelines.report.doubts import doubts
 from pipelines.report.facts import gather
-from pipelines.report.page import duration
 from pipelines.report.writing import Reporter
 
 DATA = Stage("demonstrations", {})
@@ -189,7 +188,3 @@ def test_runs_side_by_side(ended: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "objective.beta" in output.read_text(), "a run of the reward job alone has its own files"
     assert compare.main([str(tmp_path / "nowhere")]) == 1
     assert "is no run directory" in capsys.readouterr().err
-
-
-def test_durations() -> None:
-    assert [duration(seconds) for seconds in (0.31, 42.4, 61, 3700)] == ["0.3 s", "42 s", "1 min 01 s", "1 h 01 min"]

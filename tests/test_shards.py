@@ -1,8 +1,9 @@
 """The pool of actors: what a person reads when an actor fails, and what stays."""
 
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from ray import cloudpickle
 
 from actors.settings import Engine, Pool, Sampling
 from pipelines import generation
-from pipelines.artifacts import Run, Stage, StageError
-from pipelines.shards import Shard, Tally, _made, map_shards
+from pipelines.artifacts import Display, Run, Stage, StageError
+from pipelines.restarts import restarts
+from pipelines.shards import Adapter, Shard, Tally, _made, map_shards, named
 
 # Ray's workers cannot import a test: the class travels with the task.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -55,6 +57,34 @@ def test_rows_of_an_unfinished_shard_count_as_far_as_it_tells(tmp_path: Path) ->
     assert _made(shard) == 2
     shard.output.write_text("done")
     assert _made(shard) == shard.rows == 3
+
+
+class Dies:
+    """With its process, the first time."""
+
+    def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
+        if not Path(inputs[0]).exists():
+            Path(inputs[0]).touch()
+            os._exit(1)
+        Path(output).write_text("done")
+
+
+def test_restarts_of_actors_are_counted(local_ray: None, tmp_path: Path) -> None:
+    stage = Stage("a", {})
+    told: list[Mapping[str, float]] = []
+
+    class Asks(Display):
+        def follow(self, total: int | None, unit: str, done: Callable[[], int], also: Callable[[], Mapping[str, float]] = dict) -> None:
+            told.append(also())
+
+    work = [Shard(stage, (str(tmp_path / "died"),), tmp_path / "a" / "0.parquet", {}, rows=1)]
+    map_shards(Run(tmp_path, Asks()), work, Dies, {}, Pool(), {})
+    assert work[0].output.read_text() == "done" and restarts(tmp_path / "a") == 1 and told == [{"restarts": 0}]
+
+
+def test_actors_have_the_name_of_what_they_do() -> None:
+    made = named("SampleShards", "sft/samples + iteration-1/negatives")
+    assert made.__name__ == "SampleShards: sft/samples + iteration-1/negatives" and issubclass(made, Adapter)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,19 @@
-"""The same job under `ray job submit` against a running cluster, and by its address."""
+"""A job under `ray job submit` against a running cluster, and by its address; what Ray's dashboard shows of it."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import time
+import urllib.request
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from running import ROOT, command, content, finish, free_ports, ours_alive, wait_until_gone
+from running import ROOT, Cluster, cluster, command, content, finish, ours_alive
+
+from pipelines.status import ENDED, look
 
 LEFT_HERE = ("runs/a/final/model.safetensors", ".venv/bin/python", "jobs/__pycache__/config.pyc", ".git/config", ".env", "wandb/run/log")
 
@@ -46,49 +47,63 @@ def test_the_project_is_submitted_whole_and_small(tmp_path: Path) -> None:
     assert (tmp_path / "package.zip").stat().st_size < 2 * 2**20
 
 
-def test_a_job_submitted_to_a_running_cluster(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster for the tests of this file; nothing of it is left behind them."""
+    with cluster(tmp_path_factory.mktemp("cluster")) as found:
+        yield found
+
+
+def test_a_job_submitted_to_a_running_cluster(
+    running: Cluster, undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path
+) -> None:
     again = {"sft/training", "iteration-1/negatives"}
-    binaries = Path(sys.executable).parent
-    # A local instance that ran in this process before leaves variables behind that are not meant for another cluster.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment = inherited | {"RAY_AUTH_MODE": "disabled", "GSIL_TEST": str(tmp_path)}
-    port, dashboard, agent = free_ports(3)
-    head = [str(binaries / "ray"), "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--block"]
-    # Jobs are submitted through the agent; those of other local instances hold its default port.
-    head += [f"--dashboard-agent-listen-port={agent}"]
-    # Paths of Unix sockets are short: not below pytest's folders.
-    temporary = tempfile.mkdtemp(prefix="ray-")
-    cluster = subprocess.Popen(
-        [*head, f"--temp-dir={temporary}"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        submit = [str(binaries / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--"]
-        # A part of a finished run has to be made again there.
-        shutil.copytree(undisturbed, tmp_path / "job")
-        for name in again:
-            shutil.rmtree(tmp_path / "job" / name)
-        job = command(tiny, demonstrations, tmp_path)
-        deadline = time.monotonic() + 180
-        while True:
-            done = finish([*submit, *job], env=environment)
-            # The job server answers before it has found its agent: both come up some seconds after the head node.
-            starting = any(text in done.stderr for text in ("Failed to connect", "No available agent"))
-            if not starting or time.monotonic() > deadline:
-                break
-            time.sleep(2)
-        assert done.returncode == 0, done.stdout + done.stderr
-        stages = json.loads((tmp_path / "job" / "summary.json").read_text())["stages"]
-        assert {stage["name"] for stage in stages if not stage["skipped"]} == again and content(tmp_path / "job") == content(undisturbed)
-        # The same job by hand, told where the cluster is: all of it is done already.
-        done = finish([*job, "--ray.address", f"127.0.0.1:{port}"], env=environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert all(stage["skipped"] for stage in json.loads((tmp_path / "job" / "summary.json").read_text())["stages"])
-        deadline = time.monotonic() + 30
-        while held := [words for words in ours_alive(tmp_path) if any(name in words for name in ("MapWorker", "RayTrainWorker"))]:
-            assert time.monotonic() < deadline, f"left on the cluster: {held}"
-            time.sleep(0.5)
-    finally:
-        cluster.send_signal(signal.SIGTERM)
-        cluster.wait(timeout=60)
-        shutil.rmtree(temporary, ignore_errors=True)
-    wait_until_gone(tmp_path)
+    # A part of a finished run has to be made again there.
+    shutil.copytree(undisturbed, tmp_path / "job")
+    for name in again:
+        shutil.rmtree(tmp_path / "job" / name)
+    job = command(tiny, demonstrations, tmp_path)
+    done = running.submit("--", *job)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = json.loads((tmp_path / "job" / "summary.json").read_text())["stages"]
+    assert {stage["name"] for stage in stages if not stage["skipped"]} == again and content(tmp_path / "job") == content(undisturbed)
+    # The same job by hand, told where the cluster is: all of it is done already.
+    done = finish([*job, "--ray.address", running.address], env=running.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(stage["skipped"] for stage in json.loads((tmp_path / "job" / "summary.json").read_text())["stages"])
+    deadline = time.monotonic() + 30
+    while held := [words for words in ours_alive(running.root) if any(name in words for name in ("MapWorker", "RayTrainWorker"))]:
+        assert time.monotonic() < deadline, f"left on the cluster: {held}"
+        time.sleep(0.5)
+
+
+def asked(running: Cluster, path: str) -> Any:
+    """The dashboard's answer."""
+    return json.loads(urllib.request.urlopen(f"{running.dashboard}{path}", timeout=20).read())
+
+
+def test_the_dashboard_shows_the_stage_of_a_job_and_its_actors_by_name(running: Cluster, tmp_path: Path) -> None:
+    environment = json.dumps({"env_vars": {"GSIL_STUB_SECONDS": "0.4"}})
+    stub = [sys.executable, str(ROOT / "tests" / "stub_job.py"), "--run.root", str(tmp_path), "--run.name", "stub"]
+    given = ("--submission-id", "watched", "--metadata-json", '{"team": "blue"}', "--runtime-env-json", environment, "--no-wait")
+    done = running.submit(*given, "--", *stub)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metadata: list[dict[str, str]] = []
+    classes: set[str] = set()
+    deadline = time.monotonic() + 180
+    while (job := asked(running, "/api/jobs/watched"))["status"] in ("PENDING", "RUNNING"):
+        assert time.monotonic() < deadline, job
+        metadata.append(job["metadata"])
+        classes |= {actor["class_name"] for actor in asked(running, "/api/v0/actors?limit=100")["data"]["result"]["result"]}
+        time.sleep(0.3)
+    assert job["status"] == "SUCCEEDED", (job, asked(running, "/api/jobs/watched/logs"))
+    last = {"gsil_run": "stub", "gsil_stage": "iteration-2/training", "gsil_progress": "done"}
+    assert job["metadata"] == {"team": "blue"} | last
+    seen = {told["gsil_stage"] for told in metadata if "gsil_stage" in told}
+    assert {"iteration-1/negatives", "iteration-1/training", "iteration-2/negatives"} <= seen, metadata
+    assert {f"MapWorker(MapBatches(SampleShards: iteration-{t}/negatives))" for t in (1, 2)} <= classes, classes
+    (found,) = look(tmp_path / "stub")
+    assert found.state == ENDED and [stage.state for stage in found.stages] == ["done"] * 5
+    lines = [json.loads(line) for line in (tmp_path / "stub/logs/job.jsonl").read_text().splitlines()]
+    begun = [(line["run"], line["stage"], line["iteration"]) for line in lines if line["message"].startswith("started: ")]
+    assert begun == [("stub", stage.name, int(stage.name[10]) if "/" in stage.name else None) for stage in found.stages]

@@ -6,43 +6,23 @@ runs/NAME/**/manifest.json, metrics.jsonl, *.parquet --> `Facts`, while the run 
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines import states
 from pipelines.artifacts import Stage, read_json
+from pipelines.plan import Planned
 from pipelines.records import shards
+from pipelines.states import DONE, RUNNING, SKIPPED, STOPPED, WAITING, StageFacts
 
 ROWS = 10
 """Held-out prompts that are shown side by side."""
 EVALUATED = "evaluation/policies/"
-SKIPPED, DONE, RUNNING, STOPPED, WAITING = "skipped", "done", "running", "stopped", "to do"
-
-
-@dataclass(frozen=True)
-class StageFacts:
-    """A node of the job graph and what became of it."""
-
-    name: str
-    state: str
-    seconds: float | None = None
-    inputs: tuple[str, ...] = ()
-    numbers: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def policy(self) -> str:
-        """Who it is about: the first part of its name that says so."""
-        return self.name[: -len(self.own) - 1].rpartition("/")[2] if "/" in self.name else self.name
-
-    @property
-    def own(self) -> str:
-        """Its name without whom it is about."""
-        return self.name.removeprefix("evaluation/policies/").removeprefix("evaluation/").partition("/")[2] or self.name
 
 
 @dataclass(frozen=True)
@@ -125,7 +105,8 @@ def gather(root: Path, stages: Sequence[Stage] = (), prefix: str = "", failure: 
         failure: why the job stopped, if it did.
     """
     ended = read_json(root / f"{prefix}summary.json")
-    known = list(_planned(root, stages, ended, STOPPED if failure else RUNNING) if stages else _found(root, ended))
+    graph = [Planned.of(stage) for stage in stages]
+    known = list(states.planned(root, graph, ended, STOPPED if failure else RUNNING) if graph else states.found(root, ended))
     done = [stage for stage in known if stage.state in (DONE, SKIPPED)]
     manifests = [read_json(root / stage.name / "manifest.json") or {} for stage in done]
     file = root / f"{prefix}config.yaml"
@@ -141,36 +122,6 @@ def gather(root: Path, stages: Sequence[Stage] = (), prefix: str = "", failure: 
         best_of_n=next((read_json(root / s.name / "report.json") for s in done if (root / s.name / "report.json").exists()), None),
         failure=failure,
     )
-
-
-def _planned(root: Path, stages: Sequence[Stage], ended: Mapping[str, Any] | None, under_way: str) -> Iterator[StageFacts]:
-    for stage in stages:
-        folder = root / stage.name
-        manifest, started = read_json(folder / "manifest.json") or {}, read_json(folder / "started.json") or {}
-        inputs = tuple(dict.fromkeys(found.name for found in stage.inputs.values()))
-        if manifest.get("fingerprint") == stage.fingerprint:
-            yield StageFacts(stage.name, _state(stage.name, ended), manifest["seconds"], inputs, manifest["numbers"], manifest["settings"])
-        else:
-            state = under_way if started.get("fingerprint") == stage.fingerprint else WAITING
-            yield StageFacts(stage.name, state, None, inputs)
-
-
-def _found(root: Path, ended: Mapping[str, Any] | None) -> Iterator[StageFacts]:
-    manifests = [manifest for path in root.rglob("manifest.json") if (manifest := read_json(path)) and "fingerprint" in manifest]
-    reads = {m["name"]: [found["name"] for found in m["inputs"].values()] for m in manifests}
-
-    def depth(name: str) -> int:
-        return 1 + max((depth(found) for found in reads.get(name, [])), default=0)
-
-    # Stages that ended in the same second, after what they read.
-    for m in sorted(manifests, key=lambda m: (m["finished"], depth(m["name"]))):
-        inputs = tuple(dict.fromkeys(found["name"] for found in m["inputs"].values()))
-        yield StageFacts(m["name"], _state(m["name"], ended), m["seconds"], inputs, m["numbers"], m["settings"])
-
-
-def _state(name: str, ended: Mapping[str, Any] | None) -> str:
-    log = (ended or {}).get("stages", [])
-    return SKIPPED if any(entry["name"] == name and entry["skipped"] for entry in log) else DONE
 
 
 def _steps(path: Path) -> list[dict[str, float]]:

@@ -9,7 +9,9 @@ from string import Template
 from pipelines import best_of_n_report, reward_training, scoreboard, summary
 from pipelines.report import figures
 from pipelines.report.doubts import doubts
-from pipelines.report.facts import SKIPPED, Facts, Row, StageFacts
+from pipelines.report.facts import Facts, Row
+from pipelines.states import SKIPPED, StageFacts
+from pipelines.status import duration
 
 REWARDS = (
     "Rewards are beta times the log ratio of the trained policy to its reference, in nats; they and the share of pairs told apart are "
@@ -50,14 +52,6 @@ def state(facts: Facts) -> str:
     how = "ended" if ended else "stopped" if facts.failure else "under way"
     now = datetime.now().astimezone().isoformat(" ", "minutes")
     return f"{how}: {done} of {len(facts.stages)} stages, {duration(seconds)} of work{best}{stopped}; written {now}"
-
-
-def duration(seconds: float) -> str:
-    """In the units that a person would use."""
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def tables(facts: Facts) -> dict[str, Rows]:

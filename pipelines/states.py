@@ -1,0 +1,77 @@
+"""What became of each stage of a run, out of its directory. Reads manifests alone: cheap enough for whoever only asks how far a run is."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.artifacts import read_json
+from pipelines.plan import Planned
+
+SKIPPED, DONE, RUNNING, STOPPED, WAITING = "skipped", "done", "running", "stopped", "to do"
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """A node of the job graph and what became of it."""
+
+    name: str
+    state: str
+    seconds: float | None = None
+    inputs: tuple[str, ...] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def policy(self) -> str:
+        """Who it is about: the first part of its name that says so."""
+        return self.name[: -len(self.own) - 1].rpartition("/")[2] if "/" in self.name else self.name
+
+    @property
+    def own(self) -> str:
+        """Its name without whom it is about."""
+        return self.name.removeprefix("evaluation/policies/").removeprefix("evaluation/").partition("/")[2] or self.name
+
+
+def planned(root: Path, stages: Sequence[Planned], ended: Mapping[str, Any] | None, under_way: str) -> Iterator[StageFacts]:
+    """Of a job graph.
+
+    Args:
+        root: the run directory.
+        stages: the graph, in order.
+        ended: summary of a run that has ended.
+        under_way: what a stage that began and has not ended is called: running, or stopped.
+    """
+    for stage in stages:
+        folder = root / stage.name
+        manifest, started = read_json(folder / "manifest.json") or {}, read_json(folder / "started.json") or {}
+        if manifest.get("fingerprint") == stage.fingerprint:
+            state, numbers, settings = _state(stage.name, ended), manifest["numbers"], manifest["settings"]
+            yield StageFacts(stage.name, state, manifest["seconds"], stage.inputs, numbers, settings)
+        else:
+            state = under_way if started.get("fingerprint") == stage.fingerprint else WAITING
+            yield StageFacts(stage.name, state, None, stage.inputs)
+
+
+def found(root: Path, ended: Mapping[str, Any] | None) -> Iterator[StageFacts]:
+    """The stages that left a manifest, by the time when they ended: all that is known of a run without its job graph.
+
+    Args:
+        root: the run directory.
+        ended: summary of a run that has ended.
+    """
+    manifests = [manifest for path in root.rglob("manifest.json") if (manifest := read_json(path)) and "fingerprint" in manifest]
+    reads = {m["name"]: [given["name"] for given in m["inputs"].values()] for m in manifests}
+
+    def depth(name: str) -> int:
+        return 1 + max((depth(given) for given in reads.get(name, [])), default=0)
+
+    # Stages that ended in the same second, after what they read.
+    for m in sorted(manifests, key=lambda m: (m["finished"], depth(m["name"]))):
+        inputs = tuple(dict.fromkeys(given["name"] for given in m["inputs"].values()))
+        yield StageFacts(m["name"], _state(m["name"], ended), m["seconds"], inputs, m["numbers"], m["settings"])
+
+
+def _state(name: str, ended: Mapping[str, Any] | None) -> str:
+    log = (ended or {}).get("stages", [])
+    return SKIPPED if any(entry["name"] == name and entry["skipped"] for entry in log) else DONE
