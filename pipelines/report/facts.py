@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.artifacts import Stage, read_json
+from pipelines.artifacts import Stage
+from pipelines.manifests import in_order, read_json
 from pipelines.records import shards
 
 ROWS = 10
@@ -157,13 +158,7 @@ def _planned(root: Path, stages: Sequence[Stage], ended: Mapping[str, Any] | Non
 
 def _found(root: Path, ended: Mapping[str, Any] | None) -> Iterator[StageFacts]:
     manifests = [manifest for path in root.rglob("manifest.json") if (manifest := read_json(path)) and "fingerprint" in manifest]
-    reads = {m["name"]: [found["name"] for found in m["inputs"].values()] for m in manifests}
-
-    def depth(name: str) -> int:
-        return 1 + max((depth(found) for found in reads.get(name, [])), default=0)
-
-    # Stages that ended in the same second, after what they read.
-    for m in sorted(manifests, key=lambda m: (m["finished"], depth(m["name"]))):
+    for m in in_order(manifests):
         inputs = tuple(dict.fromkeys(found["name"] for found in m["inputs"].values()))
         yield StageFacts(m["name"], _state(m["name"], ended), m["seconds"], inputs, m["numbers"], m["settings"])
 
