@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 
 from actors.allocator import TRAINING
 from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
+from actors.notices import FOLDER, tell
 from actors.settings import Objective, Tracking, Training
+from actors.storage import advice, is_full
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.records import shards
@@ -117,7 +119,8 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
 
     gpu = training.gpus_per_worker > 0
     threads = max(1, int(training.cpus_per_worker))
-    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | TRAINING[training.precision]
+    notices = str((run.root / "logs" / "notices").absolute())
+    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", FOLDER: notices} | TRAINING[training.precision]
     if not gpu:
         # Ray hides no GPU from a worker that asked for none, and DeepSpeed takes what it sees.
         env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -135,6 +138,7 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
             storage_path=str(run.root / "logs" / "ray_train"),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
             worker_runtime_env={"env_vars": env},
+            callbacks=[_tells_of_failures(job["name"], notices)],
         ),
     )
     try:
@@ -143,7 +147,21 @@ def _fit(run: Run, job: dict[str, Any], training: Training) -> None:
         causes = getattr(error, "worker_failures", None) or {}
         first = next(iter(causes.values()), error)
         log.info("%s", first)
-        raise StageError(f"{job['name']}: a training worker failed: {last_words(first)} (logs/job.log has all of it)") from error
+        said = f"a training worker failed: {last_words(first)} (logs/job.log has all of it)"
+        output = Path(job["output"])
+        raise StageError(f"{job['name']}: {advice(output, first) if is_full(output, first) else said}") from error
+
+
+def _tells_of_failures(name: str, notices: str) -> Any:
+    """What Ray Train's controller, which starts a gang again after a failure, says of it in the job's log."""
+    import ray.train
+
+    class Tells(ray.train.UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for rank, error in worker_exceptions.items():
+                tell(f"{name}: training worker {rank} failed: {last_words(error)}", notices)
+
+    return Tells()
 
 
 def _fit_aside(trainer: Any) -> None:
