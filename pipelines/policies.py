@@ -4,7 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from pipelines.artifacts import StageError, read_json
+from pipelines.artifacts import StageError
+from pipelines.manifests import in_order, read_json
 from pipelines.settings import Model
 
 CONFIGS = ("config.yaml", "reward-config.yaml")
@@ -24,10 +25,10 @@ def of_run(root: Path) -> dict[str, Model]:
         raise StageError(f"{root} is no run directory: it has no {' or '.join(CONFIGS)}")
     base = Model(**(yaml.safe_load(config.read_text(encoding="utf-8")).get("model") or {}))
     found = {"base": base}
-    manifests = [manifest for file in root.glob("*/training/manifest.json") if (manifest := read_json(file))]
-    for manifest in sorted(manifests, key=lambda manifest: str(manifest["finished"])):
+    manifests = [manifest for file in root.glob("*/*/manifest.json") if (manifest := read_json(file)) and "fingerprint" in manifest]
+    for manifest in in_order(manifests):
         folder = root / manifest["name"] / "policy"
-        if folder.is_dir():
+        if manifest["name"].endswith("/training") and folder.is_dir():
             found[manifest["name"].partition("/")[0]] = Model(path=str(folder), trust_remote_code=base.trust_remote_code)
     return found
 

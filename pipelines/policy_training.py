@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 from actors.allocator import TRAINING
 from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
 from actors.learner.entry import trained
+from actors.notices import FOLDER, tell
 from actors.settings import Objective, Tracking, Training
+from actors.storage import advice, is_full
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.cluster import wait_for
@@ -148,7 +150,8 @@ def _fit(run: Run, jobs: list[dict[str, Any]], training: Training, directory: Pa
     wait_for(run, jobs[0]["name"], training.min_workers or training.workers, training.cpus_per_worker, training.gpus_per_worker)
     gpu = training.gpus_per_worker > 0
     threads = max(1, int(training.cpus_per_worker))
-    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | TRAINING[training.precision]
+    notices = str((run.root / "logs" / "notices").absolute())
+    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", FOLDER: notices} | TRAINING[training.precision]
     if not gpu:
         # Ray hides no GPU from a worker that asked for none, and DeepSpeed takes what it sees.
         env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -165,8 +168,8 @@ def _fit(run: Run, jobs: list[dict[str, Any]], training: Training, directory: Pa
             name=jobs[0]["name"].replace("/", "-"),
             storage_path=str(run.root / "logs" / "ray_train"),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
-            callbacks=[_counts_restarts(directory)],
             worker_runtime_env={"env_vars": env},
+            callbacks=[_tells_of_failures(jobs[0]["name"], directory, notices)],
         ),
     )
     try:
@@ -176,17 +179,22 @@ def _fit(run: Run, jobs: list[dict[str, Any]], training: Training, directory: Pa
         first = next(iter(causes.values()), error)
         log.info("%s", first)
         under_way = next((job for job in jobs if trained(job["output"]) is None), jobs[-1])
-        raise StageError(f"{under_way['name']}: a training worker failed: {last_words(first)} (logs/job.log has all of it)") from error
+        output = Path(under_way["output"])
+        said = f"a training worker failed: {last_words(first)} (logs/job.log has all of it)"
+        raise StageError(f"{under_way['name']}: {advice(output, first) if is_full(output, first) else said}") from error
 
 
-def _counts_restarts(directory: Path) -> Any:
+def _tells_of_failures(name: str, directory: Path, notices: str) -> Any:
+    """What Ray Train's controller, which starts a gang again after a failure, says of it in the job's log and on its display."""
     import ray.train
 
-    class Restarts(ray.train.UserCallback):
+    class Tells(ray.train.UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             restarted(directory)
+            for rank, error in worker_exceptions.items():
+                tell(f"{name}: training worker {rank} failed: {last_words(error)}", notices)
 
-    return Restarts()
+    return Tells()
 
 
 def _fit_aside(trainer: Any) -> None:

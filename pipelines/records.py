@@ -6,9 +6,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
-from pipelines.artifacts import replacing
+from actors.storage import patiently, write_bytes
+from pipelines.artifacts import StageError
 
+SEAL = "gsil:xxh3"
+"""Key in a shard's footer of the checksum of the file: a shard that was finished by an attempt that was killed stands in no manifest."""
+NO_SEAL = "0" * 16
 IDS = pa.list_(pa.int32())
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -72,9 +77,37 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema,
     """
     footer = {key: str(value) for key, value in (counts or {}).items()}
     table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata(footer))
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({SEAL: NO_SEAL})
+    try:
+        write_bytes(path, sealed(sink.getvalue().to_pybytes()))
+    except OSError as error:
+        raise StageError(error.args[1]) from error
     return table.num_rows
+
+
+def sealed(file: bytes) -> bytes:
+    """A parquet file with its own checksum in its footer, computed with zeros in the checksum's place."""
+    start = _seal_at(file)
+    assert file[start : start + len(NO_SEAL)] == NO_SEAL.encode()
+    return file[:start] + xxhash.xxh3_64_hexdigest(file).encode() + file[start + len(NO_SEAL) :]
+
+
+def intact(path: Path) -> bool:
+    """Whether a file of `write_rows` is, to the bit, what was written."""
+    file = patiently(f"reading {path}", path.read_bytes)
+    start = _seal_at(file)
+    end = start + len(NO_SEAL)
+    return start >= 0 and file[start:end] == xxhash.xxh3_64_hexdigest(file[:start] + NO_SEAL.encode() + file[end:]).encode()
+
+
+def _seal_at(file: bytes) -> int:
+    """Where in a parquet file its checksum stands; negative if nowhere."""
+    found = file.rfind(SEAL.encode())
+    # Between key and value Thrift puts a type and a length, a byte each.
+    return found + len(SEAL) + 2 if found >= 0 else -1
 
 
 def sum_counts(paths: Iterable[Path]) -> dict[str, int]:

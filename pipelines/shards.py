@@ -2,10 +2,11 @@
 
     work items --Ray Data--> actors (min..max, scaled by Ray) --> one output shard an item, written whole or not at all
 
-A finished output shard is never made again: that is resume within a stage. Items of several stages can share a pool, so that one
-engine start serves all of them.
+A finished output shard is never made again, unless it was damaged: that is resume within a stage. Items of several stages can share a
+pool, so that one engine start serves all of them.
 """
 
+import contextlib
 import itertools
 import logging
 import re
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.loading import loading
+from actors.notices import FOLDER, tell, who
 from actors.settings import Pool
 from pipelines.artifacts import Run, Stage, StageError
-from pipelines.cluster import wait_for
+from pipelines.cluster import person_can_mend, wait_for
+from pipelines.records import intact
 from pipelines.restarts import restarted, restarts
 from pipelines.watching import title
 
@@ -65,7 +68,7 @@ def map_shards(
 
     for shard in work:
         shard.output.parent.mkdir(parents=True, exist_ok=True)
-    pending = [shard for shard in work if not shard.output.exists()]
+    pending = [shard for shard in work if not _finished(shard)]
     directory = run.directory(work[0].stage) if work else run.root
     run.display.follow(sum(s.rows for s in work), "rows", lambda: sum(map(_made, work)), lambda: {"restarts": restarts(directory)})
     if pending:
@@ -82,7 +85,7 @@ def map_shards(
             # An engine that dies on a shard again and again must not do so all night.
             max_restarts=DEATHS,
             max_task_retries=DEATHS,
-            runtime_env={"env_vars": env},
+            runtime_env={"env_vars": env | {FOLDER: str((run.root / "logs" / "notices").absolute())}},
         )
         # In Ray's dashboard; Ray makes a file name of it, too.
         done.set_name(f"{run.root.name}-{who}".replace("/", "-")[:NAME_LENGTH])
@@ -91,6 +94,8 @@ def map_shards(
                 pass
         except RayError as error:
             log.info("an actor failed", exc_info=error)
+            if known := person_can_mend(error):
+                raise StageError(f"{pending[0].stage.name}: {known}") from error
             raise StageError(f"{pending[0].stage.name}: an actor failed: {last_words(error)} (logs/job.log has all of it)") from error
     missing = [shard for shard in work if not shard.output.exists()]
     if missing:
@@ -122,6 +127,7 @@ class Adapter:
         """INPUT inputs, output, options; OUTPUT output."""
         for inputs, output, options in zip(batch["inputs"], batch["output"], batch["options"], strict=True):
             tally = Tally(Path(output))
+            tally.begin()
             self.actor([str(path) for path in inputs], str(output), dict(options), tally)
             tally.path.unlink(missing_ok=True)
         return {"output": batch["output"]}
@@ -139,11 +145,23 @@ class Tally:
         self.path = _tally(output)
         self.said = time.monotonic()
 
+    def begin(self) -> None:
+        """Says who makes the shard; a tally that is there is of one who ended before its shard did."""
+        if left := _read(self.path):
+            rows, by = left
+            tell(f"{self.path.parent.name}/{self.path.name[1:-5]}: made anew, {by or 'who made it'} ended after {rows} rows of it")
+        self._write(0)
+
     def __call__(self, rows: int) -> None:
         """Says how many are made so far."""
         if time.monotonic() - self.said > 1:
             self.said = time.monotonic()
-            self.path.write_text(str(rows))
+            self._write(rows)
+
+    def _write(self, rows: int) -> None:
+        # Storage that fails for a moment must not stop what is counted.
+        with contextlib.suppress(OSError):
+            self.path.write_text(f"{rows} {who()}")
 
 
 def _tally(output: Path) -> Path:
@@ -154,10 +172,30 @@ def _made(shard: Shard) -> int:
     """Rows of a shard that are made."""
     if shard.output.exists():
         return shard.rows
+    told = _read(_tally(shard.output))
+    return min(shard.rows, told[0]) if told else 0
+
+
+def _read(tally: Path) -> tuple[int, str] | None:
+    """Rows that a tally counts, and who made them; None if there is no tally, or half of one."""
     try:
-        return min(shard.rows, int(_tally(shard.output).read_text() or 0))
-    except FileNotFoundError:
-        return 0
+        rows, _, by = tally.read_text(encoding="utf-8").partition(" ")
+        return int(rows or 0), by
+    except (OSError, ValueError):
+        return None
+
+
+def _finished(shard: Shard) -> bool:
+    """Whether an earlier attempt made a shard, and nothing has happened to it since. A damaged one is removed."""
+    # What an earlier job left: who made it is known to have ended.
+    _tally(shard.output).unlink(missing_ok=True)
+    if not shard.output.exists():
+        return False
+    if intact(shard.output):
+        return True
+    log.warning("%s: %s is damaged: the shard is made anew", shard.stage.name, shard.output)
+    shard.output.unlink()
+    return False
 
 
 RAISED = re.compile(r"(?!ray\.exceptions)([a-zA-Z_]\w*\.)*[A-Z]\w*(Error|Exception|Interrupt|Exit): ")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.artifacts import read_json
+from pipelines.manifests import in_order, read_json
 from pipelines.plan import Planned
 
 SKIPPED, DONE, RUNNING, STOPPED, WAITING = "skipped", "done", "running", "stopped", "to do"
@@ -54,20 +54,14 @@ def planned(root: Path, stages: Sequence[Planned], ended: Mapping[str, Any] | No
 
 
 def found(root: Path, ended: Mapping[str, Any] | None) -> Iterator[StageFacts]:
-    """The stages that left a manifest, by the time when they ended: all that is known of a run without its job graph.
+    """The stages that left a manifest, each behind what it read: all that is known of a run without its job graph.
 
     Args:
         root: the run directory.
         ended: summary of a run that has ended.
     """
     manifests = [manifest for path in root.rglob("manifest.json") if (manifest := read_json(path)) and "fingerprint" in manifest]
-    reads = {m["name"]: [given["name"] for given in m["inputs"].values()] for m in manifests}
-
-    def depth(name: str) -> int:
-        return 1 + max((depth(given) for given in reads.get(name, [])), default=0)
-
-    # Stages that ended in the same second, after what they read.
-    for m in sorted(manifests, key=lambda m: (m["finished"], depth(m["name"]))):
+    for m in in_order(manifests):
         inputs = tuple(dict.fromkeys(given["name"] for given in m["inputs"].values()))
         yield StageFacts(m["name"], _state(m["name"], ended), m["seconds"], inputs, m["numbers"], m["settings"])
 

@@ -7,17 +7,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ray import cloudpickle
 
 from actors.settings import Engine, Pool, Sampling
 from pipelines import generation
 from pipelines.artifacts import Display, Run, Stage, StageError
+from pipelines.records import write_rows
 from pipelines.restarts import restarts
 from pipelines.shards import Adapter, Shard, Tally, _made, map_shards, named
 
 # Ray's workers cannot import a test: the class travels with the task.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
+SAID = pa.schema({"said": pa.string()})
 
 
 class Writes:
@@ -30,7 +34,7 @@ class Writes:
     def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
         if options["bad"]:
             raise OSError(f"{inputs[0]} is gone")
-        Path(output).write_text("done")
+        write_rows(Path(output), [{"said": "done"}], SAID)
 
 
 def shards(root: Path, bad: int | None = None) -> list[Shard]:
@@ -40,9 +44,9 @@ def shards(root: Path, bad: int | None = None) -> list[Shard]:
 def test_every_shard_once_and_its_share(local_ray: None, tmp_path: Path) -> None:
     work = shards(tmp_path)
     work[0].output.parent.mkdir()
-    work[0].output.write_text("before")
+    write_rows(work[0].output, [{"said": "before"}], SAID)
     assert map_shards(Run(tmp_path), work, Writes, {}, Pool(), {}) == {"a": {"share": 1.0}}
-    assert [shard.output.read_text() for shard in work] == ["before", "done", "done"]
+    assert [pq.read_table(shard.output)["said"].to_pylist() for shard in work] == [["before"], ["done"], ["done"]]
 
 
 def test_rows_of_an_unfinished_shard_count_as_far_as_it_tells(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints of the training state: DeepSpeed's own shards, one directory a checkpoint, complete when its `done.json` is there.
 
     checkpoints/step-000200/   weights, optimizer state, one file a worker
-                done.json      step, workers, ZeRO stage, architecture; written last
+                done.json      step, workers, ZeRO stage, architecture, sizes and checksums of the files; written last
 
 With another number of workers or another ZeRO stage (elastic training, or a run that continues elsewhere) they are converted with
 DeepSpeed's universal checkpointing first.
@@ -9,13 +9,20 @@ DeepSpeed's universal checkpointing first.
 
 import argparse
 import json
+import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from actors.notices import tell
 from actors.settings import Training
+from actors.storage import checksums, damage, replacing
+
+WRITER = re.compile(r"pp_rank_(\d+)_")
+"""In the name of a file that every worker writes for itself."""
 
 
 class Checkpoints:
@@ -37,10 +44,13 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is of another architecture, or of a ZeRO stage that it cannot be converted from.
         """
+        found = None
         complete = sorted(self.directory.glob("step-*/done.json"))
-        if not complete:
+        while complete and found is None:
+            found = self._intact(complete[-1])
+            complete = complete if found else complete[:-1]
+        if found is None:
             return None
-        found = json.loads(complete[-1].read_text(encoding="utf-8"))
         if found["architecture"] != self.architecture:
             raise ValueError(
                 f"{complete[-1].parent} is a checkpoint of {found['architecture']}, the policy is {self.architecture}: remove it"
@@ -83,16 +93,48 @@ class Checkpoints:
             return
         engine.save_checkpoint(str(self.directory), tag=path.name, save_latest=False, exclude_frozen_parameters=bool(self.settings.lora_r))
         dist.barrier()
+        sums = self._together(checksums(path, self._mine(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())))
         if self.rank == 0:
             done = {"step": step, "world": self.world, "zero_stage": self.settings.zero_stage, "architecture": self.architecture}
-            temporary = path / ".done.json"
-            temporary.write_text(json.dumps(done), encoding="utf-8")
-            temporary.replace(path / "done.json")
+            sizes = {name: (path / name).stat().st_size for name in sums}
+            with replacing(path / "done.json") as temporary:
+                temporary.write_text(json.dumps(done | {"files": sizes, "checksums": sums}), encoding="utf-8")
             complete = sorted(self.directory.glob("step-*/done.json"))
             keep = {file.parent for file in complete[-self.settings.checkpoints_kept :]}
             for other in {path for path in self.directory.iterdir() if path.is_dir()} - keep:
                 shutil.rmtree(other, ignore_errors=True)
         dist.barrier()
+
+    def _intact(self, path: Path) -> dict[str, Any] | None:
+        """What a `done.json` says of a checkpoint that is what was written; a damaged one is removed. A collective: every worker looks at
+        what it would read."""
+        why: dict[str, str | None] = {}
+        done = None
+        try:
+            done = json.loads(path.read_text(encoding="utf-8"))
+            sums, sizes = done.get("checksums", {}), done.get("files", {})
+            why = {str(self.rank): damage(path.parent, sizes, {name: sums[name] for name in self._mine(sums)})}
+        except (ValueError, KeyError, AttributeError):
+            why = {str(self.rank): "done.json is damaged"}
+        found = next(filter(None, self._together(why).values()), None)
+        if found is None:
+            return done
+        if self.rank == 0:
+            tell(f"checkpoint {path.parent}: {found}: it is passed over")
+            # Step by step the same name will be written again.
+            shutil.rmtree(path.parent)
+        dist.barrier()
+        return None
+
+    def _mine(self, names: Iterable[str]) -> list[str]:
+        """Of a checkpoint's files those that this worker reads for all: its own, which its node may still have in memory."""
+        return [name for name in names if int(found[1] if (found := WRITER.search(name)) else 0) % self.world == self.rank]
+
+    def _together(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """What every worker knows, by name."""
+        parts: list[Mapping[str, Any]] = [{}] * self.world
+        dist.all_gather_object(parts, own)
+        return {name: value for part in parts for name, value in part.items()}
 
     def _universal(self, found: dict[str, Any]) -> Path:
         return self.directory / f"universal-{Path(found['path']).name}"

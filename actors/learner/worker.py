@@ -29,6 +29,7 @@ from actors.learner.entry import TRAINED
 from actors.learner.learner import Learner
 from actors.learner.logprobs import Head
 from actors.learner.tracking import Tracker
+from actors.notices import tell
 from actors.settings import Objective, Tracking, Training
 
 BAD_STEPS = 3
@@ -95,6 +96,8 @@ def train(job: TrainJob) -> None:
     universal = found is not None and checkpoints.convert(found)
     engine = start_engine(policy.KINDS[job.kind].module(model), settings, job.deepspeed, universal)
     done = checkpoints.restore(engine, found, universal) if found else 0
+    if found and dist.get_rank() == 0:
+        tell(f"{job.name}: training goes on behind step {done}, with {dist.get_world_size()} workers")
     learner = Learner(engine, job.objective, settings, job.longest)
 
     tracker = Tracker(output, job.name, job.tracking, settings_of(job), done) if dist.get_rank() == 0 else None

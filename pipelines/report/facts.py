@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import states
-from pipelines.artifacts import Stage, read_json
+from pipelines.artifacts import Stage
+from pipelines.manifests import read_json
 from pipelines.plan import Planned
 from pipelines.records import shards
 from pipelines.states import DONE, RUNNING, SKIPPED, STOPPED, WAITING, StageFacts

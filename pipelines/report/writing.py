@@ -4,7 +4,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.artifacts import Stage, replacing
+from actors.storage import replacing
+from pipelines.artifacts import Stage
 
 log = logging.getLogger("gsil")
 
