@@ -66,38 +66,51 @@ def train(training: Training, objective: Objective, tracking: Tracking, longest:
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         stage = stages[0]
         directory = run.directory(stage)
-        data = {split: _filled(run.directory(stage.inputs["data"]) / split) for split in ("train", "held_out")}
-        if objective.name == "sft":
-            # Held-out answers tell about SFT; held-out pairs exist only later.
-            data["held_out"] = []
-        job = {
-            "name": f"{run.root.name}/{stage.name}",
-            "weights": base_model.weights(run, stage.inputs["start"]),
-            "tokenizer": base_model.tokenizer(run, stage.inputs["base"]),
-            "train": data["train"],
-            "held_out": data["held_out"],
-            "output": str(directory),
-            "training": training,
-            "objective": objective,
-            "tracking": tracking,
-            "deepspeed": stage.settings["training"]["deepspeed"],
-            "longest": longest,
-            "trust_remote_code": trust_remote_code,
-        }
-        if "centre" in stage.inputs:
-            job |= {"kind": "reward", "centre": _filled(run.directory(stage.inputs["centre"]) / "held_out")}
+        job = job_of(run, stage, training, objective, tracking, longest, trust_remote_code)
         metrics, failed = directory / "metrics.jsonl", directory / "failed"
         shutil.rmtree(failed, ignore_errors=True)
-        rows = sum(pq.read_metadata(path).num_rows for path in data["train"])
-        run.display.follow(math.ceil(rows / training.batch_size) * training.epochs, "steps", lambda: count_lines(metrics))
+        run.display.follow(steps(job), "steps", lambda: count_lines(metrics))
         try:
             _fit(run, job, training)
         finally:
             for failure in sorted(failed.glob("*.json")):
                 raise StageError(f"{job['name']}: {json.loads(failure.read_text())['error']}")
-        return {stage.name: _numbers(directory)}
+        return {stage.name: numbers(directory)}
 
     return work
+
+
+def job_of(
+    run: Run, stage: Stage, training: Training, objective: Objective, tracking: Tracking, longest: int, trust_remote_code: bool
+) -> dict[str, Any]:
+    """What the workers of a stage are told, see `actors.learner.worker.TrainJob`; the arguments are those of `train`."""
+    data = {split: _filled(run.directory(stage.inputs["data"]) / split) for split in ("train", "held_out")}
+    if objective.name == "sft":
+        # Held-out answers tell about SFT; held-out pairs exist only later.
+        data["held_out"] = []
+    job = {
+        "name": f"{run.root.name}/{stage.name}",
+        "weights": base_model.weights(run, stage.inputs["start"]),
+        "tokenizer": base_model.tokenizer(run, stage.inputs["base"]),
+        "train": data["train"],
+        "held_out": data["held_out"],
+        "output": str(run.directory(stage)),
+        "training": training,
+        "objective": objective,
+        "tracking": tracking,
+        "deepspeed": stage.settings["training"]["deepspeed"],
+        "longest": longest,
+        "trust_remote_code": trust_remote_code,
+    }
+    if "centre" in stage.inputs:
+        job |= {"kind": "reward", "centre": _filled(run.directory(stage.inputs["centre"]) / "held_out")}
+    return job
+
+
+def steps(job: dict[str, Any]) -> int:
+    """That a training stage will take."""
+    rows = sum(pq.read_metadata(path).num_rows for path in job["train"])
+    return math.ceil(rows / job["training"].batch_size) * job["training"].epochs
 
 
 def count_lines(path: Path) -> int:
@@ -160,12 +173,12 @@ def _fit_aside(trainer: Any) -> None:
     done.result()
 
 
-def _numbers(directory: Path) -> dict[str, Any]:
+def numbers(directory: Path) -> dict[str, Any]:
     """The last step's metrics, the tail's mean reward of real responses, and the held-out scores."""
-    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    tail = [step for step in steps[-max(1, len(steps) // 4) :] if "skipped" not in step]
-    numbers: dict[str, Any] = {"steps": len(steps), "skipped": sum("skipped" in step for step in steps), "last": steps[-1]}
-    if "reward_real" in steps[-1] and tail:
-        numbers["tail_reward_real"] = sum(step["reward_real"] for step in tail) / len(tail)
+    taken = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    tail = [step for step in taken[-max(1, len(taken) // 4) :] if "skipped" not in step]
+    found: dict[str, Any] = {"steps": len(taken), "skipped": sum("skipped" in step for step in taken), "last": taken[-1]}
+    if "reward_real" in taken[-1] and tail:
+        found["tail_reward_real"] = sum(step["reward_real"] for step in tail) / len(tail)
     held_out = directory / "held_out.json"
-    return numbers | ({"held_out": json.loads(held_out.read_text())} if held_out.exists() else {})
+    return found | ({"held_out": json.loads(held_out.read_text())} if held_out.exists() else {})
