@@ -49,7 +49,7 @@ def train(pool: Pool, settled: Settled, longest: int) -> Any:
         env = TRAINING[precision] | {"OMP_NUM_THREADS": str(max(1, int(pool.num_cpus))), "TOKENIZERS_PARALLELISM": "false"}
         if not pool.num_gpus:
             env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        found = map_shards(run, tasks, TrainStages, {"threads": max(1, int(pool.num_cpus))}, pool, env)
+        found = map_shards(run, tasks, TrainStages, {"threads": max(1, int(pool.num_cpus))}, pool, env, waiting=1)
         for stage in stages:
             done = json.loads((run.directory(stage) / DONE).read_text())
             found[stage.name] |= done | {"chosen": chosen[stage.name]} | ({} if done["diverged"] else numbers(run.directory(stage)))

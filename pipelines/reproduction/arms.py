@@ -91,9 +91,6 @@ DIL = (
 )
 """DIL Tables 2 and 4 (GSM8K, Llama-3-8B)."""
 
-QUICK = ("sft-longer", "spin", "gsil-logistic", "gsil-brier", "dpo", "dil-lsif", "dil-bce", "simpo")
-"""The arms of a reduced run."""
-
 
 def described(setting: Setting) -> dict[str, Any]:
     """A setting as plain values."""

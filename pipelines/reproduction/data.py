@@ -1,9 +1,9 @@
 """The rows of a reproduction, as stages of the usual layout: corpus, demonstrations, test problems, preference pairs.
 
-    seed-0/data/corpus/train            what the initial policy is pre-trained on: every style, partly wrong
-    seed-0/data/demonstrations/train    few, right, one style; held_out: problems on which settings are chosen
-    seed-0/data/test/held_out           problems that only chosen settings meet
-    seed-0/data/preferences/train       a right and a wrong sample of a policy to the same prompt (PREFERENCE)
+seed-0/data/corpus/train            what the initial policy is pre-trained on: every style, partly wrong
+seed-0/data/demonstrations/train    few, right, one style; held_out: problems on which settings are chosen
+seed-0/data/test/held_out           problems that only chosen settings meet
+seed-0/data/preferences/train       a right and a wrong sample of a policy to the same prompt (PREFERENCE)
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.chat import Chat
 from pipelines.demonstrations import demonstration
+from pipelines.evaluation import final_text
 from pipelines.records import DEMONSTRATION, PREFERENCE, shards, write_rows
 from pipelines.reproduction import problems
 from pipelines.reproduction.settings import Problems
@@ -93,7 +94,9 @@ def write_preferences(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str
         (run.directory(stage) / "train").mkdir()
         kept = prompts = 0
         for path in shards(run.directory(stage.inputs["samples"]) / "train"):
-            gold = {row["id"]: row for row in pq.read_table(run.directory(stage.inputs["demonstrations"]) / "train" / path.name).to_pylist()}
+            gold = {
+                row["id"]: row for row in pq.read_table(run.directory(stage.inputs["demonstrations"]) / "train" / path.name).to_pylist()
+            }
             grouped: dict[str, list[dict[str, Any]]] = {}
             for row in pq.read_table(path, columns=["id", "response", "response_ids"]).to_pylist():
                 grouped.setdefault(row["id"], []).append(row)
@@ -108,9 +111,9 @@ def write_preferences(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str
 
 def preference(gold: Mapping[str, Any], drawn: Sequence[Mapping[str, Any]], sides: str) -> dict[str, Any] | None:
     """A PREFERENCE row of one prompt, or None if it has no such pair; `sides` is that of `plan_preferences`."""
-    answer = problems.answer_of(gold["response"])
-    right = [row for row in drawn if problems.answer_of(row["response"]) == answer]
-    wrong = [row for row in drawn if problems.answer_of(row["response"]) != answer]
+    answer = final_text(gold["response"])
+    right = [row for row in drawn if final_text(row["response"]) == answer]
+    wrong = [row for row in drawn if final_text(row["response"]) != answer]
     if sides == "demonstration_sample":
         right, wrong = [dict(gold)], [row for row in drawn if row["response_ids"] != gold["response_ids"]]
     if not right or not wrong:

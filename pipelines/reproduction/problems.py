@@ -41,7 +41,8 @@ Wrong = Callable[[], bool]
 
 
 def sums(draw: random.Random, length: int, wrong: Wrong) -> Solution:
-    """Two numbers of `length` digits, added from the last digit on: a step is digit + digit + carry. A careless writer forgets the carry."""
+    """Two numbers of `length` digits, added from the last digit on: a step is digit + digit + carry, which a careless writer
+    forgets."""
     left, right = (draw.randint(10 ** (length - 1), 10**length - 1) for _ in range(2))
     carry, digits, steps = 0, "", []
     for a, b in zip(reversed(str(left)), reversed(str(right)), strict=True):
@@ -159,9 +160,3 @@ def written(solution: Solution, style: str) -> str:
     """The working and the answer behind `####`, in a style of STYLES."""
     step, between, before = STYLES[style]
     return before + between.join(step.format(text) for text in solution.steps) + MARKER + solution.answer
-
-
-def answer_of(response: str) -> str | None:
-    """The text behind the last `####`, or None."""
-    _, marker, tail = response.rpartition(MARKER)
-    return tail.strip() if marker else None

@@ -1,13 +1,32 @@
-"""Settings of the reproduction: the tiny model, its problems, its training, what is run."""
+"""Settings of the reproduction: what is run, the tiny model, its problems, and the defaults of its training."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from actors.settings import Pool, Settings, Training, placement
+from actors.settings import Engine, Pool, RewardScoring, RewardTraining, Settings, Training
 
-TABLES = ("gsil", "gsil_rewards", "gsil_grid", "dil", "afd", "afd_rewards", "beyond")
-TableName = Literal["gsil", "gsil_rewards", "gsil_grid", "dil", "afd", "afd_rewards", "beyond"]
+TABLES = ("gsil", "gsil_grid", "dil", "afd")
+
+if TYPE_CHECKING:
+    TableName: TypeAlias = str
+else:
+    TableName = Literal[TABLES]
+
+
+class Scope(Settings):
+    """What is run."""
+
+    seeds: int = Field(5, ge=1)
+    """independent repetitions: weights, corpus, demonstrations, test problems and order of rows are all drawn anew"""
+    tables: list[TableName] = Field(list(TABLES), min_length=1)
+    """gsil: GSIL Table 2 and Fig. 2; gsil_grid: its Fig. 7; dil: DIL Tables 2 and 4, Fig. 2; afd: AfD Fig. 3"""
+    arms: list[str] | None = None
+    """of the tables gsil and dil, by name; all by default"""
+    trials: int = Field(8, ge=1)
+    """settings that every arm tries on the validation problems of seed 0; the best is then used for all seeds"""
+    iterations: int = Field(3, ge=1)
+    """of the arms of gsil; the others train once"""
 
 
 class Tiny(Settings):
@@ -15,10 +34,27 @@ class Tiny(Settings):
 
     hidden_size: int = Field(128, ge=32, multiple_of=32)
     """width; the MLP is four times as wide"""
-    layers: int = Field(4, ge=1)
+    layers: int = Field(3, ge=1)
     """layers"""
     context: int = Field(160, ge=32)
     """longest prompt and response, tokens"""
+
+
+class ProblemSets(Settings):
+    """Generated problems with checkable answers; every seed has its own."""
+
+    corpus: int = Field(9000, ge=3)
+    """rows of the pre-training corpus, in all styles"""
+    careless: float = Field(0.5, ge=0, le=1)
+    """share of wrong solutions in it"""
+    demonstrations: int = Field(300, ge=3)
+    """right solutions, in one style"""
+    prompts: int = Field(300, ge=3)
+    """further prompts, for preference pairs that the checker makes of samples"""
+    validation: int = Field(300, ge=3)
+    """problems on which settings are chosen"""
+    test: int = Field(450, ge=3)
+    """problems that only chosen settings meet, once"""
 
 
 class Problems(Settings):
@@ -38,3 +74,13 @@ class Problems(Settings):
     """a longer prompt is an error"""
     max_tokens: int = 160
     """a longer prompt with its response is an error"""
+
+
+# One thread and one worker: a model of a million weights gains nothing from more.
+_SMALL = {"micro_batch_tokens": 4096, "zero_stage": 0, "checkpoint_every": 0, "batch_size": 16, "gradient_checkpointing": False}
+PRETRAINING = Training(epochs=3, learning_rate=2e-3, **_SMALL)
+TRAINING = Training(epochs=2, learning_rate=3e-4, **_SMALL)
+REWARDS = RewardTraining(epochs=2, learning_rate=3e-4, lora_r=0, **_SMALL)
+ENGINE = Engine(backend="transformers", dtype="float32", max_actors=2, min_actors=2)
+SCORING = RewardScoring(backend="transformers", max_actors=2, min_actors=2)
+WORKERS = Pool(max_actors=2, min_actors=2)

@@ -54,7 +54,10 @@ def sign_flip(differences_S: Sequence[float]) -> float:
     if len(differences_S) > EXACT_UP_TO:
         raise ValueError(f"{len(differences_S)} seeds have too many sign flips: {EXACT_UP_TO} at most")
     observed = abs(sum(differences_S))
-    sums = [abs(sum(s * d for s, d in zip(signs, differences_S, strict=True))) for signs in itertools.product((1, -1), repeat=len(differences_S))]
+    sums = [
+        abs(sum(s * d for s, d in zip(signs, differences_S, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(differences_S))
+    ]
     return sum(total >= observed - 1e-12 for total in sums) / len(sums)
 
 

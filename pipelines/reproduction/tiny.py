@@ -1,8 +1,8 @@
 """A language model small enough to be trained from scratch: a Llama with random weights and a tokenizer of characters and words.
 
-    base/model/blank/      plain Hugging Face directory: weights of seed 0, tokenizer, chat template
-    base/model/tokenizer/  the run's tokenizer, as for any base model
-    seed-1/blank/policy/   other random weights
+base/model/blank/      plain Hugging Face directory: weights of seed 0, tokenizer, chat template
+base/model/tokenizer/  the run's tokenizer, as for any base model
+seed-1/blank/policy/   other random weights
 """
 
 import json
@@ -129,9 +129,7 @@ def draw_blanks(tiny: Tiny) -> Any:
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         import ray
 
-        ray.get(
-            [ray.remote(write_model).remote(tiny, stage.settings["seed"], run.directory(stage) / "policy", False) for stage in stages]
-        )
+        ray.get([ray.remote(write_model).remote(tiny, stage.settings["seed"], run.directory(stage) / "policy", False) for stage in stages])
         return {}
 
     return work
