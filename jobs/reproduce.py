@@ -34,6 +34,11 @@ class Graph:
         """In the order in which they were planned: each after its inputs."""
         return [step.stage for step in self.steps]
 
+    def reported(self) -> list[Stage]:
+        """What the arms have in common, and the tables: a page of every arm of every seed nobody could read."""
+        shared = [stage for stage in self.stages() if stage.name.endswith(("/blank", "/pretraining/training", "/sft/training"))]
+        return [*shared, *self.tables.values()]
+
 
 def plan(config: ReproduceConfig) -> Graph:
     """The job graph with all fingerprints; nothing runs."""
@@ -86,4 +91,4 @@ def show(content: dict[str, Any], root: Path) -> summary.Shown:
 
 
 if __name__ == "__main__":
-    sys.exit(runner.main(ReproduceConfig, sys.argv[1:], __doc__ or "", plan, reproduce, show))
+    sys.exit(runner.main(ReproduceConfig, sys.argv[1:], __doc__ or "", plan, reproduce, show, Graph.reported))
