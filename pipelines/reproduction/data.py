@@ -70,17 +70,15 @@ def _without_flag(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "truncated"}
 
 
-def plan_preferences(name: str, samples: Stage, demonstrations: Stage, sides: str = "right_wrong") -> Stage:
-    """A stage that pairs samples of a policy by the checker.
+def plan_preferences(name: str, samples: Stage, demonstrations: Stage) -> Stage:
+    """A stage that pairs samples of a policy by the checker: of every prompt that has both, the first right one and the first wrong one.
 
     Args:
         name: of the stage.
         samples: several of a prompt.
         demonstrations: of the same prompts, right ones.
-        sides: "right_wrong": the first right sample is chosen, the first wrong one rejected; "demonstration_sample": the demonstration
-            is chosen, the first sample that differs from it rejected.
     """
-    return Stage(name, {"pairs": True, "sides": sides}, {"samples": samples, "demonstrations": demonstrations}, demand="the driver")
+    return Stage(name, {"pairs": True}, {"samples": samples, "demonstrations": demonstrations}, demand="the driver")
 
 
 def write_preferences(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
@@ -100,7 +98,7 @@ def write_preferences(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str
             grouped: dict[str, list[dict[str, Any]]] = {}
             for row in pq.read_table(path, columns=["id", "response", "response_ids"]).to_pylist():
                 grouped.setdefault(row["id"], []).append(row)
-            pairs = [pair for key, drawn in grouped.items() if (pair := preference(gold[key], drawn, stage.settings["sides"]))]
+            pairs = [pair for key, drawn in grouped.items() if (pair := preference(gold[key], drawn))]
             kept, prompts = kept + len(pairs), prompts + len(grouped)
             write_rows(run.directory(stage) / "train" / path.name, pairs, PREFERENCE)
         if not kept:
@@ -109,15 +107,11 @@ def write_preferences(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str
     return numbers
 
 
-def preference(gold: Mapping[str, Any], drawn: Sequence[Mapping[str, Any]], sides: str) -> dict[str, Any] | None:
-    """A PREFERENCE row of one prompt, or None if it has no such pair; `sides` is that of `plan_preferences`."""
+def preference(gold: Mapping[str, Any], drawn: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """A PREFERENCE row of one prompt, or None if it has not both."""
     answer = final_text(gold["response"])
-    right = [row for row in drawn if final_text(row["response"]) == answer]
-    wrong = [row for row in drawn if final_text(row["response"]) != answer]
-    if sides == "demonstration_sample":
-        right, wrong = [dict(gold)], [row for row in drawn if row["response_ids"] != gold["response_ids"]]
+    right, wrong = ([row for row in drawn if (final_text(row["response"]) == answer) == wanted] for wanted in (True, False))
     if not right or not wrong:
         return None
-    chosen, rejected = right[0], wrong[0]
-    other = {"rejected": rejected["response"], "rejected_ids": rejected["response_ids"]}
-    return dict(gold) | {"response": chosen["response"], "response_ids": chosen["response_ids"]} | other
+    chosen = {"response": right[0]["response"], "response_ids": right[0]["response_ids"]}
+    return dict(gold) | chosen | {"rejected": wrong[0]["response"], "rejected_ids": wrong[0]["response_ids"]}

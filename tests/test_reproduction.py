@@ -1,0 +1,151 @@
+"""The reproduction: problems and their checker, statistics, the choice of settings, the order of many stages."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.settings import Training
+from pipelines.artifacts import Run, Stage, StageError
+from pipelines.evaluation import exact_text, final_text
+from pipelines.reproduction import arms, order, problems, search, statistics
+from pipelines.reproduction.data import preference
+
+DONE = {"accuracy": 0.5}
+
+
+def test_the_right_writer_is_right_and_shows_every_step() -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        found = problems.sums(draw, 3, lambda: False)
+        left, right = found.question.split("+")
+        assert int(found.answer) == int(left) + int(right) and len(found.steps) == 3
+    assert problems.MOVES["rev"][0]("abcd") == "dcba" and problems.MOVES["rot"][0]("abcd") == "bcda"
+    assert problems.MOVES["swap"][0]("abcd") == "dbca"
+
+
+def test_a_careless_writer_errs_where_there_is_something_to_get_wrong() -> None:
+    def right(row: dict[str, str]) -> bool:
+        left, other = row["question"].split("+")
+        return final_text(row["answer"]) == str(int(left) + int(other))
+
+    written = list(problems.problems(90, "0", "train", careless=1.0))
+    added = [row for row in written if "+" in row["question"]]
+    # Only sums without anything to carry come out right.
+    assert 0 < sum(map(right, added)) < 0.8 * len(added)
+    assert all(row["answer"].split("####")[0].count("+1=") == 0 for row in added if right(row))
+    assert all(right(row) for row in problems.problems(90, "0", "train") if "+" in row["question"])
+
+
+def test_the_three_splits_share_no_problem_and_draws_repeat() -> None:
+    found = {split: {row["question"] for row in problems.problems(90, "0", split)} for split in problems.SPLITS}
+    assert not found["train"] & found["test"] and not found["train"] & found["validation"] and not found["test"] & found["validation"]
+    assert {row["question"] for row in problems.problems(90, "0", "test")} == found["test"]
+
+
+def test_too_many_problems_are_refused() -> None:
+    with pytest.raises(ValueError, match="3000 problems of test were asked for, there are about"):
+        list(problems.problems(3000, "0", "test", lengths=(1,)))
+
+
+def test_styles_differ_in_words_and_not_in_the_answer() -> None:
+    solution = problems.Solution("12+9", ("2+9+0=11", "1+0+1=2"), "21")
+    assert problems.written(solution, "plain") == "2+9+0=11;1+0+1=2####21"
+    assert problems.written(solution, "wordy") == "well , next 2+9+0=11 , next 1+0+1=2####21"
+    assert exact_text(problems.written(solution, "plain"), problems.written(solution, "wordy"))
+    assert exact_text("no answer", "####21") is False and exact_text("####21", "none") is None
+
+
+def test_a_preference_is_a_right_sample_over_a_wrong_one() -> None:
+    gold = {"id": "a", "response": "x####1", "response_ids": [1]}
+    wrong, right = {"response": "y####2", "response_ids": [2]}, {"response": "z####1", "response_ids": [3]}
+    found = preference(gold, [wrong, right])
+    assert found == {"id": "a", "response": "z####1", "response_ids": [3], "rejected": "y####2", "rejected_ids": [2]}
+    assert preference(gold, [right, right]) is None and preference(gold, [wrong]) is None
+
+
+def test_sign_flips_are_counted_by_hand() -> None:
+    # 8 choices of signs of (3, 2, 1): sums 6, 4, 2, 0, 0, 2, 4, 6 in size.
+    assert statistics.sign_flip([3.0, 2.0, 1.0]) == 2 / 8
+    assert statistics.sign_flip([3.0, -2.0, 1.0]) == 6 / 8
+    assert statistics.sign_flip([0.0, 0.0]) == 1.0
+    found = statistics.paired([0.5, 0.7], [0.4, 0.4])
+    assert (round(found.mean, 6), round(found.stderr or 0, 6), found.p, found.seeds) == (0.2, 0.1, 0.5, 2)
+    with pytest.raises(ValueError, match="17 seeds have too many"):
+        statistics.sign_flip([1.0] * 17)
+
+
+def test_errors_over_problems_and_corrected_p_values() -> None:
+    # Means 0.5 and 0.5; standard errors 0.5 / sqrt(1) each ((1, 0): variance 0.5, / 2 problems = 0.25): sqrt(0.25 + 0.25) / 2.
+    mean, error = statistics.stratified([[1.0, 0.0], [0.0, 1.0]])
+    assert (mean, round(error, 6)) == (0.5, 0.353553)
+    assert statistics.holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]
+
+
+def test_every_arm_has_a_valid_objective_for_every_setting_and_as_many_of_them() -> None:
+    for arm in (*arms.GSIL, *arms.DIL):
+        assert len(arm.settings) == 8 and len(set(arm.settings)) == 8
+        for setting in arm.settings:
+            assert setting.objective(arm.preset).name == arm.preset
+        # A small budget sees two rates and more than one number.
+        assert len({setting.learning_rate for setting in arm.settings[:4]}) > 1
+
+
+def test_the_first_of_the_best_trials_is_chosen_and_diverged_ones_never() -> None:
+    assert search.best([0.1, None, 0.3, 0.3]) == 2
+    assert search.best([None, 0.0]) == 1
+    assert search.best([None, None]) is None
+
+
+def chain() -> list[order.Step]:
+    """a -> trial -> choice -> final, and a second trial that diverges, on which an evaluation waits."""
+    data = Stage("data", {})
+    good, bad = (Stage(name, {}, {"data": data}) for name in ("good", "bad"))
+    tested = [Stage(f"{stage.name}/evaluation", {}, {"policy": stage}) for stage in (good, bad)]
+    choice = search.plan("choice", [arms.Setting(1e-3, 0.5, 0.25), arms.Setting(1.0)], tested)
+    final = Stage("final", {"training": Training().identity(), "objective": {"name": "gsil_logistic"}}, {search.CHOSEN: choice})
+    kinds = {"data": [data], "training": [good, bad, final], "evaluation": tested, "choice": [choice]}
+    return [order.Step(kind, stage) for kind, stages in kinds.items() for stage in stages]
+
+
+def write(numbers: Any, calls: list[tuple[str, ...]]) -> Any:
+    def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, Any]:
+        calls.append(tuple(stage.name for stage in stages))
+        for stage in stages:
+            (run.directory(stage) / "made").write_text("x")
+        return {stage.name: numbers(stage) for stage in stages}
+
+    return work
+
+
+def test_stages_share_calls_and_what_diverged_stops_only_what_needs_it(tmp_path: Path) -> None:
+    run, calls, steps = Run(tmp_path), list[tuple[str, ...]](), chain()
+    works = {
+        "data": write(lambda stage: {}, calls),
+        "evaluation": write(lambda stage: DONE, calls),
+        "choice": search.choose,
+        "training": write(lambda stage: {"diverged": "too hot" if stage.name == "bad" else None}, calls),
+    }
+    dead = order.follow(run, steps, works, "training", tolerant=("choice",))
+    assert calls == [("data",), ("good", "bad"), ("good/evaluation",), ("final",)] and dead == ["bad", "bad/evaluation"]
+    final = next(step.stage for step in steps if step.stage.name == "final")
+    training, objective = search.settled(Training(workers=2))(run, final)
+    assert (training.learning_rate, training.workers, objective.beta, objective.gamma) == (1e-3, 2, 0.5, 0.25)
+    calls.clear()
+    assert order.follow(run, steps, works, "training", tolerant=("choice",)) == dead and not calls
+
+
+def test_an_arm_that_always_diverges_is_said(tmp_path: Path) -> None:
+    def fails(stages: Sequence[order.Step]) -> None:
+        works = {
+            "data": write(lambda stage: {}, []),
+            "evaluation": write(lambda stage: DONE, []),
+            "choice": search.choose,
+            "training": write(lambda stage: {"diverged": "too hot"}, []),
+        }
+        order.follow(Run(tmp_path), stages, works, "training", tolerant=("choice",))
+
+    with pytest.raises(StageError, match="choice: training diverged with every setting tried"):
+        fails(chain())
