@@ -17,7 +17,7 @@ from typing import Any
 
 from jobs import runner
 from jobs.schemas import ReproduceConfig
-from pipelines import evaluation, generation, reference, summary, training_pool
+from pipelines import best_of_n, evaluation, generation, reference, reward_training, scoring, summary, training_pool
 from pipelines.artifacts import Run, Stage, write_json
 from pipelines.reproduction import data, order, plans, search, tables, tiny
 from pipelines.reproduction.graph import Builder
@@ -62,9 +62,12 @@ def reproduce(config: ReproduceConfig, graph: Graph, run: Run) -> dict[str, Any]
         "evaluation": evaluation.evaluate,
         "choice": search.choose,
         "preferences": data.write_preferences,
+        "reward_pairs": reward_training.make_pairs,
+        "best_of_n": best_of_n.choose,
         "tables": tables.make,
         "samples": generation.sample(config.engine, longest, False),
         "pairs": reference.score(config.scoring, config.training.precision, longest, False),
+        "scores": scoring.score(config.scoring, longest, False),
         "training": training_pool.train(config.workers, search.settled(config.training), longest),
     }
     diverged = order.follow(run, graph.steps, works, last="training", tolerant=("choice", "tables"))

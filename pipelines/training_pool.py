@@ -7,17 +7,19 @@ INPUT  as in policy_training.py
 OUTPUT the same, and done.json: {"diverged": why or null}, written last
 """
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from actors.allocator import TRAINING
 from actors.settings import Objective, Pool, Tracking, Training
 from pipelines.artifacts import Run, Stage, write_json
-from pipelines.policy_training import job_of, numbers, steps
+from pipelines.policy_training import count_lines, job_of, numbers, steps
 from pipelines.shards import Shard, map_shards
 
 DONE = "done.json"
@@ -81,10 +83,33 @@ class TrainStages:
     def __call__(self, inputs: list[str], output: str, options: Mapping[str, Any], tell: Callable[[int], None]) -> None:
         """Trains one stage; see the head of this file."""
         job = json.loads(options["job"])
-        kinds = {"training": Training, "objective": Objective, "tracking": Tracking}
-        diverged = None
-        try:
-            self.worker.train(self.worker.TrainJob(**(job | {name: kind(**job[name]) for name, kind in kinds.items()})))
-        except self.worker.TrainingError as error:
-            diverged = str(error)
+        with _told(Path(job["output"]) / "metrics.jsonl", tell):
+            diverged = self._train(job)
         write_json(Path(output), {"diverged": diverged})
+
+    def _train(self, job: Mapping[str, Any]) -> str | None:
+        """Trains; returns why it was given up, if it was."""
+        kinds = {"training": Training, "objective": Objective, "tracking": Tracking}
+        try:
+            self.worker.train(self.worker.TrainJob(**(dict(job) | {name: kind(**job[name]) for name, kind in kinds.items()})))
+        except self.worker.TrainingError as error:
+            return str(error)
+        return None
+
+
+@contextlib.contextmanager
+def _told(metrics: Path, tell: Callable[[int], None]) -> Iterator[None]:
+    """Tells the steps of the training inside the block: the worker writes a line for each."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(2.0):
+            tell(count_lines(metrics))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training import write_pairs
 
-from actors.settings import Training
+from actors.settings import Objective, Pool, Training
+from pipelines import base_model, policy_training, training_pool
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.evaluation import exact_text, final_text
 from pipelines.reproduction import arms, order, problems, search, statistics
 from pipelines.reproduction.data import preference
+from pipelines.settings import Model
 
 DONE = {"accuracy": 0.5}
 
@@ -149,3 +152,26 @@ def test_an_arm_that_always_diverges_is_said(tmp_path: Path) -> None:
 
     with pytest.raises(StageError, match="choice: training diverged with every setting tried"):
         fails(chain())
+
+
+def test_a_pool_trains_stages_with_their_own_settings_and_survives_one_that_diverges(local_ray: None, tiny: Path, tmp_path: Path) -> None:
+    def stage_of(name: str, rate: float) -> Stage:
+        training = Training(epochs=4, learning_rate=rate, zero_stage=0, checkpoint_every=0, max_grad_norm=0)
+        return policy_training.plan(name, base, base, pairs, training, Objective(name="gsil_exponential", beta=20.0))
+
+    run, model = Run(tmp_path), Model(path=str(tiny))
+    base, pairs = base_model.plan(model), Stage("pairs", {})
+    run.do(base_model.prepare(model), base)
+
+    def rows(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        (run.directory(pairs) / "train").mkdir()
+        write_pairs(tiny, run.directory(pairs) / "train" / "00000.parquet")
+        return {}
+
+    run.do(rows, pairs)
+    calm, wild = stage_of("calm", 1e-5), stage_of("wild", 1e30)
+    run.do(training_pool.train(Pool(), search.settled(Training(zero_stage=0, checkpoint_every=0)), 64), calm, wild)
+    assert run.numbers(calm)["diverged"] is None and run.numbers(calm)["steps"] == 8
+    assert run.numbers(calm)["chosen"] == {"learning_rate": 1e-5, "beta": 20.0, "gamma": 0.0}
+    assert (run.directory(calm) / "policy" / "model.safetensors").exists() and (run.directory(calm) / "metrics.jsonl").exists()
+    assert "not finite" in run.numbers(wild)["diverged"] and not (run.directory(wild) / "policy").exists()

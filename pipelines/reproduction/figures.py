@@ -101,3 +101,22 @@ def bars(figure: Any, values: Mapping[str, Sequence[float]]) -> None:
     axes.set_xticks(range(len(values)), list(values), rotation=20, ha="right", fontsize=8)
     axes.axhline(1, color="#888888", linewidth=0.8, linestyle="--")
     axes.set_ylabel("golden score (base 0, demonstrations 1)")
+
+
+def best_of_n(figure: Any, sizes: Sequence[int], lines: Mapping[str, Curves], greedy: float) -> None:
+    """Golden score of the best of N against N, a line a chooser."""
+    axes = _plain(figure.subplots())
+    for number, (name, values) in enumerate(lines.items()):
+        lines_SN = np.array(values)
+        mean_N = lines_SN.mean(axis=0)
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(sizes, mean_N, label=name, color=colour, marker="o", markersize=3)
+        if len(lines_SN) > 1:
+            error_N = lines_SN.std(axis=0, ddof=1) / np.sqrt(len(lines_SN))
+            axes.fill_between(sizes, mean_N - error_N, mean_N + error_N, color=colour, alpha=0.12, linewidth=0)
+    axes.axhline(greedy, color="#888888", linewidth=0.8, linestyle="--", label="greedy response")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(n) for n in sizes])
+    axes.set_xlabel("N: samples the best is chosen from")
+    axes.set_ylabel("share of right answers")
+    axes.legend(frameon=False, fontsize=8)

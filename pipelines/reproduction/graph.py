@@ -71,11 +71,12 @@ class Builder:
         """A training; with `choice` its learning rate, beta and gamma are what that search chose."""
         own = training.model_copy(update={"seed": seed})
         stage = policy_training.plan(name, start, self.base, rows, own, objective)
-        return self.add("training", replace(stage, inputs=stage.inputs | {search.CHOSEN: choice}) if choice else stage)
+        return self.add("training", replace(stage, inputs={**stage.inputs, search.CHOSEN: choice}) if choice else stage)
 
-    def samples(self, name: str, policy: Stage, rows: Stage, sampling: Sampling, split: str = "train", iteration: int = 0) -> Stage:
-        """Responses of a policy to the prompts of a split."""
-        return self.add("samples", generation.plan(name, policy, self.base, rows, sampling, self.config.engine, iteration, {split: None}))
+    def samples(self, name: str, policy: Stage, rows: Stage, sampling: Sampling, *splits: str, iteration: int = 0) -> Stage:
+        """Responses of a policy to the prompts of some splits, by default those for training."""
+        prompts: dict[str, int | None] = dict.fromkeys(splits or ("train",))
+        return self.add("samples", generation.plan(name, policy, self.base, rows, sampling, self.config.engine, iteration, prompts))
 
     def evaluated(self, name: str, policy: Stage, rows: Stage, sampling: Sampling | None = None) -> Stage:
         """Right answers of a policy to held-out problems, greedy by default."""

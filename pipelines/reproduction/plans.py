@@ -7,6 +7,7 @@ from actors.settings import Objective
 from pipelines.artifacts import Stage
 from pipelines.reproduction.arms import DIL, GSIL, RATES, SFT_SETTINGS, Arm, Setting, product
 from pipelines.reproduction.graph import SAMPLED, SEVERAL, Builder, Seed
+from pipelines.reproduction.reward_plan import afd_rewards
 from pipelines.reproduction.tables import VERSION
 
 GRID_BETAS, GRID_GAMMAS = (0.1, 0.3, 1.0, 3.0), (0.0, 0.3, 1.0, 2.0)
@@ -112,4 +113,10 @@ def wanted(arms: Sequence[Arm], names: Sequence[str] | None) -> list[Arm]:
     return [arm for arm in arms if names is None or arm.name in names]
 
 
-PLANS: dict[str, Callable[[Builder, Sequence[Seed]], Stage]] = {"gsil": gsil, "gsil_grid": gsil_grid, "dil": dil, "afd": afd}
+PLANS: dict[str, Callable[[Builder, Sequence[Seed]], Stage]] = {
+    "gsil": gsil,
+    "gsil_grid": gsil_grid,
+    "dil": dil,
+    "afd": afd,
+    "afd_rewards": afd_rewards,
+}

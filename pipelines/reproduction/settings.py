@@ -6,7 +6,7 @@ from pydantic import Field
 
 from actors.settings import Engine, Pool, RewardScoring, RewardTraining, Settings, Training
 
-TABLES = ("gsil", "gsil_grid", "dil", "afd")
+TABLES = ("gsil", "gsil_grid", "dil", "afd", "afd_rewards")
 
 if TYPE_CHECKING:
     TableName: TypeAlias = str
@@ -20,7 +20,8 @@ class Scope(Settings):
     seeds: int = Field(5, ge=1)
     """independent repetitions: weights, corpus, demonstrations, test problems and order of rows are all drawn anew"""
     tables: list[TableName] = Field(list(TABLES), min_length=1)
-    """gsil: GSIL Table 2 and Fig. 2; gsil_grid: its Fig. 7; dil: DIL Tables 2 and 4, Fig. 2; afd: AfD Fig. 3"""
+    """gsil: GSIL Table 2 and Fig. 2; gsil_grid: its Fig. 7; dil: DIL Tables 2 and 4, Fig. 2; afd: AfD Fig. 3; afd_rewards: its Fig. 4 and
+    Table 2"""
     arms: list[str] | None = None
     """of the tables gsil and dil, by name; all by default"""
     trials: int = Field(8, ge=1)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pipelines.artifacts import Run, Stage, StageError, write_json
 from pipelines.reproduction import figures
+from pipelines.reproduction.reward_table import rewards
 from pipelines.reproduction.statistics import holm, mean_and_error, paired, stratified
 from pipelines.summary import ruled
 
@@ -32,13 +33,12 @@ class Found:
         self.scores: dict[str, dict[str, Scores]] = {}
         self.curves: dict[str, dict[str, dict[int, list[dict[str, float]]]]] = {}
         self.chosen: dict[str, dict[str, Any]] = {}
-        self.missing: list[str] = []
         for role, given in stage.inputs.items():
             arm, seed, what = role.split(":")
             manifest = run.manifest(given)
             if manifest is None or manifest["numbers"].get("diverged"):
-                self.missing.append(role)
-            elif what.startswith("training"):
+                continue
+            if what.startswith("training"):
                 lines = (run.directory(given) / "metrics.jsonl").read_text().splitlines()
                 self.curves.setdefault(arm, {}).setdefault(what, {})[int(seed)] = [json.loads(line) for line in lines]
                 self.chosen[arm] = manifest["numbers"]["chosen"]
@@ -205,14 +205,17 @@ def make(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
     """
     made = {}
     for stage in stages:
-        found = Found(run, stage)
-        if not found.scores:
+        missing = [role for role, given in stage.inputs.items() if not run.manifest(given) or run.numbers(given).get("diverged")]
+        if len(missing) == len(stage.inputs):
             raise StageError(f"{stage.name}: nothing that it shows came to an end, see the log")
         with figures.written(run.directory(stage) / "figure") as figure:
-            content = TABLES[stage.settings["table"]](found, stage.settings, figure)
-        content |= {"missing": found.missing, "chosen": found.chosen}
+            if stage.settings["table"] == "afd_rewards":
+                content = rewards(run, stage, figure)
+            else:
+                content = TABLES[stage.settings["table"]](Found(run, stage), stage.settings, figure)
+        content |= {"missing": missing}
         write_json(run.directory(stage) / "table.json", content)
         parts = [content, *(part for part in content.values() if isinstance(part, dict) and "rows" in part)]
         (run.directory(stage) / "table.md").write_text("\n\n".join(ruled(part["rows"]) for part in parts) + "\n", encoding="utf-8")
-        made[stage.name] = {"rows": content["rows"], "missing": found.missing}
+        made[stage.name] = {"rows": content["rows"], "missing": missing}
     return made
