@@ -92,15 +92,14 @@ def grid(
     figure.colorbar(image, label=f"share of right answers (SFT policy: {before:.2f})")
 
 
-def bars(figure: Any, values: Mapping[str, Sequence[float]]) -> None:
-    """Golden scores, a bar a policy."""
+def bars(figure: Any, values: Mapping[str, Sequence[float]], what: str = "golden score (base 0, demonstrations 1)") -> None:
+    """A bar a policy."""
     axes = _plain(figure.subplots())
     for number, line in enumerate(values.values()):
         error = np.std(line, ddof=1) / np.sqrt(len(line)) if len(line) > 1 else 0.0
         axes.bar(number, np.mean(line), yerr=error, color=COLOURS[number % len(COLOURS)], capsize=4)
     axes.set_xticks(range(len(values)), list(values), rotation=20, ha="right", fontsize=8)
-    axes.axhline(1, color="#888888", linewidth=0.8, linestyle="--")
-    axes.set_ylabel("golden score (base 0, demonstrations 1)")
+    axes.set_ylabel(what)
 
 
 def best_of_n(figure: Any, sizes: Sequence[int], lines: Mapping[str, Curves], greedy: float) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from actors.settings import Objective
 from pipelines.artifacts import Stage
 from pipelines.reproduction.arms import DIL, GSIL, RATES, SFT_SETTINGS, Arm, Setting, product
+from pipelines.reproduction.beyond import beyond
 from pipelines.reproduction.graph import SAMPLED, SEVERAL, Builder, Seed
 from pipelines.reproduction.reward_plan import afd_rewards
 from pipelines.reproduction.tables import VERSION
@@ -119,4 +120,5 @@ PLANS: dict[str, Callable[[Builder, Sequence[Seed]], Stage]] = {
     "dil": dil,
     "afd": afd,
     "afd_rewards": afd_rewards,
+    "beyond": beyond,
 }

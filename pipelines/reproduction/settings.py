@@ -6,7 +6,7 @@ from pydantic import Field
 
 from actors.settings import Engine, Pool, RewardScoring, RewardTraining, Settings, Training
 
-TABLES = ("gsil", "gsil_grid", "dil", "afd", "afd_rewards")
+TABLES = ("gsil", "gsil_grid", "dil", "afd", "afd_rewards", "beyond")
 
 if TYPE_CHECKING:
     TableName: TypeAlias = str
@@ -21,7 +21,7 @@ class Scope(Settings):
     """independent repetitions: weights, corpus, demonstrations, test problems and order of rows are all drawn anew"""
     tables: list[TableName] = Field(list(TABLES), min_length=1)
     """gsil: GSIL Table 2 and Fig. 2; gsil_grid: its Fig. 7; dil: DIL Tables 2 and 4, Fig. 2; afd: AfD Fig. 3; afd_rewards: its Fig. 4 and
-    Table 2"""
+    Table 2; beyond: variants of GSIL that the papers leave open"""
     arms: list[str] | None = None
     """of the tables gsil and dil, by name; all by default"""
     trials: int = Field(8, ge=1)

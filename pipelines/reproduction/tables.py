@@ -189,11 +189,24 @@ def afd(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[str, Any
     return content | {"golden": {"rows": rows}}
 
 
+def beyond(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[str, Any]:
+    """Variants of GSIL, each against what it varies."""
+    rows, comparisons, values = [["variant", "right", "against", "difference"]], {}, {}
+    for variant, other in settings["against"].items():
+        if variant in found.scores:
+            comparisons[variant] = compared(found, variant, other) if other else None
+            values[variant] = found.accuracies(variant, found.last(variant))
+            rows.append([variant, shown(values[variant]), other or "", _difference(comparisons[variant])])
+    figures.bars(figure, values, "share of right answers")
+    return {"rows": rows, "comparisons": comparisons}
+
+
 TABLES: dict[str, Callable[[Found, Mapping[str, Any], Any], dict[str, Any]]] = {
     "gsil": gsil,
     "gsil_grid": gsil_grid,
     "dil": dil,
     "afd": afd,
+    "beyond": beyond,
 }
 
 
