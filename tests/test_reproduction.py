@@ -9,10 +9,14 @@ import pytest
 from training import write_pairs
 
 from actors.settings import Objective, Pool, Training
-from pipelines import base_model, policy_training, training_pool
+from jobs import reproduce
+from jobs.config import build
+from jobs.schemas import ReproduceConfig
+from pipelines import base_model, evaluation, policy_training, training_pool
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.evaluation import exact_text, final_text
-from pipelines.reproduction import arms, order, problems, search, statistics
+from pipelines.records import write_rows
+from pipelines.reproduction import arms, order, problems, reward_table, search, statistics, tables
 from pipelines.reproduction.data import preference
 from pipelines.settings import Model
 
@@ -175,3 +179,58 @@ def test_a_pool_trains_stages_with_their_own_settings_and_survives_one_that_dive
     assert run.numbers(calm)["chosen"] == {"learning_rate": 1e-5, "beta": 20.0, "gamma": 0.0}
     assert (run.directory(calm) / "policy" / "model.safetensors").exists() and (run.directory(calm) / "metrics.jsonl").exists()
     assert "not finite" in run.numbers(wild)["diverged"] and not (run.directory(wild) / "policy").exists()
+
+
+def test_every_table_is_planned_and_no_search_sees_a_test_problem() -> None:
+    graph = reproduce.plan(build(ReproduceConfig, ["--scope.seeds", "2", "--scope.trials", "2"]))
+    names = [stage.name for stage in graph.stages()]
+    assert len(names) == len(set(names)) and set(graph.tables) == set(reproduce.plans.PLANS)
+    known = set()
+    for stage in graph.stages():
+        assert {given.name for given in stage.inputs.values()} <= known, f"{stage.name} comes before its inputs"
+        known.add(stage.name)
+
+    def sources(stage: Stage) -> set[str]:
+        found = {stage.name}
+        for given in stage.inputs.values():
+            found |= sources(given)
+        return found
+
+    choices = [stage for stage in graph.stages() if stage.name.endswith("/choice")]
+    assert len(choices) == 1 + len(arms.GSIL) + len(arms.DIL) + 3
+    for stage in choices:
+        assert not [name for name in sources(stage) if "/data/test" in name or "seed-1" in name]
+    # Changed training of one arm redoes what follows from it and nothing else.
+    other = reproduce.plan(build(ReproduceConfig, ["--scope.seeds", "2", "--scope.trials", "2", "--pretraining.epochs", "1"]))
+    same = {stage.fingerprint for stage in graph.stages()} & {stage.fingerprint for stage in other.stages()}
+    assert {stage.name for stage in graph.stages() if stage.fingerprint in same} >= {"seed-1/data/corpus", "seed-0/blank"}
+    assert graph.steps[-1].stage.fingerprint not in same
+
+
+def scores(run: Run, stage: Stage, values: list[float]) -> None:
+    write_rows(run.directory(stage) / "scores.parquet", [{"id": str(k), "score": v} for k, v in enumerate(values)], evaluation.SCORES)
+
+
+def test_a_table_pairs_seeds_and_problems_and_leaves_out_what_diverged(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    values = {"sft:0:0": [1, 0, 0, 0], "sft:1:0": [1, 1, 0, 0], "a:0:1": [1, 1, 0, 0], "a:1:1": [1, 1, 1, 1], "b:0:1": [0, 0, 0, 0]}
+    inputs = {role: Stage(role.replace(":", "/"), {}) for role in [*values, "b:1:1"]}
+
+    def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        for stage in stages:
+            scores(run, stage, [float(v) for v in values[stage.name.replace("/", ":")]])
+        return {}
+
+    run.do(work, *(inputs[role] for role in values))
+    found = tables.Found(run, Stage("tables/x", {}, inputs))
+    content = tables.accuracy(found, ["sft"], ["a", "b"], {"a": "36.6"}, ["sft"])
+    assert content["rows"][1][:2] == ["sft", "37.5 ± 12.5"]
+    assert content["rows"][2] == ["a", "75.0 ± 25.0", "+37.5 ± 12.5 (problems ± 19.1; p = 0.5)", "", "36.6"]
+    # One seed alone: no standard error over seeds.
+    assert content["rows"][3][:3] == ["b", "0.0", "-25.0 (problems ± 25.0; p = 1)"]
+
+
+def test_best_of_n_tables_count_wins_by_problem() -> None:
+    assert reward_table.compared([1, 1, 0, 0], [0, 1, 1, 0]) == (0.25, 0.5, 0.25)
+    rows = reward_table.tournament([{"a": [1, 1], "b": [0, 1]}, {"a": [0, 0], "b": [0, 1]}], ["a", "b"])
+    assert rows[1] == ["a", "", "0.25 / 0.50 / 0.25"]

@@ -79,7 +79,7 @@ class Problems(Settings):
 
 # One thread and one worker: a model of a million weights gains nothing from more.
 _SMALL = {"micro_batch_tokens": 4096, "zero_stage": 0, "checkpoint_every": 0, "batch_size": 16, "gradient_checkpointing": False}
-PRETRAINING = Training(epochs=3, learning_rate=2e-3, **_SMALL)
+PRETRAINING = Training(epochs=3, learning_rate=2e-3, **(_SMALL | {"checkpoint_every": 500}))
 TRAINING = Training(epochs=2, learning_rate=3e-4, **_SMALL)
 REWARDS = RewardTraining(epochs=2, learning_rate=3e-4, lora_r=0, **_SMALL)
 ENGINE = Engine(backend="transformers", dtype="float32", max_actors=2, min_actors=2)
