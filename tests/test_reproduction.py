@@ -185,7 +185,7 @@ def test_every_table_is_planned_and_no_search_sees_a_test_problem() -> None:
     graph = reproduce.plan(build(ReproduceConfig, ["--scope.seeds", "2", "--scope.trials", "2"]))
     names = [stage.name for stage in graph.stages()]
     assert len(names) == len(set(names)) and set(graph.tables) == set(reproduce.plans.PLANS)
-    known = set()
+    known: set[str] = set()
     for stage in graph.stages():
         assert {given.name for given in stage.inputs.values()} <= known, f"{stage.name} comes before its inputs"
         known.add(stage.name)
