@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +20,13 @@ from pipelines.summary import Shown
 log = logging.getLogger(__name__)
 PLAIN_EVERY_SECONDS = 30.0
 """Between two lines of a running stage, where there is no terminal."""
+TITLES = 3
+"""Names of stages that run together, on a line."""
+
+
+def titled(names: Sequence[str]) -> str:
+    """Stages that run together, on a line."""
+    return " + ".join(names) if len(names) <= TITLES else f"{' + '.join(names[:TITLES])} + {len(names) - TITLES} more"
 
 
 class Terminal(Display):
@@ -63,7 +70,7 @@ class Terminal(Display):
     def started(self, stages: tuple[Stage, ...]) -> None:
         log.info("started: %s", ", ".join(stage.name for stage in stages))
         with self.lock:
-            self.title, self.unit, self.total, self.done = " + ".join(stage.name for stage in stages), "", None, None
+            self.title, self.unit, self.total, self.done = titled([stage.name for stage in stages]), "", None, None
             self.since = self.said = time.monotonic()
             if self.live:
                 self.task = self.bars.add_task(self.title, total=None, rate="starting")

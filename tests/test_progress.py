@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from pipelines.artifacts import Stage
-from pipelines.progress import Terminal
+from pipelines.progress import Terminal, titled
 
 
 @pytest.mark.parametrize(("total", "shown"), [(40, "5/40"), (None, "5/?")])
@@ -41,3 +41,7 @@ def test_work_that_is_taken_back_begins_anew_and_slow_steps_are_told_in_seconds(
     assert display._rate(0) == "steps, starting"
     display.finished(Stage("sft/training", {}), 3.21, skipped=False)
     assert "+ sft/training  3.2 s" in out.getvalue()
+
+
+def test_many_stages_that_run_together_are_counted_not_named() -> None:
+    assert titled(["a", "b", "c"]) == "a + b + c" and titled(list("abcdefg")) == "a + b + c + 4 more"
