@@ -11,7 +11,7 @@ from actors.settings import POINTWISE, Objective
 
 PAIRWISE_BETAS = (0.1, 0.5)
 """Of losses that look at the difference of two log ratios, summed over tokens."""
-RATES = (1e-4, 3e-4, 6e-4, 1e-3)
+RATES = (1e-4, 3e-5, 3e-4, 1e-5)
 
 
 @dataclass(frozen=True)
