@@ -1,6 +1,7 @@
 # make run    sets everything up and runs the main job on its embedded default
 # make reward sets everything up and learns reward models that choose the best of N samples
 # make serve  sets everything up and serves Best-of-N at http://127.0.0.1:8000, with models that it trains once (runs/serve)
+# make reproduce-quick  tests the papers' claims on models trained from scratch: 2 seeds, the core arms; make reproduce is all of it
 # make test   sets everything up and passes the tests; make test-slow runs those that take many minutes
 # make lint   ruff and mypy over the whole tree, hadolint and shellcheck over deploy/
 # make lock   resolves pyproject.toml to requirements/{cpu,gpu}.txt
@@ -26,7 +27,7 @@ INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/pyth
 COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--extra dev --extra eval --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
-.PHONY: run reward serve test test-slow lint format lock setup clean
+.PHONY: run reward serve reproduce reproduce-quick test test-slow lint format lock setup clean
 
 run: setup
 	$(BIN)/python jobs/gsil_iterative.py --config $(CONFIG) $(OVERLAY) $(ARGS)
@@ -38,6 +39,12 @@ serve: setup
 	$(BIN)/python jobs/irl_reward.py --config jobs/configs/irl_arithmetic.yaml --config jobs/configs/irl_serve.yaml $(OVERLAY)
 	$(BIN)/python jobs/serve_bon.py --config jobs/configs/serve_smollm2.yaml \
 		$(if $(filter gpu,$(DEVICE)),--config jobs/configs/serve_one_gpu.yaml) $(ARGS)
+
+reproduce: setup
+	$(BIN)/python jobs/reproduce.py $(ARGS)
+
+reproduce-quick: setup
+	$(BIN)/python jobs/reproduce.py --config jobs/configs/reproduce_quick.yaml $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest tests -m "not slow" $(ARGS)

@@ -102,8 +102,10 @@ class EnginePool(Pool):
 
 
 class Engine(EnginePool):
-    """vLLM generation actors."""
+    """Generation actors."""
 
+    backend: Literal["vllm", "transformers"] = "vllm"
+    """transformers decodes slowly and starts at once: for models of a few million parameters"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """weights and activations of the engine"""
     max_num_seqs: int = placement(256, ge=1)

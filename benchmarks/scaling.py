@@ -46,7 +46,8 @@ class Stub(SampleShards):
     def __init__(self, rate: float | None, account: str):
         self.rate, self.account = rate, Path(account)
         self.chat = self  # type: ignore[assignment]
-        self.generator = self.answer  # type: ignore[assignment]
+        self.arguments = {"weights": ""}
+        self.generator = self.answer
 
     def text(self, ids: Sequence[int]) -> str:
         """What a tokenizer would say."""
@@ -132,7 +133,9 @@ def stage(root: str, engines: int, prompts: int, shard_rows: int, rate: float | 
             """Nothing to show."""
 
     run.display = Watch()  # type: ignore[assignment]
-    map_shards(run, _tasks(run, sampled), Stub, {"rate": rate, "account": str(account)}, Pool(min_actors=engines, max_actors=engines), {})
+    map_shards(
+        run, _tasks(run, sampled, ""), Stub, {"rate": rate, "account": str(account)}, Pool(min_actors=engines, max_actors=engines), {}
+    )
     peak = max(peak, driver.memory_info().rss)
     entries = [json.loads(line) for file in account.glob("*.jsonl") for line in file.read_text().splitlines()]
     # The driver looks at the rows once more when a stage ends, as `generation.sample` does.

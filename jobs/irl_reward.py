@@ -15,6 +15,7 @@ The same command continues a run that was stopped. In the run directory of `gsil
 sft settings, it goes on from that job's SFT policy.
 """
 
+import itertools
 import logging
 import sys
 from dataclasses import dataclass, replace
@@ -206,7 +207,9 @@ def learn(config: IrlConfig, graph: Graph, run: Run) -> dict[str, Any]:
     run.do(policy_training.train(config.training, config.tracking, longest, trust), *(reward.training for reward in graph.rewards))
     run.do(reward_training.measure, graph.metrics)
     if graph.choice:
-        for stages in graph.scores:
+        # Where one pool can hold them in turn, all scorers share its start.
+        together = config.scoring.backend == "transformers"
+        for stages in [tuple(itertools.chain(*graph.scores))] if together else graph.scores:
             run.do(score, *stages)
         run.do(best_of_n.choose, graph.choice)
     return _summary(graph, run)

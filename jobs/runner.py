@@ -35,6 +35,7 @@ def main(
     plan: Callable[[C], P],
     work: Callable[[C, P, Run], dict[str, Any]],
     show: Callable[[dict[str, Any], Path], summary.Shown] = summary.show,
+    reported: Callable[[P], list[Stage]] = lambda graph: graph.stages(),
 ) -> int:
     """Runs a job.
 
@@ -45,6 +46,7 @@ def main(
         plan: makes the job graph; starts nothing.
         work: runs it and returns what went into its summary.
         show: what of that a person sees at the end.
+        reported: the stages that the report's page is about, by default all.
 
     Returns:
         the exit status.
@@ -60,7 +62,7 @@ def main(
             _dry_run(config, graph, root)
             return 0
         with locked(root):
-            _execute(config, graph, root, work, show)
+            _execute(config, graph, root, work, show, reported(graph))
         return 0
     except KeyboardInterrupt:
         print(f"\ninterrupted: the same command continues {root}", file=sys.stderr)
@@ -88,6 +90,7 @@ def _execute(
     root: Path,
     work: Callable[[C, P, Run], dict[str, Any]],
     show: Callable[[dict[str, Any], Path], summary.Shown],
+    reported: list[Stage],
 ) -> None:
     from pipelines.job_metadata import JobMetadata
     from pipelines.logs import Where, set_up_logs
@@ -103,7 +106,7 @@ def _execute(
     # A summary is there only when the run that it describes has ended.
     (root / config.file("summary.json")).unlink(missing_ok=True)
     write_plan(root, config.prefix, config.script, graph.stages())
-    report, name = Reporter(root, graph.stages(), config.prefix), config.run.name
+    report, name = Reporter(root, reported, config.prefix), config.run.name
     with chatter_to(root / "logs" / "driver.log") as console, Terminal(console) as terminal:
         display = Watch(terminal, ProgressFile(root / config.file("progress.json")), Metrics(name), JobMetadata(name))
         set_up_logs(root / "logs", Where(name, lambda: display.running), terminal.say)

@@ -18,6 +18,7 @@ from actors.settings import (
     Training,
 )
 from pipelines.judging_settings import Answers, Judge, MtBench, Policies, Prompts, Tournament
+from pipelines.reproduction.settings import ENGINE, PRETRAINING, REWARDS, SCORING, TRAINING, WORKERS, ProblemSets, Scope, Tiny
 from pipelines.serving.settings import ServiceConfig
 from pipelines.settings import (
     BestOfN,
@@ -40,7 +41,6 @@ class JobConfig(Settings):
 
     run: RunSettings = RunSettings()
     ray: RaySettings = RaySettings()
-    model: Model = Model()
     script: ClassVar[str]
     """that reads it"""
     prefix: ClassVar[str] = ""
@@ -63,7 +63,13 @@ class JobConfig(Settings):
         return f"{cls.prefix}{name}"
 
 
-class GsilConfig(JobConfig):
+class ModelJobConfig(JobConfig):
+    """What every job reads that starts from a model that is there."""
+
+    model: Model = Model()
+
+
+class GsilConfig(ModelJobConfig):
     """Everything that `jobs/gsil_iterative.py` reads."""
 
     script: ClassVar[str] = "jobs/gsil_iterative.py"
@@ -99,7 +105,7 @@ class GsilConfig(JobConfig):
         return sampled | longest_given(self.demonstrations, self.objective)
 
 
-class DilConfig(JobConfig):
+class DilConfig(ModelJobConfig):
     """Everything that `jobs/dil.py` reads."""
 
     script: ClassVar[str] = "jobs/dil.py"
@@ -137,7 +143,7 @@ class DilConfig(JobConfig):
         return answered | longest_given(self.demonstrations, self.objective)
 
 
-class IrlConfig(JobConfig):
+class IrlConfig(ModelJobConfig):
     """Everything that `jobs/irl_reward.py` reads."""
 
     script: ClassVar[str] = "jobs/irl_reward.py"
@@ -194,7 +200,7 @@ class IrlConfig(JobConfig):
         return {f"demonstrations.max_prompt_tokens + {longer}.max_new_tokens": sampled} | given | preferences
 
 
-class EvaluateConfig(JobConfig):
+class EvaluateConfig(ModelJobConfig):
     """Everything that `jobs/evaluate.py` reads."""
 
     script: ClassVar[str] = "jobs/evaluate.py"
@@ -244,6 +250,30 @@ class EvaluateConfig(JobConfig):
     def longest(self) -> dict[str, int]:
         """Longest sequences that the models meet, tokens, by the settings that ask for them."""
         return {"prompts.max_prompt_tokens + answers.max_new_tokens": self.max_model_len()} if self.wants_prompts() else {}
+
+
+class ReproduceConfig(JobConfig):
+    """Everything that `jobs/reproduce.py` reads."""
+
+    run: RunSettings = RunSettings(name="reproduce")
+    scope: Scope = Scope()
+    model: Tiny = Tiny()
+    problems: ProblemSets = ProblemSets()
+    pretraining: Training = PRETRAINING
+    training: Training = TRAINING
+    rewards: RewardTraining = REWARDS
+    engine: Engine = ENGINE
+    scoring: RewardScoring = SCORING
+    workers: Pool = WORKERS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        # A section that is given in part keeps this job's defaults for the rest.
+        if not isinstance(given, dict):
+            return given
+        own = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Settings)}
+        return given | {key: own[key].model_dump() | value for key, value in given.items() if key in own and isinstance(value, dict)}
 
 
 class ServeConfig(ServiceConfig):

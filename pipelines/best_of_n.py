@@ -56,6 +56,7 @@ def plan(
     selectors: Mapping[str, Sequence[str]],
     chooser: str,
     rule: Combination,
+    name: str = "best_of_n/results",
 ) -> Stage:
     """The stage that chooses and reports.
 
@@ -66,17 +67,21 @@ def plan(
         selectors: who chooses: names of scorers, whose combined score decides.
         chooser: the selector whose choice is written out.
         rule: how several scores are combined.
+        name: of the stage.
     """
     settings = {"selectors": {name: list(members) for name, members in selectors.items()}, "chooser": chooser} | rule.identity()
     inputs = {"samples": samples} | {f"score-{name}": stage for name, stage in scores.items()}
     if golden:
         inputs |= {"golden": golden.samples, "greedy": golden.greedy, "base": golden.base, "demonstrations": golden.demonstrations}
-    return Stage("best_of_n/results", settings, inputs, demand="the driver")
+    return Stage(name, settings, inputs, demand="the driver")
 
 
 def choose(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
-    """The work of the stage."""
-    (stage,) = stages
+    """The work of these stages."""
+    return {stage.name: _choose(run, stage) for stage in stages}
+
+
+def _choose(run: Run, stage: Stage) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for split in ("held_out", "train"):
         prompts = write_choices(run, stage, split)
@@ -84,7 +89,7 @@ def choose(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
             found = report(run, stage, prompts)
             write_json(run.directory(stage) / "report.json", found)
             plot_best_of_n(found, run.directory(stage) / "best_of_n")
-    return {stage.name: found}
+    return found
 
 
 def write_choices(run: Run, stage: Stage, split: str) -> list[Prompt]:

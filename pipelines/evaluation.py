@@ -26,8 +26,11 @@ def plan(name: str, samples: Stage, demonstrations: Stage, evaluation: Evaluatio
 
 
 def evaluate(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
-    """The work of the stage."""
-    (stage,) = stages
+    """The work of these stages."""
+    return {stage.name: _evaluate(run, stage) for stage in stages}
+
+
+def _evaluate(run: Run, stage: Stage) -> dict[str, Any]:
     metric = stage.settings["metric"]
     scores = []
     truncated = 0
@@ -36,23 +39,38 @@ def evaluate(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         gold = {row["id"]: row for row in real.to_pylist()}
         for row in pq.read_table(path, columns=["id", "response", "finish_reason"]).to_pylist():
             truncated += row["finish_reason"] == "length"
-            if metric == "exact_answer":
-                right = exact_answer(row["response"], gold[row["id"]]["response"])
+            if metric != "none":
+                right = METRICS[metric](row["response"], gold[row["id"]]["response"])
                 if right is None:
                     raise StageError(
-                        f"{gold[row['id']]['source']}: the demonstration has no number after '####'; set --evaluation.metric none and "
+                        f"{gold[row['id']]['source']}: the demonstration has no answer after '####'; set --evaluation.metric none and "
                         "--iterations.stop_when_worse false"
                     )
                 scores.append({"id": row["id"], "score": float(right)})
     write_rows(run.directory(stage) / "scores.parquet", scores, SCORES)
     mean, error = mean_and_error([row["score"] for row in scores])
-    return {stage.name: {"accuracy": mean, "stderr": error, "n": len(scores), "truncated": truncated}}
+    return {"accuracy": mean, "stderr": error, "n": len(scores), "truncated": truncated}
 
 
 def exact_answer(response: str, demonstration: str) -> bool | None:
     """Whether the number after the last `####` of a response is that of the demonstration (the GSM8K layout), which may have none."""
     gold = final_number(demonstration)
     return None if gold is None else final_number(response) == gold
+
+
+def exact_text(response: str, demonstration: str) -> bool | None:
+    """Whether the text after the last `####` of a response is that of the demonstration, which may have none."""
+    gold = final_text(demonstration)
+    return None if gold is None else final_text(response) == gold
+
+
+METRICS = {"exact_answer": exact_answer, "exact_text": exact_text}
+
+
+def final_text(text: str) -> str | None:
+    """What stands after the last `####`; None if nothing does."""
+    _, marker, tail = text.rpartition("####")
+    return (tail.strip() or None) if marker else None
 
 
 def final_number(text: str) -> Decimal | None:

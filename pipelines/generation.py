@@ -1,4 +1,4 @@
-"""Samples of a policy: negatives for training, answers for evaluation. Ray Data shards the prompts to vLLM actors.
+"""Samples of a policy: negatives for training, answers for evaluation. Ray Data shards the prompts to generation actors.
 
     demonstrations/train/00000.parquet     (DEMONSTRATION) --> iteration-1/negatives/train/00000.parquet    (SAMPLE)
     demonstrations/held_out/00000.parquet                  --> iteration-1/negatives/held_out/00000.parquet
@@ -50,11 +50,13 @@ def plan(
     # What the pairs do with truncated samples is theirs.
     drawn = {key: value for key, value in sampling.identity().items() if key != "truncated"}
     settings = {"sampling": drawn, "iteration": iteration, "prompts": prompts, "dtype": engine.dtype}
+    if engine.backend != "vllm":
+        settings["backend"] = engine.backend
     return Stage(name, settings, {"policy": policy, "base": base, "demonstrations": demonstrations}, demand=engine.demand())
 
 
 def sample(engine: Engine, max_model_len: int, trust_remote_code: bool) -> Any:
-    """Returns the work of sampling stages, all of the same policy.
+    """Returns the work of sampling stages, all of the same policy; in transformers, of any policies with one tokenizer.
 
     Args:
         engine: the pool.
@@ -63,18 +65,19 @@ def sample(engine: Engine, max_model_len: int, trust_remote_code: bool) -> Any:
     """
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
-        policy, base = stages[0].inputs["policy"], stages[0].inputs["base"]
-        assert all(stage.inputs["policy"] == policy for stage in stages)
+        base = stages[0].inputs["base"]
+        weights = {stage.name: base_model.weights(run, stage.inputs["policy"]) for stage in stages}
+        assert engine.backend == "transformers" or len(set(weights.values())) == 1, "an engine holds one policy"
         stop_ids = run.numbers(base)["stop_ids"]
         arguments = {
-            "weights": base_model.weights(run, policy),
+            "weights": weights[stages[0].name],
             "engine": engine,
             "max_model_len": max_model_len,
             "stop_ids": stop_ids,
             "tokenizer": base_model.tokenizer(run, base),
             "trust_remote_code": trust_remote_code,
         }
-        tasks = [task for stage in stages for task in _tasks(run, stage)]
+        tasks = [task for stage in stages for task in _tasks(run, stage, weights[stage.name])]
         numbers = map_shards(run, tasks, SampleShards, arguments, engine, environment(engine))
         for stage in stages:
             numbers[stage.name] |= sum_counts(run.directory(stage).glob("*/*.parquet"))
@@ -83,7 +86,7 @@ def sample(engine: Engine, max_model_len: int, trust_remote_code: bool) -> Any:
     return work
 
 
-def _tasks(run: Run, stage: Stage) -> list[Shard]:
+def _tasks(run: Run, stage: Stage, weights: str) -> list[Shard]:
     tasks: list[Shard] = []
     sampling = stage.settings["sampling"]
     for split, limit in stage.settings["prompts"].items():
@@ -95,7 +98,7 @@ def _tasks(run: Run, stage: Stage) -> list[Shard]:
             for first in range(0, wanted, step):
                 prompts = min(step, wanted - first)
                 place = {"shard": number, "split": split, "first": first, "prompts": prompts}
-                options = {"sampling": sampling, "iteration": stage.settings["iteration"], **place}
+                options = {"weights": weights, "sampling": sampling, "iteration": stage.settings["iteration"], **place}
                 name = path.name if step >= there else f"{path.stem}-{first:05d}{path.suffix}"
                 tasks.append(Shard(stage, (str(path),), run.directory(stage) / split / name, options, prompts * sampling["samples"]))
     if not tasks:
@@ -108,7 +111,8 @@ class SampleShards:
 
     def __init__(self, tokenizer: str, **arguments: Any):
         self.chat = Chat(tokenizer, arguments["trust_remote_code"])
-        self.generator = Generator(**arguments)
+        self.arguments = arguments
+        self.generator = _generator(**arguments)
 
     def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
         """Samples for every row of one shard.
@@ -116,6 +120,9 @@ class SampleShards:
         INPUT  DEMONSTRATION rows
         OUTPUT SAMPLE rows, `samples` for each
         """
+        if options["weights"] != self.arguments["weights"]:
+            self.arguments["weights"] = options["weights"]
+            self.generator = _generator(**self.arguments)
         sampling = Sampling(**options["sampling"])
         rows = pq.read_table(inputs[0], columns=["id", "prompt", "prompt_ids"]).slice(options["first"], options["prompts"]).to_pylist()
         # Each shard draws its own numbers, whatever ran before it on this engine.
@@ -134,6 +141,14 @@ class SampleShards:
             for number, response in enumerate(drawn)
         ]
         write_rows(Path(output), made, SAMPLE, {"truncated": sum(row["finish_reason"] == "length" for row in made)})
+
+
+def _generator(engine: Engine, **arguments: Any) -> Any:
+    if engine.backend == "vllm":
+        return Generator(engine=engine, **arguments)
+    from actors.sampler import Sampler
+
+    return Sampler(engine=engine, **arguments)
 
 
 def shard_seed(seed: int, iteration: int, shard: int, split: str, first: int) -> int:

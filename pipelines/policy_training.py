@@ -70,8 +70,7 @@ def train(training: Training, tracking: Tracking, longest: int, trust_remote_cod
     """
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
-        common = {"tracking": tracking, "longest": longest, "trust_remote_code": trust_remote_code}
-        jobs = [_job(run, stage, training) | common for stage in stages]
+        jobs = [job_of(run, stage, *_settings(stage, training), tracking, longest, trust_remote_code) for stage in stages]
         places = {job["name"]: Path(job["output"]) for job in jobs}
         for place in places.values():
             shutil.rmtree(place / "failed", ignore_errors=True)
@@ -83,7 +82,7 @@ def train(training: Training, tracking: Tracking, longest: int, trust_remote_cod
             rates = [step["tokens_per_second"] for step in reached() if "tokens_per_second" in step]
             return {"tokens_per_second": rates[-1] if rates else 0, "restarts": restarts(run.directory(stages[0]))}
 
-        run.display.follow(sum(map(_steps, jobs)), "steps", lambda: sum(int(step.get("step", 0)) for step in reached()), now)
+        run.display.follow(sum(map(steps, jobs)), "steps", lambda: sum(int(step.get("step", 0)) for step in reached()), now)
         try:
             # What an earlier attempt trained to the end stays.
             if left := [job for job in jobs if trained(job["output"]) is None]:
@@ -94,34 +93,46 @@ def train(training: Training, tracking: Tracking, longest: int, trust_remote_cod
                     raise StageError(f"{name}: {json.loads(failure.read_text())['error']}")
         seconds = {stage.name: trained(str(run.directory(stage))) or 0.0 for stage in stages}
         shares = {name: {"share": own / sum(seconds.values())} for name, own in seconds.items()}
-        return {stage.name: _numbers(run.directory(stage)) | shares[stage.name] for stage in stages}
+        return {stage.name: numbers(run.directory(stage)) | shares[stage.name] for stage in stages}
 
     return work
 
 
-def _job(run: Run, stage: Stage, training: Training) -> dict[str, Any]:
-    """What a worker is told of a stage."""
+def _settings(stage: Stage, training: Training) -> tuple[Training, Objective]:
+    """What a stage says of itself, at the place that `training` says."""
     own = {name: value for name, value in stage.settings["training"].items() if name != "deepspeed"}
-    objective = Objective(**stage.settings["objective"])
+    return training.model_copy(update=own), Objective(**stage.settings["objective"])
+
+
+def job_of(
+    run: Run, stage: Stage, training: Training, objective: Objective, tracking: Tracking, longest: int, trust_remote_code: bool
+) -> dict[str, Any]:
+    """What the workers of a stage are told, see `actors.learner.worker.TrainJob`; the arguments are those of `train`."""
     data = {split: _filled(run.directory(stage.inputs["data"]) / split) for split in ("train", "held_out")}
+    if objective.name == "sft":
+        # Held-out answers tell about SFT; held-out pairs exist only later.
+        data["held_out"] = []
     job = {
         "name": f"{run.root.name}/{stage.name}",
         "weights": base_model.weights(run, stage.inputs["start"]),
         "tokenizer": base_model.tokenizer(run, stage.inputs["base"]),
         "train": data["train"],
-        # Held-out answers tell about SFT; held-out pairs exist only later.
-        "held_out": [] if objective.name == "sft" else data["held_out"],
+        "held_out": data["held_out"],
         "output": str(run.directory(stage)),
-        "training": training.model_copy(update=own),
+        "training": training,
         "objective": objective,
+        "tracking": tracking,
         "deepspeed": stage.settings["training"]["deepspeed"],
+        "longest": longest,
+        "trust_remote_code": trust_remote_code,
     }
     if "centre" in stage.inputs:
         job |= {"kind": "reward", "centre": _filled(run.directory(stage.inputs["centre"]) / "held_out")}
     return job
 
 
-def _steps(job: dict[str, Any]) -> int:
+def steps(job: dict[str, Any]) -> int:
+    """That a training stage will take."""
     rows = sum(pq.read_metadata(path).num_rows for path in job["train"])
     return math.ceil(rows / job["training"].batch_size) * job["training"].epochs
 
@@ -211,12 +222,12 @@ def _fit_aside(trainer: Any) -> None:
     done.result()
 
 
-def _numbers(directory: Path) -> dict[str, Any]:
+def numbers(directory: Path) -> dict[str, Any]:
     """The last step's metrics, the tail's mean reward of real responses, and the held-out scores."""
-    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    tail = [step for step in steps[-max(1, len(steps) // 4) :] if "skipped" not in step]
-    numbers: dict[str, Any] = {"steps": len(steps), "skipped": sum("skipped" in step for step in steps), "last": steps[-1]}
-    if "reward_real" in steps[-1] and tail:
-        numbers["tail_reward_real"] = sum(step["reward_real"] for step in tail) / len(tail)
+    taken = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    tail = [step for step in taken[-max(1, len(taken) // 4) :] if "skipped" not in step]
+    found: dict[str, Any] = {"steps": len(taken), "skipped": sum("skipped" in step for step in taken), "last": taken[-1]}
+    if "reward_real" in taken[-1] and tail:
+        found["tail_reward_real"] = sum(step["reward_real"] for step in tail) / len(tail)
     held_out = directory / "held_out.json"
-    return numbers | ({"held_out": json.loads(held_out.read_text())} if held_out.exists() else {})
+    return found | ({"held_out": json.loads(held_out.read_text())} if held_out.exists() else {})

@@ -52,7 +52,7 @@ def plan(
 
 
 def score(scoring: Scoring, precision: str, longest: int, trust_remote_code: bool) -> Any:
-    """Returns the work of the stage.
+    """Returns the work of such stages, which share a pool of actors.
 
     Args:
         scoring: the pool.
@@ -62,26 +62,32 @@ def score(scoring: Scoring, precision: str, longest: int, trust_remote_code: boo
     """
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
-        stage = stages[0]
+        weights = {stage.name: base_model.weights(run, stage.inputs["reference"]) for stage in stages}
         arguments = {
-            "weights": base_model.weights(run, stage.inputs["reference"]),
+            "weights": weights[stages[0].name],
             "scoring": scoring,
             "precision": precision,
             "longest": longest,
             "trust_remote_code": trust_remote_code,
         }
-        options = {"drop_truncated": stage.settings["truncated"] == "drop", "mismatched": stage.settings["mismatched"]}
-        tasks = [
-            Shard(stage, inputs, run.directory(stage) / split / Path(inputs[-1]).name, options, rows=sum_counts(map(Path, inputs))["rows"])
-            for split in SPLITS
-            for inputs in _aligned(run, stage, split)
-        ]
+        tasks = [task for stage in stages for task in _tasks(run, stage, weights[stage.name])]
         env = TRAINING[precision] | {"OMP_NUM_THREADS": str(max(1, int(scoring.num_cpus)))}
         numbers = map_shards(run, tasks, ScoreShards, arguments, scoring, env)
-        counts = {split: sum_counts(shards(run.directory(stage) / split)) for split in SPLITS}
-        return {stage.name: numbers[stage.name] | counts}
+        for stage in stages:
+            numbers[stage.name] |= {split: sum_counts(shards(run.directory(stage) / split)) for split in SPLITS}
+        return numbers
 
     return work
+
+
+def _tasks(run: Run, stage: Stage, weights: str) -> list[Shard]:
+    drop = stage.settings["truncated"] == "drop"
+    options = {"weights": weights, "drop_truncated": drop, "mismatched": stage.settings["mismatched"]}
+    return [
+        Shard(stage, inputs, run.directory(stage) / split / Path(inputs[-1]).name, options, rows=sum_counts(map(Path, inputs))["rows"])
+        for split in SPLITS
+        for inputs in _aligned(run, stage, split)
+    ]
 
 
 def _aligned(run: Run, stage: Stage, split: str) -> list[tuple[str, ...]]:
@@ -101,6 +107,7 @@ class ScoreShards:
     def __init__(self, **arguments: Any):
         from actors.scorer import Scorer
 
+        self.load, self.arguments = Scorer, arguments
         self.scorer = Scorer(**arguments)
 
     def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
@@ -111,6 +118,9 @@ class ScoreShards:
         """
         from actors.learner.batches import Example
 
+        if options["weights"] != self.arguments["weights"]:
+            self.arguments["weights"] = options["weights"]
+            self.scorer = self.load(**self.arguments)
         table = pq.read_table(inputs[0])
         real = {row["id"]: row for row in table.select(["id", "prompt_ids", "response_ids"]).to_pylist()}
         columns = ["id", "iteration", "sample", "response_ids", "finish_reason"]

@@ -139,7 +139,7 @@ def check_one_label(config: Mapping[str, Any], what: str) -> None:
 
 
 def score(scoring: RewardScoring, longest: int, trust_remote_code: bool) -> Any:
-    """Returns the work of scoring stages, all by the same scorer: they share a pool of actors.
+    """Returns the work of scoring stages, which share a pool of actors: all by the same scorer, or in transformers by any.
 
     Args:
         scoring: the pool.
@@ -148,7 +148,9 @@ def score(scoring: RewardScoring, longest: int, trust_remote_code: bool) -> Any:
     """
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
-        ((scorer, ours),) = {_scorer(run, stage) for stage in stages}
+        scorers = {_scorer(run, stage) for stage in stages}
+        assert scoring.backend == "transformers" or len(scorers) == 1, "an engine holds one reward model"
+        scorer, ours = _scorer(run, stages[0])
         arguments = {
             "scorer": scorer,
             "ours": ours,
@@ -192,12 +194,13 @@ def _scorer(run: Run, stage: Stage) -> tuple[str, bool]:
 
 def _tasks(run: Run, stage: Stage) -> list[Shard]:
     responses, demonstrations = run.directory(stage.inputs["responses"]), run.directory(stage.inputs["demonstrations"])
+    options = dict(zip(("scorer", "ours"), _scorer(run, stage), strict=True))
     return [
         Shard(
             stage,
             (str(path), str(demonstrations / split / uncut(path))),
             run.directory(stage) / split / path.name,
-            {},
+            options,
             pq.read_metadata(path).num_rows,
         )
         for split in stage.settings["splits"]
@@ -208,18 +211,9 @@ def _tasks(run: Run, stage: Stage) -> list[Shard]:
 class ScoreResponses:
     """The actor: a scorer, and the files around it."""
 
-    def __init__(self, scorer: str, ours: bool, folder: str, **model: Any):
-        self.scorer: Callable[[Sequence[Row], str, Callable[[int], None]], list[Scored]]
-        if not ours and scorer == "exact_answer":
-            self.scorer = exact_answers
-        elif not ours and scorer.startswith(PATTERN):
-            self.scorer = functools.partial(by_pattern, scorer.removeprefix(PATTERN))
-        elif not ours and is_url(scorer):
-            self.scorer = functools.partial(by_url, scorer)
-        elif not ours and is_function(scorer):
-            self.scorer = functools.partial(by_function, function(scorer, folder))
-        else:
-            self.scorer = ByModel(scorer, ours, **model)
+    def __init__(self, scorer: str, ours: bool, **others: Any):
+        self.named, self.others = (scorer, ours), others
+        self.scorer = _loaded(scorer, ours, **others)
 
     def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
         """Scores one shard.
@@ -227,6 +221,10 @@ class ScoreResponses:
         INPUT  SAMPLE (or DEMONSTRATION) rows, DEMONSTRATION rows of the same prompts
         OUTPUT SCORE rows, one for each of the first
         """
+        if (named := (options["scorer"], options["ours"])) != self.named:
+            # The one before goes first: the two need not fit together.
+            del self.scorer
+            self.named, self.scorer = named, _loaded(*named, **self.others)
         present = pq.read_schema(inputs[0]).names
         wanted = ("id", "sample", "prompt", "prompt_ids", "response", "response_ids", "finish_reason")
         rows = pq.read_table(inputs[0], columns=[name for name in wanted if name in present]).to_pylist()
@@ -237,6 +235,20 @@ class ScoreResponses:
             for row, (score, reason) in zip(rows, results, strict=True)
         ]
         write_rows(Path(output), made, SCORE, counts)
+
+
+def _loaded(scorer: str, ours: bool, folder: str, **model: Any) -> Callable[[Sequence[Row], str, Callable[[int], None]], list[Scored]]:
+    if ours:
+        return ByModel(scorer, ours, **model)
+    if scorer == "exact_answer":
+        return exact_answers
+    if scorer.startswith(PATTERN):
+        return functools.partial(by_pattern, scorer.removeprefix(PATTERN))
+    if is_url(scorer):
+        return functools.partial(by_url, scorer)
+    if is_function(scorer):
+        return functools.partial(by_function, function(scorer, folder))
+    return ByModel(scorer, ours, **model)
 
 
 def check_answers(run: Run, demonstrations: Stage, setting: str) -> None:

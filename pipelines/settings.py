@@ -272,8 +272,9 @@ class Iterations(Settings):
 class Evaluation(Settings):
     """Held-out prompts, answered greedily by every policy."""
 
-    metric: Literal["exact_answer", "none"] = "exact_answer"
-    """exact_answer: the number after the last #### equals the demonstration's; none: only samples are kept"""
+    metric: Literal["exact_answer", "exact_text", "none"] = "exact_answer"
+    """exact_answer: the number after the last #### equals the demonstration's; exact_text: the text there does; none: only samples are
+    kept"""
     max_new_tokens: int = Field(256, ge=1)
     """length limit of an answer"""
 

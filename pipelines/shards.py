@@ -44,7 +44,13 @@ class Shard:
 
 
 def map_shards(
-    run: Run, work: list[Shard], actor: Callable[..., Any], arguments: dict[str, Any], pool: Pool, env: dict[str, str]
+    run: Run,
+    work: list[Shard],
+    actor: Callable[..., Any],
+    arguments: dict[str, Any],
+    pool: Pool,
+    env: dict[str, str],
+    waiting: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Makes the output shards that are not there yet.
 
@@ -56,6 +62,7 @@ def map_shards(
         arguments: for its constructor.
         pool: how many actors and what each asks for.
         env: environment variables of the actors.
+        waiting: items that an actor is given at a time; Ray Data's own number by default. With 1, long items divide evenly.
 
     Returns:
         by stage name the `share` of the wall time, by rows of work done.
@@ -79,7 +86,11 @@ def map_shards(
             named(actor.__name__, who),
             fn_constructor_kwargs={"actor": actor, "arguments": arguments, "directory": str(directory)},
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=min(pool.min_actors, len(pending)), max_size=min(pool.max_actors, len(pending))),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=min(pool.min_actors, len(pending)),
+                max_size=min(pool.max_actors, len(pending)),
+                max_tasks_in_flight_per_actor=waiting,
+            ),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus or None,
             # An engine that dies on a shard again and again must not do so all night.

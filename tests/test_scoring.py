@@ -105,23 +105,26 @@ thing = 3
 def test_what_a_program_fails_on_has_no_score_and_a_reason(tmp_path: Path) -> None:
     (tmp_path / "opinions.py").write_text(SCORER)
     write_rows(tmp_path / "in.parquet", rows(), SAMPLE)
-    actor = ScoreResponses("opinions:length", False, str(tmp_path))
-    actor([str(tmp_path / "in.parquet"), ""], str(tmp_path / "out.parquet"), {}, nobody)
+    actor = ScoreResponses("opinions:length", False, folder=str(tmp_path))
+    named = {"scorer": "opinions:length", "ours": False}
+    actor([str(tmp_path / "in.parquet"), ""], str(tmp_path / "out.parquet"), named, nobody)
     made = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["score"] for row in made[:4]] == [15.0, None, 15.0, None]
     assert [row["reason"] for row in made[:4]] == [None, "the scorer raised RuntimeError: no opinion", None, "the score is nan"]
     assert pq.read_schema(tmp_path / "out.parquet").metadata[b"unscored"] == b"4"
 
 
-def test_exact_answers_are_the_demonstrations(tmp_path: Path) -> None:
+def test_exact_answers_are_the_demonstrations_also_from_an_actor_that_scored_otherwise_before(tmp_path: Path) -> None:
+    (tmp_path / "opinions.py").write_text(SCORER)
+    named = {"scorer": "exact_answer", "ours": False}
     write_rows(tmp_path / "in.parquet", rows(), SAMPLE)
     gold = [{"id": key, "source": "x", "response": f"so #### {n}"} for key, n in (("a", 3), ("b", 12))]
     write_rows(tmp_path / "gold.parquet", gold, DEMONSTRATION)
-    actor = ScoreResponses("exact_answer", False, str(tmp_path))
-    actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), {}, nobody)
+    actor = ScoreResponses("opinions:length", False, folder=str(tmp_path))
+    actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), named, nobody)
     assert [row["score"] for row in pq.read_table(tmp_path / "out.parquet").to_pylist()] == [1, 0, 1, 0, 0, 0, 0, 1]
     write_rows(tmp_path / "gold.parquet", [gold[0], gold[1] | {"response": "so 12"}], DEMONSTRATION)
-    actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), {}, nobody)
+    actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), named, nobody)
     made = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["score"] for row in made] == [1, 0, 1, 0, None, None, None, None] and "no number after" in made[-1]["reason"]
 

@@ -108,4 +108,4 @@ def test_nothing_held_out_to_sample_is_said(tmp_path: Path) -> None:
     run.directory(demonstrations).mkdir(parents=True)
     stage = generation.plan("base/samples", base, base, demonstrations, Sampling(), Engine(), 0, {"held_out": None})
     with pytest.raises(StageError, match=r"base/samples: no row was held out: raise demonstrations\.held_out_fraction"):
-        generation._tasks(run, stage)
+        generation._tasks(run, stage, "policy")
