@@ -34,25 +34,24 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="look again after so many seconds, until Ctrl-C")
     options = parser.parse_args(argv)
     console = Console()
-    while True:
-        try:
+    try:
+        while True:
             found = [job for root in options.runs for job in look(root)]
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        if options.json:
-            print("\n".join(json.dumps(asdict(job), ensure_ascii=False) for job in found), flush=True)
-        else:
-            if options.watch is not None:
+            if options.watch is not None and not options.json:
                 console.clear()
             for job in found:
-                show(job, console)
-        if options.watch is None:
-            return 0
-        try:
+                if options.json:
+                    print(json.dumps(asdict(job), ensure_ascii=False), flush=True)
+                else:
+                    show(job, console)
+            if options.watch is None:
+                return 0
             time.sleep(options.watch)
-        except KeyboardInterrupt:
-            return 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
 
 
 def show(job: JobStatus, console: Console) -> None:
@@ -93,7 +92,9 @@ def _progress(job: JobStatus) -> str:
     if not progress.unit:
         return "starting" if job.state == RUNNING else ""
     told = [f"{progress.done}{'' if progress.total is None else f' of {progress.total}'} {progress.unit}"]
-    if job.state == RUNNING:
+    if job.state == RUNNING and progress.counted:
+        told.append("finishing")
+    elif job.state == RUNNING:
         speed = progress.per_second
         told += [(f"{speed:.1f} a second" if speed > 1 else f"{1 / speed:.1f} s each") if speed else "starting"]
         told += [f"{duration(progress.left)} left"] if progress.left is not None else []

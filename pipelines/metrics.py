@@ -39,15 +39,17 @@ class Metrics(Watcher):
     def __init__(self, run: str):
         self.run = run
         self.gauges: dict[str, Any] = {}
-        self.running: tuple[str, ...] = ()
+        self.live: set[tuple[str, ...]] = set()
+        """stages of one call that run"""
 
     def began(self, progress: Progress) -> None:
         """It is the current stage."""
-        self.running = progress.stages
+        self.live.add(progress.stages)
         self._set(progress.stages, {"gsil_stage_active": 1})
 
     def goes_on(self, progress: Progress) -> None:
         """As far as it has come."""
+        self.live.add(progress.stages)
         told: dict[str, float] = {"gsil_stage_active": 1}
         if progress.unit:
             told |= {f"gsil_{progress.unit}": progress.done, f"gsil_{progress.unit}_per_second": progress.per_second or 0}
@@ -60,9 +62,8 @@ class Metrics(Watcher):
     def ended(self, stage: str, seconds: float, skipped: bool, numbers: Mapping[str, Any]) -> None:
         """What it took and set aside; nothing of it goes on."""
         self._set((stage,), {"gsil_stage_seconds": seconds, "gsil_rejected_rows": rejected(numbers)})
-        if not skipped and self.running:
-            self._set(self.running, dict.fromkeys((name for name in MOMENTARY if name in self.gauges), 0))
-            self.running = ()
+        while not skipped and self.live:
+            self._set(self.live.pop(), dict.fromkeys((name for name in MOMENTARY if name in self.gauges), 0))
 
     def _set(self, stages: tuple[str, ...], values: Mapping[str, float]) -> None:
         """Stages of one call are one series while they run: their rows come from the same actors."""

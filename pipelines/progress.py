@@ -81,6 +81,8 @@ class Terminal(watching.Watcher):
 def rate(progress: watching.Progress) -> str:
     """How fast stages go on, and what is left of them."""
     speed, left = progress.per_second, progress.left
+    if progress.counted:
+        return f"{progress.unit}, finishing"
     if not speed:
         return f"{progress.unit}, starting"
     told = f"{speed:.1f}/s" if speed > 1 else f"{1 / speed:.1f} s each"

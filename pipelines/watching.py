@@ -61,8 +61,13 @@ class Progress:
         return title(self.stages)
 
     @property
+    def counted(self) -> bool:
+        """Whether all that is counted is done: what follows is writing and checking."""
+        return self.total is not None and self.done >= self.total
+
+    @property
     def left(self) -> float | None:
-        """Seconds until all is done, if it goes on like this."""
+        """Seconds until all that is counted is done, if it goes on like this."""
         return None if self.total is None or not self.per_second else max(0, self.total - self.done) / self.per_second
 
 
@@ -155,7 +160,7 @@ class Watch(Display):
     def finished(self, stage: Stage, seconds: float, skipped: bool, numbers: Mapping[str, Any]) -> None:
         """Tells the watchers, first how far the stages had come."""
         with self.lock:
-            if not skipped:
+            if not skipped and self.followed:
                 self._look()
             log.info("%s: %s, %.1f s, fingerprint %s", "done before" if skipped else "done", stage.name, seconds, stage.fingerprint)
             self.running, self.followed = tuple(name for name in self.running if name != stage.name), None

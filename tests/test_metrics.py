@@ -87,6 +87,11 @@ def test_stages_of_one_call_are_one_series_until_they_are_done() -> None:
     told.ended("sft/samples", 3.0, False, {"rows": 60})
     assert told.told["gsil_stage_active", title] == told.told["gsil_rows_per_second", title] == 0
     assert told.told["gsil_stage_seconds", "sft/samples"] == 3 and told.told["gsil_rows", title] == 30
+    # The clock may strike between the ends of two stages.
+    told.goes_on(Progress(("iteration-1/negatives",), 9.1))
+    assert told.told["gsil_stage_active", "iteration-1/negatives"] == 1
+    told.ended("iteration-1/negatives", 6.0, False, {"rows": 60})
+    assert told.told["gsil_stage_active", "iteration-1/negatives"] == 0
     told.ended("base/model", 4.0, True, {})
     assert told.told["gsil_stage_seconds", "base/model"] == 4, "also of what was done before"
 

@@ -39,7 +39,7 @@ def test_rates_in_words() -> None:
     assert words(3, 1 / 20) == "steps, 20.0 s each, 300 s left"
     assert words(10, 5.0) == "steps, 5.0/s, 2 s left"
     assert words(10, 5.0, None) == "steps, 5.0/s"
-    assert words(0, None) == "steps, starting"
+    assert words(0, None) == "steps, starting" and words(18, 5.0) == "steps, finishing"
 
 
 def test_the_pace_counts_from_the_first_unit_on() -> None:

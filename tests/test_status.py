@@ -93,6 +93,12 @@ def test_what_cannot_be_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "left: at least 4." in said and "not known of iteration-1/training, iteration-2/negatives, iteration-2/training" in said
 
 
+def test_a_stage_that_has_counted_all_is_finishing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with under_way(tmp_path, done=1, at=12):
+        assert status.main([str(tmp_path)]) == 0
+    assert "12 of 12 rows, finishing" in capsys.readouterr().out
+
+
 def test_stages_are_of_a_kind_when_they_do_the_same_work() -> None:
     data, first, training, second, again = (Planned.of(stage) for stage in graph())
     assert first.kind == second.kind and training.kind == again.kind and len({data.kind, first.kind, training.kind}) == 3
