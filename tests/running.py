@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -163,3 +164,16 @@ def stop_when(process: subprocess.Popen[bytes], condition: Callable[[], bool], h
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """All rows of a folder of shards."""
     return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Acts in the background as soon as `condition` holds."""
+
+    def wait() -> None:
+        while not condition():
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread

@@ -13,9 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from training import assert_same_steps, train, write_pairs
 
 from actors import storage
-from actors.storage import checksum, write_bytes
+from actors.notices import FOLDER
+from actors.settings import Objective
+from actors.storage import checksum
 from jobs.config import build
 from jobs.gsil_iterative import plan
 from jobs.schemas import GsilConfig
@@ -270,6 +273,24 @@ def test_policies_come_in_the_order_of_the_graph_whatever_the_clocks_say(tmp_pat
     assert list(policies.of_run(tmp_path)) == ["base", "sft", "iteration-1", "iteration-2"]
 
 
-def test_write_bytes_needs_no_more_than_its_file(tmp_path: Path) -> None:
-    write_bytes(tmp_path / "x", b"12")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"12")]
+@pytest.mark.parametrize("harm", [flip, cut])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    harm: Callable[[Path], None], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notices = tmp_path / "notices"
+    monkeypatch.setenv(FOLDER, str(notices))
+    pairs = write_pairs(tiny, tmp_path / "pairs.parquet")
+    options = {"epochs": 3, "checkpoint_every": 2, "checkpoints_kept": 3, "zero_stage": 2}
+    whole = train(tiny, pairs, tmp_path / "run", 1, Objective(), **options)
+    newest = tmp_path / "run/checkpoints/step-000006"
+    harm(max((path for path in newest.glob("*.pt")), key=lambda path: path.stat().st_size))
+    again = train(tiny, pairs, tmp_path / "run", 1, Objective(), **options)
+    assert again[:4] == whole[:4], "they carry tokens per second: taken again they would differ"
+    assert_same_steps(again, whole)
+    said = " ".join(path.read_text() for path in notices.glob("*.txt"))
+    assert "checkpoints/step-000006: " in said and "optim_states.pt is damaged" in said and "training goes on behind step 4" in said
+    (newest / "done.json").write_text("{")
+    for other in (tmp_path / "run/checkpoints").glob("step-*/*.pt"):
+        harm(other)
+    # None is left: it begins anew.
+    assert_same_steps(train(tiny, pairs, tmp_path / "run", 1, Objective(), **options), whole)

@@ -3,14 +3,12 @@
 import math
 import os
 import signal
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from running import when
 from training import assert_same_steps, steps_of, write_pairs
 
 from actors.settings import Objective, Tracking, Training
@@ -52,19 +50,6 @@ def planned(root: Path, model: Path, spoils: list[dict[int, float] | None], **se
 def undisturbed(local_ray: None, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     """Steps of a stage whose workers all lived."""
     return steps_of(run_stage(tmp_path_factory.mktemp("undisturbed"), tiny, workers=2))
-
-
-def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
-    """Acts in the background as soon as `condition` holds."""
-
-    def wait() -> None:
-        while not condition():
-            time.sleep(0.01)
-        act()
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
 
 
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_only(
