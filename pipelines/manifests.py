@@ -62,7 +62,14 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def in_order(manifests: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Manifests of a run, each behind those of its inputs; only what is left open is told by clocks, which differ between machines."""
-    left = sorted(manifests, key=lambda manifest: str(manifest["finished"]))
+    known = {manifest["name"]: manifest for manifest in manifests}
+
+    @functools.cache
+    def depth(name: str) -> int:
+        return 1 + max((depth(came["name"]) for came in known[name]["inputs"].values() if came["name"] in known), default=0)
+
+    # Of stages that ended in the same second those first that have less behind them.
+    left = sorted(known.values(), key=lambda manifest: (str(manifest["finished"]), depth(manifest["name"])))
     order = []
     while left:
         names = {manifest["name"] for manifest in left}
