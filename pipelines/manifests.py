@@ -62,18 +62,20 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def in_order(manifests: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Manifests of a run, each behind those of its inputs; only what is left open is told by clocks, which differ between machines."""
-    known = {manifest["name"]: manifest for manifest in manifests}
+    left, order = list(manifests), []
+    depths: dict[str, int] = {}
 
-    @functools.cache
-    def depth(name: str) -> int:
-        return 1 + max((depth(came["name"]) for came in known[name]["inputs"].values() if came["name"] in known), default=0)
+    def reads(manifest: dict[str, Any]) -> list[str]:
+        return [came["name"] for came in manifest["inputs"].values()]
 
-    # Of stages that ended in the same second those first that have less behind them.
-    left = sorted(known.values(), key=lambda manifest: (str(manifest["finished"]), depth(manifest["name"])))
-    order = []
+    def when(manifest: dict[str, Any]) -> tuple[str, int]:
+        # Of those of one second, the one with fewer stages behind it.
+        return str(manifest["finished"]), 1 + max((depths.get(name, 0) for name in reads(manifest)), default=0)
+
     while left:
         names = {manifest["name"] for manifest in left}
-        first = next((m for m in left if names.isdisjoint(came["name"] for came in m["inputs"].values())), left[0])
+        first = min([m for m in left if names.isdisjoint(reads(m))] or left, key=when)
+        depths[first["name"]] = when(first)[1]
         left.remove(first)
         order.append(first)
     return order
