@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from actors.learner.batches import Example
+from actors.notices import FOLDER
 from actors.scorer import Scorer
 from actors.settings import Objective, Scoring, Training
 
@@ -46,6 +47,8 @@ def write_pairs(model: Path, path: Path, spoil: dict[int, float] | None = None, 
 
 def _worker(rank: int, world: int, port: int, job: dict[str, Any]) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    # The server whose forks workers are began with another environment.
+    os.environ |= job.pop("environment")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo")
     from actors.learner import policy
@@ -72,6 +75,7 @@ def start(model: Path, data: Path, output: Path, world: int, objective: Objectiv
     files = {"train": [str(data)], "held_out": [str(data)], "output": str(output)}
     job = {"name": "test/training", "weights": str(model), "tokenizer": str(model), "objective": objective} | files
     job |= {"training": Training(**(options | settings)), "deepspeed": theirs, "spoil_export": spoil, "kind": kind}
+    job["environment"] = {FOLDER: os.environ[FOLDER]} if FOLDER in os.environ else {}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
