@@ -121,19 +121,23 @@ def test_an_actor_killed_in_mid_shard_costs_that_shard_only(cluster: Any, tmp_pa
     assert not psutil.pid_exists(killed[0])
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_late_is_used(cluster: Any, tmp_path: Path, warned: pytest.LogCaptureFixture) -> None:
     joined: list[Any] = []
 
-    def join() -> None:
-        joined.append(cluster.add_node(num_cpus=1))
-        (tmp_path / "joined").touch()
+    def begun() -> int:
+        return len([*(tmp_path / "generation").glob(".*.rows")]) if (tmp_path / "generation").exists() else 0
 
-    # The first shard waits for the node: Ray Data has begun with what there was.
-    watcher = when((tmp_path / "generation/.00000.parquet.rows").exists, join)
-    rows, makers = generate(tmp_path, shards=20, actors=2, pause=0.08, gate=str(tmp_path / "joined"))
-    watcher.join()
+    # The first shard waits for a second actor: Ray Data looks every 20 s for what the cluster has.
+    watchers = [
+        when(lambda: begun() == 1, lambda: joined.append(cluster.add_node(num_cpus=1))),
+        when(lambda: begun() == 2, (tmp_path / "two").touch),
+    ]
+    rows, makers = generate(tmp_path, shards=4, actors=2, gate=str(tmp_path / "two"))
+    for watcher in watchers:
+        watcher.join()
     cluster.remove_node(joined[0])
-    assert rows == undisturbed(20) and len(makers) == 2
+    assert rows == undisturbed(4) and len(makers) == 2
     assert re.search(r"node \S+ \(\w+, 1 CPUs, 0 GPUs\) joined the cluster", warned.text)
 
 

@@ -47,7 +47,9 @@ def write_pairs(model: Path, path: Path, spoil: dict[int, float] | None = None, 
 
 def _worker(rank: int, world: int, port: int, job: dict[str, Any]) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | job.pop("environment")
+    # The server whose forks workers are began with another environment.
+    os.environ |= job.pop("environment")
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo")
     from actors.learner import policy
     from actors.learner.worker import run
@@ -73,7 +75,6 @@ def start(model: Path, data: Path, output: Path, world: int, objective: Objectiv
     files = {"train": [str(data)], "held_out": [str(data)], "output": str(output)}
     job = {"name": "test/training", "weights": str(model), "tokenizer": str(model), "objective": objective} | files
     job |= {"training": Training(**(options | settings)), "deepspeed": theirs, "spoil_export": spoil, "kind": kind}
-    # The server below has the environment of the first test that needs it.
     job["environment"] = {FOLDER: os.environ[FOLDER]} if FOLDER in os.environ else {}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
