@@ -62,7 +62,15 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def in_order(manifests: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Manifests of a run, each behind those of its inputs; only what is left open is told by clocks, which differ between machines."""
-    left = sorted(manifests, key=lambda manifest: str(manifest["finished"]))
+    found = list(manifests)
+    reads = {manifest["name"]: [came["name"] for came in manifest["inputs"].values()] for manifest in found}
+
+    @functools.cache
+    def depth(name: str) -> int:
+        return 1 + max((depth(came) for came in reads.get(name, [])), default=0)
+
+    # Those that ended in the same second, after what they read.
+    left = sorted(found, key=lambda manifest: (str(manifest["finished"]), depth(manifest["name"])))
     order = []
     while left:
         names = {manifest["name"] for manifest in left}

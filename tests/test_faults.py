@@ -17,6 +17,8 @@ import pyarrow as pa
 import pytest
 from ray import cloudpickle
 from running import rows_of, wait_until_gone, when
+from test_policy_training import run_stage
+from training import assert_same_steps, steps_of
 
 from actors.settings import Pool
 from pipelines import cluster as clusters
@@ -151,3 +153,21 @@ def test_a_node_killed_during_generation_loses_nothing_and_doubles_nothing(
     watcher.join()
     assert rows == undisturbed(4)
     assert "made anew, process" in warned.text and re.search(r"node \S+ \(\w+, 1 CPUs, 0 GPUs\) is gone: what ran there", warned.text)
+
+
+@pytest.mark.slow
+def test_a_node_killed_during_training_costs_the_steps_since_the_last_checkpoint(
+    cluster: Any, tiny: Path, tmp_path: Path, warned: pytest.LogCaptureFixture
+) -> None:
+    doomed = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    undisturbed = steps_of(run_stage(tmp_path / "whole", tiny, workers=2))
+    watcher = when(
+        (tmp_path / "run/gsil/training/checkpoints/step-000010/done.json").exists,
+        lambda: cluster.remove_node(doomed, allow_graceful=False),
+    )
+    stage = run_stage(tmp_path / "run", tiny, workers=2, min_workers=1)
+    watcher.join()
+    assert_same_steps(steps_of(stage), undisturbed, rel=4e-3)
+    assert "is gone: what ran there" in warned.text and "training worker" in warned.text
+    assert re.search(r"training goes on behind step \d+, with 1 workers", warned.text)
