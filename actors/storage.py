@@ -21,13 +21,18 @@ from actors.notices import tell
 T = TypeVar("T")
 PAUSES = (0.5, 3.0)
 """Seconds before the second and the third attempt."""
-STAYS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOENT}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+STAYS = NO_ROOM | {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOENT}
 """Errors that another attempt meets again."""
 BLOCK = 4 << 20
 READERS = 4
 """Files that are read at the same time."""
 LITTLE = 64 << 20
 """Bytes: a file system with less left is full for a model's files."""
+
+
+class WriteError(OSError):
+    """A file that could not be written; `strerror` says which, why, and what to do."""
 
 
 @contextlib.contextmanager
@@ -71,7 +76,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all, and tries again after an error that may go away.
 
     Raises:
-        OSError: with the path and what to do.
+        WriteError: it could not be written.
     """
 
     def write() -> None:
@@ -81,7 +86,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         patiently(f"writing {path}", write)
     except OSError as error:
-        raise OSError(error.errno, advice(path, error)) from error
+        raise WriteError(error.errno, advice(path, error)) from error
 
 
 def advice(path: Path, error: BaseException) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from actors.settings import Tracking
+from actors.storage import advice, is_full, write_bytes
 from jobs.config import parse, to_yaml
 from jobs.schemas import JobConfig
 from pipelines import cluster, summary
@@ -68,7 +69,9 @@ def main(
         print(f"\ninterrupted: the same command continues {root}", file=sys.stderr)
         return 130
     except Exception as error:
-        known = cluster.person_can_mend(error)
+        known: object = cluster.person_can_mend(error)
+        if known is None and is_full(root, error):
+            known = advice(root, error)
         if known is None:
             raise
         print(f"error: {known}", file=sys.stderr)
@@ -102,7 +105,7 @@ def _execute(
     from pipelines.status import ProgressFile
     from pipelines.watching import Watch
 
-    (root / config.file("config.yaml")).write_text(to_yaml(config), encoding="utf-8")
+    write_bytes(root / config.file("config.yaml"), to_yaml(config).encode())
     # A summary is there only when the run that it describes has ended.
     (root / config.file("summary.json")).unlink(missing_ok=True)
     write_plan(root, config.prefix, config.script, graph.stages())

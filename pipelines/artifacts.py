@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from actors.notices import heard
-from actors.storage import STAYS, advice, checksums, damage
+from actors.storage import NO_ROOM, WriteError, advice, checksums, damage
 from pipelines.manifests import content_of, read_json, read_manifest, same_content, versions, write_json, write_manifest
 
 log = logging.getLogger(__name__)
@@ -208,9 +208,10 @@ class Run:
             with heard(self.root / "logs" / "notices"):
                 self._make(work, pending)
         except OSError as error:
-            if error.errno not in STAYS:
+            if not isinstance(error, WriteError) and error.errno not in NO_ROOM:
                 raise
-            raise StageError(f"{pending[0].name}: {_told(error, self.directory(pending[0]))}") from error
+            told = error.strerror if isinstance(error, WriteError) else advice(Path(error.filename or self.root), error)
+            raise StageError(f"{pending[0].name}: {told}") from error
         self.report()
 
     def _make(self, work: Work, pending: tuple[Stage, ...]) -> None:
@@ -317,12 +318,6 @@ def _came(source: Stage, content: str | None) -> dict[str, str]:
 def _read(manifest: Mapping[str, Any]) -> dict[str, str | None]:
     """What the content of a stage's inputs was, by role."""
     return {role: came.get("content") for role, came in manifest["inputs"].items()}
-
-
-def _told(error: OSError, directory: Path) -> str:
-    """Ours say path and mend already."""
-    said = str(error.args[1]) if len(error.args) > 1 else str(error)
-    return said if "the same command continues" in said else advice(Path(error.filename or directory), error)
 
 
 def _now() -> str:

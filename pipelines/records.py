@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from actors.storage import patiently, write_bytes
+from actors.storage import WriteError, patiently, write_bytes
 from pipelines.artifacts import StageError
 
 SEAL = "gsil:xxh3"
@@ -83,8 +83,8 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema,
         writer.add_key_value_metadata({SEAL: NO_SEAL})
     try:
         write_bytes(path, sealed(sink.getvalue().to_pybytes()))
-    except OSError as error:
-        raise StageError(error.args[1]) from error
+    except WriteError as error:
+        raise StageError(error.strerror) from error
     return table.num_rows
 
 

@@ -140,7 +140,8 @@ class Adapter:
             tally = Tally(Path(output))
             tally.begin()
             self.actor([str(path) for path in inputs], str(output), dict(options), tally)
-            tally.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                tally.path.unlink(missing_ok=True)
         return {"output": batch["output"]}
 
 

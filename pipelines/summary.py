@@ -12,7 +12,8 @@ from typing import Any
 
 from actors.settings import Objective
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage, versions, write_json
+from pipelines.artifacts import Run, Stage
+from pipelines.manifests import read_json, versions, write_json
 
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 FEW = 16
@@ -166,6 +167,9 @@ def write(run: Run, config: dict[str, Any], content: dict[str, Any], policy: Sta
 def write_final(run: Run, name: str, policy: Stage, card: str) -> None:
     """Puts a policy with its model card at final/; the weights are hard links where the disk allows it."""
     final, building = run.root / "final", run.root / ".final.tmp"
+    made = {"policy": name, "fingerprint": policy.fingerprint, "content": (run.manifest(policy) or {}).get("content")}
+    if read_json(final / "policy.json") != made:
+        run.require(policy)
     shutil.rmtree(building, ignore_errors=True)
     source = base_model.weights(run, policy)
     if not Path(source).is_dir():
@@ -174,7 +178,7 @@ def write_final(run: Run, name: str, policy: Stage, card: str) -> None:
         source = snapshot_download(source)
     shutil.copytree(source, building, copy_function=_link)
     (building / "README.md").write_text(card, encoding="utf-8")
-    write_json(building / "policy.json", {"policy": name, "fingerprint": policy.fingerprint})
+    write_json(building / "policy.json", made)
     shutil.rmtree(final, ignore_errors=True)
     building.replace(final)
 

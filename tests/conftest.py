@@ -62,8 +62,14 @@ def undisturbed(tiny: Path, demonstrations: Path, tmp_path_factory: pytest.TempP
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a local Ray instance come last: beside it no job can be submitted to another cluster."""
-    items.sort(key=lambda item: "local_ray" in getattr(item, "fixturenames", ()))
+    """Tests that are connected to Ray come last, those that share a local instance behind those on a cluster: beside it no job can be
+    submitted to another one."""
+
+    def place(item: pytest.Item) -> int:
+        names = getattr(item, "fixturenames", ())
+        return 2 if "local_ray" in names else int("several_nodes" in names)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ import pyarrow as pa
 import pytest
 from ray import cloudpickle
 from running import rows_of, wait_until_gone, when
+from test_policy_training import run_stage
+from training import assert_same_steps, steps_of
 
 from actors.settings import Pool
 from pipelines import cluster as clusters
@@ -77,7 +79,7 @@ def at_work(root: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def several_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A head without CPUs and one node."""
     from ray.cluster_utils import Cluster
 
@@ -103,7 +105,7 @@ def warned(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixtur
         yield caplog
 
 
-def test_an_actor_killed_in_mid_shard_costs_that_shard_only(cluster: Any, tmp_path: Path, warned: pytest.LogCaptureFixture) -> None:
+def test_an_actor_killed_in_mid_shard_costs_that_shard_only(several_nodes: Any, tmp_path: Path, warned: pytest.LogCaptureFixture) -> None:
     killed: list[int] = []
 
     def kill() -> None:
@@ -122,7 +124,7 @@ def test_an_actor_killed_in_mid_shard_costs_that_shard_only(cluster: Any, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_node_that_joins_late_is_used(cluster: Any, tmp_path: Path, warned: pytest.LogCaptureFixture) -> None:
+def test_a_node_that_joins_late_is_used(several_nodes: Any, tmp_path: Path, warned: pytest.LogCaptureFixture) -> None:
     joined: list[Any] = []
 
     def begun() -> int:
@@ -130,24 +132,42 @@ def test_a_node_that_joins_late_is_used(cluster: Any, tmp_path: Path, warned: py
 
     # The first shard waits for a second actor: Ray Data looks every 20 s for what the cluster has.
     watchers = [
-        when(lambda: begun() == 1, lambda: joined.append(cluster.add_node(num_cpus=1))),
+        when(lambda: begun() == 1, lambda: joined.append(several_nodes.add_node(num_cpus=1))),
         when(lambda: begun() == 2, (tmp_path / "two").touch),
     ]
     rows, makers = generate(tmp_path, shards=4, actors=2, gate=str(tmp_path / "two"))
     for watcher in watchers:
         watcher.join()
-    cluster.remove_node(joined[0])
+    several_nodes.remove_node(joined[0])
     assert rows == undisturbed(4) and len(makers) == 2
     assert re.search(r"node \S+ \(\w+, 1 CPUs, 0 GPUs\) joined the cluster", warned.text)
 
 
 def test_a_node_killed_during_generation_loses_nothing_and_doubles_nothing(
-    cluster: Any, tmp_path: Path, warned: pytest.LogCaptureFixture
+    several_nodes: Any, tmp_path: Path, warned: pytest.LogCaptureFixture
 ) -> None:
-    doomed = cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    watcher = when(lambda: len(at_work(tmp_path)) == 2, lambda: cluster.remove_node(doomed, allow_graceful=False))
+    doomed = several_nodes.add_node(num_cpus=1)
+    several_nodes.wait_for_nodes()
+    watcher = when(lambda: len(at_work(tmp_path)) == 2, lambda: several_nodes.remove_node(doomed, allow_graceful=False))
     rows, _ = generate(tmp_path, shards=4, actors=2, pause=0.3)
     watcher.join()
     assert rows == undisturbed(4)
     assert "made anew, process" in warned.text and re.search(r"node \S+ \(\w+, 1 CPUs, 0 GPUs\) is gone: what ran there", warned.text)
+
+
+@pytest.mark.slow
+def test_a_node_killed_during_training_costs_the_steps_since_the_last_checkpoint(
+    several_nodes: Any, tiny: Path, tmp_path: Path, warned: pytest.LogCaptureFixture
+) -> None:
+    doomed = several_nodes.add_node(num_cpus=1)
+    several_nodes.wait_for_nodes()
+    undisturbed = steps_of(run_stage(tmp_path / "whole", tiny, workers=2))
+    watcher = when(
+        (tmp_path / "run/gsil/training/checkpoints/step-000010/done.json").exists,
+        lambda: several_nodes.remove_node(doomed, allow_graceful=False),
+    )
+    stage = run_stage(tmp_path / "run", tiny, workers=2, min_workers=1)
+    watcher.join()
+    assert_same_steps(steps_of(stage), undisturbed, rel=4e-3)
+    assert "is gone: what ran there" in warned.text and "training worker" in warned.text
+    assert re.search(r"training goes on behind step \d+, with 1 workers", warned.text)
