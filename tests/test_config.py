@@ -12,7 +12,7 @@ from actors.settings import Settings, Training
 from jobs import runner
 from jobs.config import ConfigError, build, help_text, to_yaml
 from jobs.gsil_iterative import align, plan
-from jobs.schemas import DilConfig, GsilConfig, IrlConfig, ServeConfig
+from jobs.schemas import DilConfig, GsilConfig, IrlConfig, ReproduceConfig, ServeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
@@ -39,7 +39,7 @@ def test_files_that_are_no_config(text: str, said: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
-    schemas: dict[str, type[Settings]] = {"dil": DilConfig, "irl": IrlConfig, "serve": ServeConfig}
+    schemas: dict[str, type[Settings]] = {"dil": DilConfig, "irl": IrlConfig, "serve": ServeConfig, "reproduce": ReproduceConfig}
     schema = schemas.get(path.stem.partition("_")[0], GsilConfig)
     config = build(schema, ["--config", str(path)])
     (tmp_path / "again.yaml").write_text(to_yaml(config))
