@@ -77,6 +77,7 @@ def reproduce(config: ReproduceConfig, graph: Graph, run: Run) -> dict[str, Any]
         "seeds": config.scope.seeds,
         "tables": found,
         "diverged": diverged,
+        "warnings": [f"{name} could not run: training before it diverged" for name in diverged],
         "stages": run.log,
         "total_seconds": round(sum(stage["seconds"] for stage in run.log), 1),
     }

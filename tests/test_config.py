@@ -39,8 +39,7 @@ def test_files_that_are_no_config(text: str, said: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
-    schemas: dict[str, type[Settings]] = {"dil": DilConfig, "irl": IrlConfig, "afd": IrlConfig, "serve": ServeConfig}
-    schemas["reproduce"] = ReproduceConfig
+    schemas: dict[str, type[Settings]] = {"dil": DilConfig, "irl": IrlConfig, "serve": ServeConfig, "reproduce": ReproduceConfig}
     schema = schemas.get(path.stem.partition("_")[0], GsilConfig)
     config = build(schema, ["--config", str(path)])
     (tmp_path / "again.yaml").write_text(to_yaml(config))

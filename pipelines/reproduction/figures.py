@@ -63,15 +63,16 @@ def rewards(figure: Any, curves: Mapping[str, Mapping[str, Curves]]) -> None:
     panels[0].legend(frameon=False, fontsize=8)
 
 
-def likelihood(figure: Any, curves: Mapping[str, Curves]) -> None:
-    """Log ratio of the chosen responses over training, a line an arm."""
-    axes = _plain(figure.subplots())
-    for number, (arm, lines) in enumerate(curves.items()):
-        band(axes, lines, arm, COLOURS[number % len(COLOURS)], "-" if number < len(COLOURS) else "--")
-    axes.axhline(0, color="#888888", linewidth=0.8)
-    axes.set_xlabel("share of training")
-    axes.set_ylabel("log ratio of chosen responses, nats")
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+def likelihood(figure: Any, curves: Mapping[str, Curves], units: Mapping[str, str]) -> None:
+    """Log ratio of the chosen responses over training, a line an arm and an axis a unit."""
+    kinds = sorted({units[arm] for arm in curves})
+    for axes, unit in zip(np.atleast_1d(figure.subplots(1, max(1, len(kinds)))), kinds, strict=False):
+        for number, (arm, lines) in enumerate((arm, lines) for arm, lines in curves.items() if units[arm] == unit):
+            band(_plain(axes), lines, arm, COLOURS[number % len(COLOURS)], "-" if number < len(COLOURS) else "--")
+        axes.axhline(0, color="#888888", linewidth=0.8)
+        axes.set_xlabel("share of training")
+        axes.set_ylabel(f"log ratio of chosen responses, {unit}")
+        axes.legend(frameon=False, fontsize=8)
 
 
 def grid(

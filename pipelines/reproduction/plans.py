@@ -94,6 +94,7 @@ def afd(builder: Builder, seeds: Sequence[Seed]) -> Stage:
             trained = f"seed-{seed.number}/{arm.name}/training"
             policy = builder.training(trained, seed.pretrained, rows, training, preset, choice, seed.number)
             _tested(builder, inputs, seed, arm.name, policy)
+            inputs[f"{arm.name}:{seed.number}:training-1"] = policy
     return table(builder, "afd", inputs, arms=[arm.name for arm in AFD], papers={arm.name: arm.paper for arm in AFD})
 
 

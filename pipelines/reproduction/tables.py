@@ -16,7 +16,7 @@ from pipelines.reproduction.reward_table import rewards
 from pipelines.reproduction.statistics import holm, mean_and_error, paired, stratified
 from pipelines.summary import ruled
 
-VERSION = 1
+VERSION = 2
 Scores = dict[int, list[float]]
 """By seed, of every test problem."""
 
@@ -33,6 +33,8 @@ class Found:
         self.scores: dict[str, dict[str, Scores]] = {}
         self.curves: dict[str, dict[str, dict[int, list[dict[str, float]]]]] = {}
         self.chosen: dict[str, dict[str, Any]] = {}
+        self.units: dict[str, str] = {}
+        """of an arm's log ratios"""
         for role, given in stage.inputs.items():
             arm, seed, what = role.split(":")
             manifest = run.manifest(given)
@@ -42,6 +44,7 @@ class Found:
                 lines = (run.directory(given) / "metrics.jsonl").read_text().splitlines()
                 self.curves.setdefault(arm, {}).setdefault(what, {})[int(seed)] = [json.loads(line) for line in lines]
                 self.chosen[arm] = manifest["numbers"]["chosen"]
+                self.units[arm] = "nats a token" if manifest["settings"]["objective"]["length_normalised"] else "nats"
             else:
                 scores = pq.read_table(run.directory(given) / "scores.parquet")["score"].to_pylist()
                 self.scores.setdefault(arm, {}).setdefault(what, {})[int(seed)] = scores
@@ -55,12 +58,18 @@ class Found:
         return max(self.scores[arm], key=int)
 
 
-def shown(values: Sequence[float], scale: float = 100.0) -> str:
-    """A mean with its standard error, in percent."""
+def shown(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
+    """A mean with its standard error, by default in percent."""
     if not values:
         return "diverged"
     mean, error = mean_and_error(values)
-    return f"{scale * mean:.1f}" + ("" if error is None else f" ± {scale * error:.1f}")
+    return f"{scale * mean:.{digits}f}" + ("" if error is None else f" ± {scale * error:.{digits}f}")
+
+
+def _tail(line: Sequence[float]) -> float:
+    """The mean of the last quarter of the steps: a step's own mean is over 16 rows."""
+    last = line[-max(1, len(line) // 4) :]
+    return sum(last) / len(last)
 
 
 def compared(found: Found, arm: str, other: str) -> dict[str, Any] | None:
@@ -138,9 +147,8 @@ def gsil(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[str, An
     content = accuracy(found, ["pre-trained", "sft"], arms, settings["papers"], against)
     curves = {arm: {side: rho(found, arm, "training-1", side) for side in ("real", "generated")} for arm in arms if _classifies(found, arm)}
     figures.rewards(figure, {arm: sides for arm, sides in curves.items() if "spin" in arm or "gsil" in arm})
-    ends = {arm: {side: [line[-1] for line in lines] for side, lines in sides.items()} for arm, sides in curves.items()}
-    rows = [["arm", "rho of real responses at the end", "of generated ones"]]
-    rows += [[arm, shown(sides["real"], 1), shown(sides["generated"], 1)] for arm, sides in ends.items()]
+    rows = [["arm", "rho of real responses, last quarter of iteration 1, nats", "of generated ones"]]
+    rows += [[arm, *(shown([_tail(line) for line in lines], 1, 2) for lines in sides.values())] for arm, sides in curves.items()]
     return content | {"rewards": {"rows": rows}}
 
 
@@ -169,9 +177,11 @@ def dil(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[str, Any
     against = [name for name in ("sft", "pref-dpo", "simpo") if name in found.scores]
     content = accuracy(found, ["sft"], arms, settings["papers"], against)
     curves = {arm: rho(found, arm, "training-1", "real") for arm in arms if _classifies(found, arm)}
-    figures.likelihood(figure, curves)
-    rows = [["arm", "rho of chosen responses at the end", "lowest"]]
-    rows += [[arm, shown([line[-1] for line in lines], 1), shown([min(line) for line in lines], 1)] for arm, lines in curves.items()]
+    figures.likelihood(figure, curves, found.units)
+    rows = [["arm", "rho of chosen responses, last quarter", "of rejected ones", "in"]]
+    for arm in curves:
+        ends = [[_tail(line) for line in rho(found, arm, "training-1", side)] for side in ("real", "generated")]
+        rows.append([arm, *(shown(values, 1, 3) for values in ends), found.units[arm]])
     return content | {"rewards": {"rows": rows}}
 
 
@@ -185,7 +195,7 @@ def afd(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[str, Any
         if len(found.accuracies(arm, what)) == len(base)
     }
     figures.bars(figure, normalised)
-    rows = [["policy", "golden score, base 0, demonstrations 1"], *([arm, shown(v, 1)] for arm, v in normalised.items())]
+    rows = [["policy", "golden score, base 0, demonstrations 1"], *([arm, shown(v, 1, 2)] for arm, v in normalised.items())]
     return content | {"golden": {"rows": rows}}
 
 
