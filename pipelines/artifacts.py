@@ -160,6 +160,8 @@ class Run:
             self.intact.add(stage.name)
             return False
         log.warning("%s: %s: the stage is made anew", stage.name, why)
+        # Not even an attempt: one that was killed behind its manifest would be taken up where it was.
+        (directory / "started.json").unlink(missing_ok=True)
         (directory / "manifest.json").unlink()
         return True
 

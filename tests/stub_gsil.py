@@ -20,7 +20,7 @@ from pipelines import base_model, generation, policy_training, reference
 from pipelines.artifacts import Run, Stage
 from pipelines.records import PAIR, SAMPLE, write_rows
 
-PAUSE = 0.05
+PAUSE = 0.03
 """Seconds a row."""
 
 

@@ -49,14 +49,16 @@ class Slow:
         write_rows(Path(output), rows, SAID)
 
 
-def generate(root: Path, shards: int, actors: int, pause: float = 0.12, gate: str = "") -> tuple[list[dict[str, Any]], set[int]]:
+def generate(
+    root: Path, shards: int, actors: int, least: int = 1, pause: float = 0.12, gate: str = ""
+) -> tuple[list[dict[str, Any]], set[int]]:
     """Runs a stage of `shards` shards; returns its rows and who made them."""
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         outputs = [run.directory(stages[0]) / f"{number:05d}.parquet" for number in range(shards)]
         options = {"pause": pause, "gate": gate}
         tasks = [Shard(stages[0], (), output, options | {"shard": k}, ROWS) for k, output in enumerate(outputs)]
-        return map_shards(run, tasks, Slow, {}, Pool(num_cpus=1, min_actors=1, max_actors=actors), {"GSIL_TEST": os.environ["GSIL_TEST"]})
+        return map_shards(run, tasks, Slow, {}, Pool(min_actors=least, max_actors=actors), {"GSIL_TEST": os.environ["GSIL_TEST"]})
 
     run = Run(root)
     run.do(work, GENERATION)
@@ -105,6 +107,7 @@ def warned(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixtur
         yield caplog
 
 
+@pytest.mark.slow
 def test_an_actor_killed_in_mid_shard_costs_that_shard_only(several_nodes: Any, tmp_path: Path, warned: pytest.LogCaptureFixture) -> None:
     killed: list[int] = []
 
@@ -143,14 +146,16 @@ def test_a_node_that_joins_late_is_used(several_nodes: Any, tmp_path: Path, warn
     assert re.search(r"node \S+ \(\w+, 1 CPUs, 0 GPUs\) joined the cluster", warned.text)
 
 
+@pytest.mark.slow
 def test_a_node_killed_during_generation_loses_nothing_and_doubles_nothing(
     several_nodes: Any, tmp_path: Path, warned: pytest.LogCaptureFixture
 ) -> None:
     doomed = several_nodes.add_node(num_cpus=1)
     several_nodes.wait_for_nodes()
     watcher = when(lambda: len(at_work(tmp_path)) == 2, lambda: several_nodes.remove_node(doomed, allow_graceful=False))
-    rows, _ = generate(tmp_path, shards=4, actors=2, pause=0.3)
-    watcher.join()
+    rows, _ = generate(tmp_path, shards=4, actors=2, least=2, pause=0.3)
+    watcher.join(timeout=10)
+    assert not watcher.is_alive(), "the stage ended before its node was killed"
     assert rows == undisturbed(4)
     assert "made anew, process" in warned.text and re.search(r"node \S+ \(\w+, 1 CPUs, 0 GPUs\) is gone: what ran there", warned.text)
 

@@ -78,6 +78,8 @@ def test_a_damaged_input_is_made_anew_before_it_is_read_and_nothing_else(
 ) -> None:
     undisturbed = Job(tmp_path / "undisturbed").run
     assert Job(tmp_path / "run", upto=2).ran == ["samples", "pairs"]
+    # As left by a process that was killed behind its manifest.
+    write_json(tmp_path / "run/samples/started.json", {"fingerprint": SAMPLES.fingerprint})
     harm(tmp_path / "run/samples/data")
     # What was made from it came from the intact file, and the same comes out again.
     assert Job(tmp_path / "run").ran == (["training"] if harm is flip else ["samples", "training"])

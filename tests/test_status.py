@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -192,16 +191,16 @@ with locked(pathlib.Path(sys.argv[1])):
 def test_it_starts_at_once_and_imports_nothing_heavy(tmp_path: Path) -> None:
     with under_way(tmp_path, done=3):
         script = f"""
-import sys; sys.argv = ["status", {str(tmp_path)!r}]
+import sys, time; sys.argv = ["status", {str(tmp_path)!r}]
 from jobs import status
 status.main(sys.argv[1:])
 print({{"ray", "torch", "pyarrow", "pydantic", "yaml", "transformers", "numpy"}} & set(sys.modules))
+print(time.process_time())
 """
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, timeout=60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0 and done.stdout.endswith("set()\n"), done.stdout + done.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1, "seconds of a core"
+    *_, heavy, seconds = done.stdout.splitlines() or ["", ""]
+    assert done.returncode == 0 and heavy == "set()", done.stdout + done.stderr
+    assert float(seconds) < 1, "of a core"
 
 
 def test_programs_can_read_it_and_watch_it(tmp_path: Path) -> None:
@@ -215,6 +214,7 @@ def test_programs_can_read_it_and_watch_it(tmp_path: Path) -> None:
     assert first["state"] == second["state"] == "running" and first["stages"][3]["name"] == "iteration-2/negatives"
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed(tmp_path: Path) -> None:
     """The real runner and a real Ray instance, with stages of a stub."""
     argv = [sys.executable, "tests/stub_job.py", "--run.root", str(tmp_path), "--run.name", "stub", "--ray.num_cpus", "2"]

@@ -82,6 +82,7 @@ def asked(running: Cluster, path: str) -> Any:
     return json.loads(urllib.request.urlopen(f"{running.dashboard}{path}", timeout=20).read())
 
 
+@pytest.mark.slow
 def test_the_dashboard_shows_the_stage_of_a_job_and_its_actors_by_name(running: Cluster, tmp_path: Path) -> None:
     environment = json.dumps({"env_vars": {"GSIL_STUB_SECONDS": "0.4"}})
     stub = [sys.executable, str(ROOT / "tests" / "stub_job.py"), "--run.root", str(tmp_path), "--run.name", "stub"]
