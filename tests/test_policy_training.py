@@ -83,6 +83,7 @@ def test_rows_that_are_not_finite_fail_the_stage_once_with_their_ids(local_ray: 
         run_stage(tmp_path, tiny, dict.fromkeys(range(14), math.inf), workers=1)
 
 
+@pytest.mark.slow
 def test_one_gang_trains_several_and_what_one_learned_outlives_another_that_fails(local_ray: None, tiny: Path, tmp_path: Path) -> None:
     run, training, stages = planned(
         tmp_path, tiny, [None, dict.fromkeys(range(14), math.inf), None], workers=2, epochs=2, checkpoint_every=0
