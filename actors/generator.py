@@ -118,6 +118,17 @@ class Generator:
         self.stop_ids = list(stop_ids)
         self.llm = policy_engine(weights, engine, max_model_len, trust_remote_code)
 
+    def load(self, weights: str) -> None:
+        """Reads another policy of the same architecture, in place.
+
+        Args:
+            weights: its directory or hub id.
+        """
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": weights})
+        if not self.gpu:
+            # A head that is tied to the embedding has no weights of its own to read, but a copy that is packed for the CPU.
+            self.llm.apply_model(_pack_heads)
+
     def __call__(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, tell: Callable[[int], None] | None = None
     ) -> list[list[Response]]:
@@ -163,6 +174,14 @@ class Generator:
         if stopped != (bool(ids) and ids[-1] in self.stop_ids):
             raise RuntimeError(f"the engine says finish_reason={reason!r} of a response that ends in token {ids[-1:]}")
         return Response(ids, reason)
+
+
+def _pack_heads(model: Any) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+
+    for part in model.modules():
+        if isinstance(part, VocabParallelEmbedding) and isinstance(part.quant_method, UnquantizedEmbeddingMethod):
+            part.quant_method.process_weights_after_loading(part)
 
 
 def _mixed(seed: int, row: int) -> int:

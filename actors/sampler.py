@@ -33,9 +33,17 @@ class Sampler:
         self.device = "cuda" if engine.num_gpus else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(max(1, int(engine.num_cpus)))
-        model = AutoModelForCausalLM.from_pretrained(weights, dtype=DTYPES[engine.dtype], trust_remote_code=trust_remote_code)
-        self.model = model.to(self.device).eval()
+        self.options = {"dtype": DTYPES[engine.dtype], "trust_remote_code": trust_remote_code}
         self.at_once, self.max_model_len, self.stop_ids = engine.max_num_seqs, max_model_len, list(stop_ids)
+        self.load(weights)
+
+    def load(self, weights: str) -> None:
+        """Reads another policy.
+
+        Args:
+            weights: its directory or hub id.
+        """
+        self.model = AutoModelForCausalLM.from_pretrained(weights, **self.options).to(self.device).eval()
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, tell: Callable[[int], None] | None = None

@@ -46,7 +46,7 @@ class Stub(SampleShards):
     def __init__(self, rate: float | None, account: str):
         self.rate, self.account = rate, Path(account)
         self.chat = self  # type: ignore[assignment]
-        self.arguments = {"weights": ""}
+        self.weights = ""
         self.generator = self.answer
 
     def text(self, ids: Sequence[int]) -> str:

@@ -13,7 +13,8 @@ from actors.storage import advice, is_full, write_bytes
 from jobs.config import parse, to_yaml
 from jobs.schemas import JobConfig
 from pipelines import cluster, summary
-from pipelines.artifacts import Run, Stage, locked
+from pipelines.artifacts import Run, Stage
+from pipelines.lock import locked
 
 
 class Plan(Protocol):
@@ -122,9 +123,10 @@ def _execute(
                     signal.signal(stop, signal.default_int_handler)
                 terminal.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
                 cluster.check_fits(config.ray.address, config.demands())
-                run = Run(root, display, report, config.ray.wait_minutes * 60)
+                run = Run(root, display, report, config.ray.wait_minutes * 60, config.ray.keep_warm_minutes * 60)
                 run.verify(graph.stages())
                 result = work(config, graph, run)
+                run.keeper.close()
         except BaseException as error:
             why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(cluster.person_can_mend(error) or repr(error))
             log.info("stopped: %s", why)

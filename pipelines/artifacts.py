@@ -15,28 +15,24 @@ GPU's sums depend on the batch): else rows on disk would no longer be what its n
 a manifest is read; checksums cost a reading of the data, and are compared once a process, for data that a stage to do will read.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from actors.notices import heard
 from actors.storage import NO_ROOM, WriteError, advice, checksums, damage
+from pipelines.keeping import Keeper
 from pipelines.manifests import content_of, read_json, read_manifest, same_content, versions, write_json, write_manifest
 
 log = logging.getLogger(__name__)
-LOOKED_AT_SECONDS = 0.5
-"""A person who asks whether a run goes on holds its lock for less."""
 ATTEMPT = "checkpoints"
 """Folder of a stage that serves the attempt under way: no part of the artifact, a person may delete it."""
 LEFT_OVER = (".*.tmp", ".*.rows")
@@ -75,7 +71,8 @@ class Stage:
 
 
 Work = Callable[["Run", tuple[Stage, ...]], dict[str, dict[str, Any]]]
-"""Makes the data of stages; returns numbers for the manifest of each, by stage name. `share` says how the wall time divides."""
+"""Makes the data of stages; returns numbers for the manifest of each, by stage name. `share` says how the wall time divides, `work` how
+many seconds of it were what the stage is there for: the rest is processes that start and end."""
 
 
 class Display:
@@ -103,10 +100,19 @@ class Run:
         display: is told what happens.
         report: called whenever stages begin or end.
         patience: seconds that a stage waits for nodes which the cluster does not have yet.
+        keep_warm: seconds that gangs and pools outlive their stages.
     """
 
-    def __init__(self, root: Path, display: Display | None = None, report: Callable[[], None] = lambda: None, patience: float = 3600.0):
+    def __init__(
+        self,
+        root: Path,
+        display: Display | None = None,
+        report: Callable[[], None] = lambda: None,
+        patience: float = 3600.0,
+        keep_warm: float = 0.0,
+    ):
         self.root = root
+        self.keeper = Keeper(keep_warm)
         self.display = display or Display()
         self.report = report
         self.patience = patience
@@ -226,8 +232,8 @@ class Run:
         seconds = time.monotonic() - started
         for stage in pending:
             own = dict(numbers.get(stage.name, {}))
-            own_seconds = seconds * own.pop("share", 1.0 / len(pending))
-            self._finish(stage, own, own_seconds)
+            own_seconds, work_seconds = seconds * own.pop("share", 1.0 / len(pending)), own.pop("work", None)
+            self._finish(stage, own, own_seconds, work_seconds)
             self._record(stage, own_seconds, own, skipped=False)
 
     def _record(self, stage: Stage, seconds: float, numbers: Mapping[str, Any], skipped: bool) -> None:
@@ -247,7 +253,7 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "started.json", {"fingerprint": stage.fingerprint, "contents": contents, "at": _now()})
 
-    def _finish(self, stage: Stage, numbers: dict[str, Any], seconds: float) -> None:
+    def _finish(self, stage: Stage, numbers: dict[str, Any], seconds: float, work_seconds: float | None) -> None:
         directory = self.directory(stage)
         started = directory / "started.json"
         for pattern in LEFT_OVER:
@@ -269,6 +275,7 @@ class Run:
             "checksums": sums,
             "content": content_of(sums),
             "seconds": round(seconds, 3),
+            "work_seconds": None if work_seconds is None else round(work_seconds, 3),
             "finished": _now(),
             "versions": versions(),
         }
@@ -276,39 +283,6 @@ class Run:
         self.intact.add(stage.name)
         # Last: a process that dies in between has finished the stage.
         started.unlink()
-
-
-@contextlib.contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Holds a run directory for this process; the lock goes with the process, however it ends.
-
-    Raises:
-        StageError: another process holds it.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise StageError(f"the run directory {root} cannot be written: {error.strerror}; choose another --run.root") from None
-    with lock as file:
-        deadline = time.monotonic() + LOOKED_AT_SECONDS
-        while not _lock(file):
-            if time.monotonic() > deadline:
-                file.seek(0)
-                raise StageError(f"{root} is in use by another process ({file.read().strip()}): wait for it, or choose another --run.name")
-            time.sleep(LOOKED_AT_SECONDS / 10)
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {os.uname().nodename} since {_now()}")
-        file.flush()
-        yield
-
-
-def _lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _came(source: Stage, content: str | None) -> dict[str, str]:

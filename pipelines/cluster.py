@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.artifacts import Run, StageError
+from pipelines.keeping import Need
 from pipelines.settings import RaySettings
 
 log = logging.getLogger(__name__)
@@ -150,15 +151,13 @@ def check_fits(address: str | None, demands: Mapping[str, tuple[float, float]]) 
                 raise StageError(f"{setting} asks for {asked:g} {kind}s at once, this machine has {here:g}: {mend}")
 
 
-def wait_for(run: Run, name: str, count: int, cpus: float, gpus: float) -> None:
+def wait_for(run: Run, name: str, need: Need) -> None:
     """Returns when the cluster has nodes for what a stage needs at least. Asks its autoscaler for them, and says what it waits for.
 
     Args:
         run: its `patience` is how long.
         name: of the stage.
-        count: processes that have to run at one time.
-        cpus: that each asks Ray for.
-        gpus: that each asks Ray for.
+        need: of the stage.
 
     Raises:
         StageError: no node type of the cluster can give it, or it has not come in time.
@@ -166,12 +165,12 @@ def wait_for(run: Run, name: str, count: int, cpus: float, gpus: float) -> None:
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    each = {kind: asked for kind, asked in (("CPU", cpus), ("GPU", gpus)) if asked}
-    wanted = f"{name} asks for {count} x ({cpus:g} CPU, {gpus:g} GPU)"
+    count, bundle = need.count, need.each()
+    wanted = f"{name} asks for {count} x ({need.cpus:g} CPU, {need.gpus:g} GPU)"
     began, at, said = time.monotonic(), datetime.now().astimezone(), 0.0
-    while (there := _room(ray.nodes(), each)) < count:
+    while (there := need.room(_alive(ray.nodes()))) < count:
         # Again and again: a request of another job replaces this one.
-        request_resources(bundles=[each] * count)
+        request_resources(bundles=[bundle] * count)
         waited = time.monotonic() - began
         if _can_never_be():
             _withdraw()
@@ -191,10 +190,9 @@ def wait_for(run: Run, name: str, count: int, cpus: float, gpus: float) -> None:
         log.warning("%s: the nodes are there after %.0f s", name, time.monotonic() - began)
 
 
-def _room(nodes: list[dict[str, Any]], each: Mapping[str, float]) -> int:
-    """How many processes that ask for `each` the living nodes have room for when nothing else runs there."""
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-    return sum(min((int(has.get(kind, 0) / asked + 1e-9) for kind, asked in each.items()), default=10**9) for has in alive)
+def _alive(nodes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What the living nodes have of each kind, when nothing runs there."""
+    return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
 
 
 def _can_never_be() -> bool:

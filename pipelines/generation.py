@@ -56,7 +56,7 @@ def plan(
 
 
 def sample(engine: Engine, max_model_len: int, trust_remote_code: bool) -> Any:
-    """Returns the work of sampling stages, all of the same policy; in transformers, of any policies with one tokenizer.
+    """Returns the work of sampling stages, of policies with one tokenizer and architecture.
 
     Args:
         engine: the pool.
@@ -67,7 +67,6 @@ def sample(engine: Engine, max_model_len: int, trust_remote_code: bool) -> Any:
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         base = stages[0].inputs["base"]
         weights = {stage.name: base_model.weights(run, stage.inputs["policy"]) for stage in stages}
-        assert engine.backend == "transformers" or len(set(weights.values())) == 1, "an engine holds one policy"
         stop_ids = run.numbers(base)["stop_ids"]
         arguments = {
             "weights": weights[stages[0].name],
@@ -111,7 +110,7 @@ class SampleShards:
 
     def __init__(self, tokenizer: str, **arguments: Any):
         self.chat = Chat(tokenizer, arguments["trust_remote_code"])
-        self.arguments = arguments
+        self.weights = arguments["weights"]
         self.generator = _generator(**arguments)
 
     def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
@@ -120,9 +119,9 @@ class SampleShards:
         INPUT  DEMONSTRATION rows
         OUTPUT SAMPLE rows, `samples` for each
         """
-        if options["weights"] != self.arguments["weights"]:
-            self.arguments["weights"] = options["weights"]
-            self.generator = _generator(**self.arguments)
+        if options["weights"] != self.weights:
+            self.weights = options["weights"]
+            self.generator.load(self.weights)
         sampling = Sampling(**options["sampling"])
         rows = pq.read_table(inputs[0], columns=["id", "prompt", "prompt_ids"]).slice(options["first"], options["prompts"]).to_pylist()
         # Each shard draws its own numbers, whatever ran before it on this engine.

@@ -1,35 +1,31 @@
-"""SFT, GSIL and reward training: parquet in, a model out. Ray Train gangs the workers, each runs `actors.learner.entry`.
+"""SFT, GSIL and reward training: parquet in, a model out. Ray Train gangs the workers (`pipelines.gang`).
 
 INPUT  demonstrations/train (SFT), iteration-1/pairs/train (GSIL) or rewards/init-sft/pairs/train (reward model)
 OUTPUT policy/ or reward/ (Hugging Face directory; with LoRA also adapter/), metrics.jsonl, TensorBoard events,
        held_out.{json,parquet}, trained.json, checkpoints/
 """
 
-import concurrent.futures
 import json
-import logging
 import math
 import shutil
-import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.allocator import TRAINING
 from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
 from actors.learner.entry import trained
-from actors.notices import FOLDER, tell
 from actors.settings import Objective, Tracking, Training
-from actors.storage import advice, is_full
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.cluster import wait_for
+from pipelines.gang import Gang
+from pipelines.keeping import Need
 from pipelines.records import shards
-from pipelines.restarts import restarted, restarts
-from pipelines.shards import last_words
+from pipelines.restarts import restarts
 
-log = logging.getLogger(__name__)
 STEP_BYTES = 16384
 """A recorded step is shorter."""
 
@@ -86,16 +82,30 @@ def train(training: Training, tracking: Tracking, longest: int, trust_remote_cod
         try:
             # What an earlier attempt trained to the end stays.
             if left := [job for job in jobs if trained(job["output"]) is None]:
-                _fit(run, left, training, run.directory(stages[0]))
+                with run.keeper.borrowed(*_gang(run, stages[0].name, training)) as gang:
+                    gang.train(left)
         finally:
             for name, place in places.items():
                 for failure in sorted((place / "failed").glob("*.json")):
                     raise StageError(f"{name}: {json.loads(failure.read_text())['error']}")
-        seconds = {stage.name: trained(str(run.directory(stage))) or 0.0 for stage in stages}
-        shares = {name: {"share": own / sum(seconds.values())} for name, own in seconds.items()}
+        took = {stage.name: trained(str(run.directory(stage))) or {"seconds": 0.0, "work": 0.0} for stage in stages}
+        in_all = sum(own["seconds"] for own in took.values())
+        shares = {name: {"share": own["seconds"] / in_all, "work": own["work"]} for name, own in took.items()}
         return {stage.name: numbers(run.directory(stage)) | shares[stage.name] for stage in stages}
 
     return work
+
+
+def _gang(run: Run, name: str, training: Training) -> tuple[str, Need, Callable[[], Gang]]:
+    """What the run's keeper is asked for, by the stage of a name."""
+    need = Need(training.workers, training.cpus_per_worker, training.gpus_per_worker)
+
+    def start() -> Gang:
+        wait_for(run, name, replace(need, count=training.min_workers or training.workers))
+        return Gang(run.root, f"{run.root.name}-training", training)
+
+    asked = training.model_dump_json(include={"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "precision", "max_failures"})
+    return f"training {asked}", need, start
 
 
 def _settings(stage: Stage, training: Training) -> tuple[Training, Objective]:
@@ -150,76 +160,6 @@ def newest(path: Path) -> dict[str, Any]:
 
 def _filled(folder: Path) -> list[str]:
     return [str(path) for path in shards(folder) if pq.read_metadata(path).num_rows]
-
-
-def _fit(run: Run, jobs: list[dict[str, Any]], training: Training, directory: Path) -> None:
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from actors.learner.entry import run as worker
-
-    wait_for(run, jobs[0]["name"], training.min_workers or training.workers, training.cpus_per_worker, training.gpus_per_worker)
-    gpu = training.gpus_per_worker > 0
-    threads = max(1, int(training.cpus_per_worker))
-    notices = str((run.root / "logs" / "notices").absolute())
-    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", FOLDER: notices} | TRAINING[training.precision]
-    if not gpu:
-        # Ray hides no GPU from a worker that asked for none, and DeepSpeed takes what it sees.
-        env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config={"jobs": jobs},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=training.workers if training.min_workers is None else (training.min_workers, training.workers),
-            use_gpu=gpu,
-            resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": training.gpus_per_worker} if gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=jobs[0]["name"].replace("/", "-"),
-            storage_path=str(run.root / "logs" / "ray_train"),
-            failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
-            worker_runtime_env={"env_vars": env},
-            callbacks=[_tells_of_failures(jobs[0]["name"], directory, notices)],
-        ),
-    )
-    try:
-        _fit_aside(trainer)
-    except ray.train.TrainingFailedError as error:
-        causes = getattr(error, "worker_failures", None) or {}
-        first = next(iter(causes.values()), error)
-        log.info("%s", first)
-        under_way = next((job for job in jobs if trained(job["output"]) is None), jobs[-1])
-        output = Path(under_way["output"])
-        said = f"a training worker failed: {last_words(first)} (logs/job.log has all of it)"
-        raise StageError(f"{under_way['name']}: {advice(output, first) if is_full(output, first) else said}") from error
-
-
-def _tells_of_failures(name: str, directory: Path, notices: str) -> Any:
-    """What Ray Train's controller, which starts a gang again after a failure, says of it in the job's log and on its display."""
-    import ray.train
-
-    class Tells(ray.train.UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            restarted(directory)
-            for rank, error in worker_exceptions.items():
-                tell(f"{name}: training worker {rank} failed: {last_words(error)}", notices)
-
-    return Tells()
-
-
-def _fit_aside(trainer: Any) -> None:
-    """Runs `trainer.fit` in a thread: in the main one it takes over Ctrl-C, and keeps it after it is done."""
-    done: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-    def fit() -> None:
-        try:
-            done.set_result(trainer.fit())
-        except BaseException as error:  # noqa: BLE001
-            done.set_exception(error)
-
-    threading.Thread(target=fit, daemon=True).start()
-    done.result()
 
 
 def numbers(directory: Path) -> dict[str, Any]:

@@ -120,6 +120,8 @@ class ScoreShards:
 
         if options["weights"] != self.arguments["weights"]:
             self.arguments["weights"] = options["weights"]
+            # The one before goes first: the two need not fit together.
+            del self.scorer
             self.scorer = self.load(**self.arguments)
         table = pq.read_table(inputs[0])
         real = {row["id"]: row for row in table.select(["id", "prompt_ids", "response_ids"]).to_pylist()}

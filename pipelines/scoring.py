@@ -148,8 +148,10 @@ def score(scoring: RewardScoring, longest: int, trust_remote_code: bool) -> Any:
     """
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        # An engine holds one reward model for good.
+        changes = scoring.backend == "transformers"
         scorers = {_scorer(run, stage) for stage in stages}
-        assert scoring.backend == "transformers" or len(scorers) == 1, "an engine holds one reward model"
+        assert changes or len(scorers) == 1, "an engine holds one reward model"
         scorer, ours = _scorer(run, stages[0])
         arguments = {
             "scorer": scorer,
@@ -160,7 +162,7 @@ def score(scoring: RewardScoring, longest: int, trust_remote_code: bool) -> Any:
             "trust_remote_code": trust_remote_code,
             "folder": str(Path.cwd()),
         }
-        tasks = [task for stage in stages for task in _tasks(run, stage)]
+        tasks = [task for stage in stages for task in _tasks(run, stage, changes)]
         numbers = map_shards(run, tasks, ScoreResponses, arguments, scoring, environment(scoring))
         for stage in stages:
             counts = sum_counts(run.directory(stage).glob("*/*.parquet"))
@@ -192,9 +194,9 @@ def _scorer(run: Run, stage: Stage) -> tuple[str, bool]:
     return (str(run.directory(reward) / "reward"), True) if reward else (base_model.absolute(stage.settings["scorer"]), False)
 
 
-def _tasks(run: Run, stage: Stage) -> list[Shard]:
+def _tasks(run: Run, stage: Stage, changes: bool) -> list[Shard]:
     responses, demonstrations = run.directory(stage.inputs["responses"]), run.directory(stage.inputs["demonstrations"])
-    options = dict(zip(("scorer", "ours"), _scorer(run, stage), strict=True))
+    options = dict(zip(("scorer", "ours"), _scorer(run, stage), strict=True)) if changes else {}
     return [
         Shard(
             stage,
@@ -221,7 +223,7 @@ class ScoreResponses:
         INPUT  SAMPLE (or DEMONSTRATION) rows, DEMONSTRATION rows of the same prompts
         OUTPUT SCORE rows, one for each of the first
         """
-        if (named := (options["scorer"], options["ours"])) != self.named:
+        if (named := (options.get("scorer", self.named[0]), options.get("ours", self.named[1]))) != self.named:
             # The one before goes first: the two need not fit together.
             del self.scorer
             self.named, self.scorer = named, _loaded(*named, **self.others)

@@ -38,6 +38,8 @@ class RaySettings(Settings):
     """a running cluster ("auto" or HOST:6379); else RAY_ADDRESS; else a local instance is started"""
     num_cpus: int | None = Field(None, ge=1)
     """CPUs of the local instance; all by default"""
+    keep_warm_minutes: float = Field(10.0, ge=0)
+    """how long engines and training workers wait for their next stage, as long as there is room for them beside others; 0: not at all"""
     wait_minutes: float = Field(60.0, ge=0)
     """how long a stage waits for nodes that a running cluster does not have yet"""
     metrics_port: int | None = Field(None, ge=1, le=65535)

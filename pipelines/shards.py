@@ -6,29 +6,26 @@ A finished output shard is never made again, unless it was damaged: that is resu
 pool, so that one engine start serves all of them.
 """
 
-import contextlib
 import itertools
+import json
 import logging
 import re
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actors.loading import loading
-from actors.notices import FOLDER, tell, who
 from actors.settings import Pool
+from pipelines.actor_pool import ActorPool, Item
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.cluster import person_can_mend, wait_for
+from pipelines.keeping import Need
 from pipelines.records import intact
-from pipelines.restarts import restarted, restarts
-from pipelines.watching import title
+from pipelines.restarts import restarts
+from pipelines.tally import counted, tally_of
 
 log = logging.getLogger(__name__)
-DEATHS = 3
-"""Times that an actor may die and start again."""
-NAME_LENGTH = 160
 
 
 @dataclass(frozen=True)
@@ -59,148 +56,86 @@ def map_shards(
         work: all shards of all stages concerned.
         actor: a class whose instances take one item and write its output: `(inputs, output, options, tell) -> None`, where `tell(rows)`
             says how many of its rows are made so far.
-        arguments: for its constructor.
+        arguments: for its constructor; those that are among the options of every item too, an instance can change between two items.
         pool: how many actors and what each asks for.
         env: environment variables of the actors.
         waiting: items that an actor is given at a time; Ray Data's own number by default. With 1, long items divide evenly.
 
     Returns:
-        by stage name the `share` of the wall time, by rows of work done.
+        by stage name the `share` of the wall time, by rows of work done, and of the busiest actor's `work`.
 
     Raises:
         StageError: an actor could not be started, or failed on a shard; the finished shards stay.
     """
-    import ray
     from ray.exceptions import RayError
 
     for shard in work:
         shard.output.parent.mkdir(parents=True, exist_ok=True)
     pending = [shard for shard in work if not _finished(shard)]
     directory = run.directory(work[0].stage) if work else run.root
+    # By actor, not from the first one's begin to the last one's end: nodes have clocks of their own.
+    busy: dict[str, float] = defaultdict(float)
     run.display.follow(sum(s.rows for s in work), "rows", lambda: sum(map(_made, work)), lambda: {"restarts": restarts(directory)})
     if pending:
-        wait_for(run, pending[0].stage.name, min(pool.min_actors, len(pending)), pool.num_cpus, pool.num_gpus)
-        items = [{"inputs": list(s.inputs), "output": str(s.output), "options": s.options} for s in pending]
-        who = title(list(dict.fromkeys(shard.stage.name for shard in pending)))
-        done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            named(actor.__name__, who),
-            fn_constructor_kwargs={"actor": actor, "arguments": arguments, "directory": str(directory)},
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(
-                min_size=min(pool.min_actors, len(pending)),
-                max_size=min(pool.max_actors, len(pending)),
-                max_tasks_in_flight_per_actor=waiting,
-            ),
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus or None,
-            # An engine that dies on a shard again and again must not do so all night.
-            max_restarts=DEATHS,
-            max_task_retries=DEATHS,
-            runtime_env={"env_vars": env | {FOLDER: str((run.root / "logs" / "notices").absolute())}},
-        )
-        # In Ray's dashboard; Ray makes a file name of it, too.
-        done.set_name(f"{run.root.name}-{who}".replace("/", "-")[:NAME_LENGTH])
+        items = [_item(shard, directory) for shard in pending]
+        name = pending[0].stage.name
+        sizes = min(pool.min_actors, len(pending)), min(pool.max_actors, len(pending))
+        need = Need(sizes[1], pool.num_cpus, pool.num_gpus)
+
+        def start() -> ActorPool:
+            wait_for(run, name, replace(need, count=sizes[0]))
+            return ActorPool(actor, arguments, pool, sizes, env, waiting, run.root.name, run.root / "logs" / "notices")
+
+        def suits(kept: ActorPool) -> bool:
+            return all(has >= asked for has, asked in zip(kept.sizes, sizes, strict=True))
+
         try:
-            for _ in done.iter_rows():
-                pass
+            with run.keeper.borrowed(_key(actor, arguments, pending, pool, env), need, start, suits) as actors:
+                for made in actors.make(items):
+                    busy[made["by"]] += made["seconds"]
         except RayError as error:
             log.info("an actor failed", exc_info=error)
             if known := person_can_mend(error):
-                raise StageError(f"{pending[0].stage.name}: {known}") from error
-            raise StageError(f"{pending[0].stage.name}: an actor failed: {last_words(error)} (logs/job.log has all of it)") from error
+                raise StageError(f"{name}: {known}") from error
+            raise StageError(f"{name}: an actor failed: {last_words(error)} (logs/job.log has all of it)") from error
     missing = [shard for shard in work if not shard.output.exists()]
     if missing:
         raise StageError(f"{missing[0].stage.name}: {missing[0].output} was not written; run the job again")
     rows = {shard.stage.name: 0 for shard in work}
     for shard in pending or work:
         rows[shard.stage.name] += shard.rows
-    return {name: {"share": count / max(1, sum(rows.values()))} for name, count in rows.items()}
+    shares = {name: count / max(1, sum(rows.values())) for name, count in rows.items()}
+    return {name: {"share": share, "work": share * max(busy.values(), default=0.0)} for name, share in shares.items()}
 
 
-class Adapter:
-    """Between Ray Data's batches of one row and an actor's verb.
-
-    Args:
-        actor: the class.
-        arguments: for its constructor.
-        directory: of the stage, which hears of restarts.
-    """
-
-    def __init__(self, actor: Callable[..., Any], arguments: dict[str, Any], directory: str):
-        import ray
-
-        if ray.get_runtime_context().was_current_actor_reconstructed:
-            restarted(Path(directory))
-        with loading():
-            self.actor = actor(**arguments)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """INPUT inputs, output, options; OUTPUT output."""
-        for inputs, output, options in zip(batch["inputs"], batch["output"], batch["options"], strict=True):
-            tally = Tally(Path(output))
-            tally.begin()
-            self.actor([str(path) for path in inputs], str(output), dict(options), tally)
-            with contextlib.suppress(OSError):
-                tally.path.unlink(missing_ok=True)
-        return {"output": batch["output"]}
+def _item(shard: Shard, directory: Path) -> Item:
+    return {
+        "inputs": list(shard.inputs),
+        "output": str(shard.output),
+        "options": shard.options,
+        "directory": str(directory),
+    }
 
 
-def named(actor: str, stages: str) -> type[Adapter]:
-    """The adapter under a name that Ray's dashboard shows for the actors: it has nothing else to tell those of one stage from others."""
-    return type(f"{actor}: {stages}", (Adapter,), {})
-
-
-class Tally:
-    """Tells the driver's display how many rows of an unfinished shard are made, about once a second, in a file beside the shard."""
-
-    def __init__(self, output: Path):
-        self.path = _tally(output)
-        self.said = time.monotonic()
-
-    def begin(self) -> None:
-        """Says who makes the shard; a tally that is there is of one who ended before its shard did."""
-        if left := _read(self.path):
-            rows, by = left
-            tell(f"{self.path.parent.name}/{self.path.name[1:-5]}: made anew, {by or 'who made it'} ended after {rows} rows of it")
-        self._write(0)
-
-    def __call__(self, rows: int) -> None:
-        """Says how many are made so far."""
-        if time.monotonic() - self.said > 1:
-            self.said = time.monotonic()
-            self._write(rows)
-
-    def _write(self, rows: int) -> None:
-        # Storage that fails for a moment must not stop what is counted.
-        with contextlib.suppress(OSError):
-            self.path.write_text(f"{rows} {who()}")
-
-
-def _tally(output: Path) -> Path:
-    return output.with_name(f".{output.name}.rows")
+def _key(actor: Callable[..., Any], arguments: Mapping[str, Any], work: list[Shard], pool: Pool, env: Mapping[str, str]) -> str:
+    """Equal for stages whose actors can do each other's work. What every item says itself, which weights for example, may differ."""
+    said = set.intersection(*(set(shard.options) for shard in work))
+    same = {name: repr(value) for name, value in arguments.items() if name not in said}
+    return f"{actor.__module__}.{actor.__name__} {json.dumps([same, repr(pool), dict(env)], sort_keys=True)}"
 
 
 def _made(shard: Shard) -> int:
     """Rows of a shard that are made."""
     if shard.output.exists():
         return shard.rows
-    told = _read(_tally(shard.output))
+    told = counted(tally_of(shard.output))
     return min(shard.rows, told[0]) if told else 0
-
-
-def _read(tally: Path) -> tuple[int, str] | None:
-    """Rows that a tally counts, and who made them; None if there is no tally, or half of one."""
-    try:
-        rows, _, by = tally.read_text(encoding="utf-8").partition(" ")
-        return int(rows or 0), by
-    except (OSError, ValueError):
-        return None
 
 
 def _finished(shard: Shard) -> bool:
     """Whether an earlier attempt made a shard, and nothing has happened to it since. A damaged one is removed."""
     # What an earlier job left: who made it is known to have ended.
-    _tally(shard.output).unlink(missing_ok=True)
+    tally_of(shard.output).unlink(missing_ok=True)
     if not shard.output.exists():
         return False
     if intact(shard.output):

@@ -11,7 +11,8 @@ import pytest
 from jobs.config import build
 from jobs.gsil_iterative import plan
 from jobs.schemas import GsilConfig
-from pipelines.artifacts import Run, Stage, StageError, locked, write_json
+from pipelines.artifacts import Run, Stage, StageError, write_json
+from pipelines.lock import locked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,7 +103,7 @@ def test_write_json_leaves_nothing_half_written(tmp_path: Path) -> None:
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
-    hold = "import sys, time; from pathlib import Path; from pipelines.artifacts import locked\n"
+    hold = "import sys, time; from pathlib import Path; from pipelines.lock import locked\n"
     hold += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:

@@ -15,6 +15,7 @@ from test_policy_training import planned
 from actors.settings import Pool, Tracking
 from pipelines import cluster, policy_training
 from pipelines.artifacts import Run, Stage, StageError
+from pipelines.keeping import Need
 from pipelines.settings import RaySettings
 from pipelines.shards import Shard, map_shards
 
@@ -65,9 +66,13 @@ def test_what_a_cluster_of_fixed_size_lacks_is_waited_for_and_then_told(
 
 
 def test_room_is_counted_node_by_node() -> None:
-    nodes = [{"Alive": True, "Resources": {"CPU": 8, "GPU": gpus}} for gpus in (4, 3, 0)] + [{"Alive": False, "Resources": {"GPU": 8}}]
-    assert cluster._room(nodes, {"CPU": 1, "GPU": 2}) == 3, "two halves of a node are no node"
-    assert cluster._room(nodes, {"CPU": 0.5}) == 48 and cluster._room(nodes, {"GPU": 8}) == 0
+    nodes: list[dict[str, Any]] = [
+        {"NodeID": f"{k}", "Alive": True, "Resources": {"CPU": 8, "GPU": gpus}} for k, gpus in enumerate((4, 3, 0))
+    ]
+    nodes.append({"NodeID": "gone", "Alive": False, "Resources": {"GPU": 8}})
+    alive = cluster._alive(nodes)
+    assert Need(1, cpus=1, gpus=2).room(alive) == 3, "two halves of a node are no node"
+    assert Need(1, cpus=0.5, gpus=0).room(alive) == 48 and Need(1, cpus=0, gpus=8).room(alive) == 0
 
 
 @pytest.mark.slow

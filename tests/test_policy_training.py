@@ -47,9 +47,25 @@ def planned(root: Path, model: Path, spoils: list[dict[int, float] | None], **se
 
 
 @pytest.fixture(scope="module")
-def undisturbed(local_ray: None, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+def waited(local_ray: None, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, float]]]:
+    """Steps of two stages on the same data, whose workers all lived: those of the first waited for the second."""
+    run, training, stages = planned(tmp_path_factory.mktemp("undisturbed"), tiny, [None, None], workers=2)
+    run.keeper.seconds = 60
+    for stage in stages:
+        run.do(policy_training.train(training, Tracking(), 64, False), stage)
+    assert len(run.keeper.kept) == 1
+    run.keeper.close()
+    return [steps_of(run.directory(stage)) for stage in stages]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(waited: list[list[dict[str, float]]]) -> list[dict[str, float]]:
     """Steps of a stage whose workers all lived."""
-    return steps_of(run_stage(tmp_path_factory.mktemp("undisturbed"), tiny, workers=2))
+    return waited[0]
+
+
+def test_workers_that_waited_train_as_new_ones_do(waited: list[list[dict[str, float]]]) -> None:
+    assert_same_steps(waited[1], waited[0], rel=1e-6)
 
 
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_only(

@@ -14,10 +14,12 @@ from ray import cloudpickle
 
 from actors.settings import Engine, Pool, Sampling
 from pipelines import generation
+from pipelines.actor_pool import Adapter, named
 from pipelines.artifacts import Display, Run, Stage, StageError
 from pipelines.records import write_rows
 from pipelines.restarts import restarts
-from pipelines.shards import Adapter, Shard, Tally, _made, map_shards, named
+from pipelines.shards import Shard, _made, map_shards
+from pipelines.tally import Tally
 
 # Ray's workers cannot import a test: the class travels with the task.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -45,7 +47,8 @@ def test_every_shard_once_and_its_share(local_ray: None, tmp_path: Path) -> None
     work = shards(tmp_path)
     work[0].output.parent.mkdir()
     write_rows(work[0].output, [{"said": "before"}], SAID)
-    assert map_shards(Run(tmp_path), work, Writes, {}, Pool(), {}) == {"a": {"share": 1.0}}
+    told = map_shards(Run(tmp_path), work, Writes, {}, Pool(), {})["a"]
+    assert told["share"] == 1.0 and 0 < told["work"] < 1
     assert [pq.read_table(shard.output)["said"].to_pylist() for shard in work] == [["before"], ["done"], ["done"]]
 
 
@@ -87,8 +90,8 @@ def test_restarts_of_actors_are_counted(local_ray: None, tmp_path: Path) -> None
 
 
 def test_actors_have_the_name_of_what_they_do() -> None:
-    made = named("SampleShards", "sft/samples + iteration-1/negatives")
-    assert made.__name__ == "SampleShards: sft/samples + iteration-1/negatives" and issubclass(made, Adapter)
+    made = named("SampleShards", "quickstart")
+    assert made.__name__ == "SampleShards: quickstart" and issubclass(made, Adapter)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import pytest
 from running import ROOT
 
 from jobs import status
-from pipelines.artifacts import Run, Stage, StageError, locked, read_json, write_json
+from pipelines.artifacts import Run, Stage, StageError, read_json, write_json
+from pipelines.lock import locked
 from pipelines.plan import Planned, read_plans, write_plan
 from pipelines.status import ENDED, ProgressFile, duration, look
 from pipelines.watching import Watch
@@ -182,7 +183,7 @@ def test_who_looks_keeps_nobody_out(tmp_path: Path) -> None:
 
 TAKES_IT = """
 import pathlib, sys
-from pipelines.artifacts import locked
+from pipelines.lock import locked
 with locked(pathlib.Path(sys.argv[1])):
     pass
 """

@@ -11,17 +11,25 @@ TRAINED = "trained.json"
 
 
 def run(told: dict[str, Any]) -> None:
-    """Runs a worker of a gang through `jobs`, arguments of `actors.learner.worker.TrainJob`, those that are not done."""
+    """Runs a worker of a gang through its `orders`: lists of arguments of `actors.learner.worker.TrainJob`, of which those are left that
+    are not done. Ends when one fails for a reason that stays, or with the orders."""
     with loading():
         import deepspeed  # noqa: F401
+        import ray
+        import torch.distributed as dist
 
         from actors.learner import worker
-    for job in told["jobs"]:
-        if trained(job["output"]) is None and not worker.run(job):
-            break
+    first = dist.get_rank() == 0
+    number, jobs = 0, ray.get(told["orders"].next.remote(0))
+    while jobs is not None:
+        for job in jobs:
+            if trained(job["output"]) is None and not worker.run(job):
+                return
+        number += 1
+        jobs = ray.get(told["orders"].next.remote(number, done=first))
 
 
-def trained(output: str) -> float | None:
-    """Seconds that the training into a directory took; None if it is not done."""
+def trained(output: str) -> dict[str, float] | None:
+    """How many `seconds` the training into a directory took, and its steps and measurements of them (`work`); None if it is not done."""
     done = Path(output, TRAINED)
-    return float(json.loads(done.read_text(encoding="utf-8"))["seconds"]) if done.exists() else None
+    return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None

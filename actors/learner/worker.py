@@ -102,6 +102,7 @@ def train(job: TrainJob) -> None:
 
     tracker = Tracker(output, job.name, job.tracking, settings_of(job), done) if dist.get_rank() == 0 else None
     skipped: list[list[str]] = []
+    steps_began = time.monotonic()
     for step, batch in enumerate(order[done:], start=done + 1):
         started = time.monotonic()
         rate = learning_rate(settings, step - 1, len(order))
@@ -121,6 +122,7 @@ def train(job: TrainJob) -> None:
     if job.centre:
         rewards = [values[0] for _, _, values in learner.score(Examples(job.centre))[0]]
         facts = {"reward_mean": float(np.mean(rewards)), "reward_std": float(np.std(rewards))}
+    work = time.monotonic() - steps_began
     probe = learner.log_probs([examples[row] for row in range(min(2, len(examples)))])
     policy.export(engine, settings, job.weights, job.tokenizer, output / job.kind, job.trust_remote_code, job.kind, facts)
     if tracker:
@@ -128,7 +130,7 @@ def train(job: TrainJob) -> None:
     check_export(job, learner, examples, probe)
     if tracker:
         temporary = output / f".{TRAINED}"
-        temporary.write_text(json.dumps({"seconds": round(time.monotonic() - began, 1)}), encoding="utf-8")
+        temporary.write_text(json.dumps({"seconds": round(time.monotonic() - began, 1), "work": round(work, 1)}), encoding="utf-8")
         temporary.replace(output / TRAINED)
 
 

@@ -1,0 +1,49 @@
+"""What those who outlive a stage have to do next: a gang of training workers, or a pool of actors under Ray Data.
+
+driver: give(...), give(...), end() --> Orders, an actor --> workers: next(0), next(1), ... None
+"""
+
+import asyncio
+from typing import Any
+
+
+class Orders:
+    """A list that grows, and whoever waits for its next entry. An actor of Ray's: it ends with the driver that made it."""
+
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+        self.over = False
+        self.behind = 0
+        """orders that are done"""
+        self.changed = asyncio.Condition()
+
+    async def give(self, *orders: Any) -> None:
+        """One or several more."""
+        async with self.changed:
+            self.given += orders
+            self.changed.notify_all()
+
+    async def end(self) -> None:
+        """There will be no more."""
+        async with self.changed:
+            self.over = True
+            self.changed.notify_all()
+
+    async def next(self, number: int, done: bool = False) -> Any:
+        """Waits for an order by its number, from 0 on, and returns it; None when it will never be given.
+
+        Args:
+            number: of the order.
+            done: those before it are.
+        """
+        async with self.changed:
+            if done:
+                self.behind = max(self.behind, number)
+                self.changed.notify_all()
+            await self.changed.wait_for(lambda: self.over or number < len(self.given))
+            return self.given[number] if number < len(self.given) else None
+
+    async def done(self, count: int) -> None:
+        """Waits until so many are done."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.behind >= count)

@@ -1,0 +1,156 @@
+"""A gang of training workers under Ray Train, which trains models one after the other and waits in between.
+
+Gang.train(jobs) --Orders--> every worker: `actors.learner.entry.run` --> trained.json of each
+"""
+
+import concurrent.futures
+import contextlib
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from actors.allocator import TRAINING
+from actors.learner.entry import run as worker
+from actors.learner.entry import trained
+from actors.notices import FOLDER, tell
+from actors.orders import Orders
+from actors.settings import Training
+from actors.storage import advice, is_full
+from pipelines.artifacts import StageError
+from pipelines.restarts import restarted
+from pipelines.shards import last_words
+
+log = logging.getLogger(__name__)
+CLOSE_SECONDS = 20.0
+Job = dict[str, Any]
+
+
+class GangOrders(Orders):
+    """Lists of trainings, see `actors.learner.entry.run`, and what becomes of their workers."""
+
+    def __init__(self, notices: str) -> None:
+        super().__init__()
+        self.notices = notices
+
+    async def failed(self, errors: Mapping[int, str]) -> None:
+        """Workers that failed, by rank; Ray Train starts the gang again, as often as it may."""
+        job = under_way(self.given[-1])
+        restarted(Path(job["output"]))
+        for rank, error in errors.items():
+            tell(f"{job['name']}: training worker {rank} failed: {error}", self.notices)
+
+
+class Gang:
+    """Starts the workers, which then wait.
+
+    Args:
+        root: the run directory.
+        name: for Ray's dashboard.
+        training: how many workers, and what each asks Ray for.
+    """
+
+    def __init__(self, root: Path, name: str, training: Training):
+        import ray
+
+        notices = str((root / "logs" / "notices").absolute())
+        self.orders = ray.remote(num_cpus=0)(GangOrders).remote(notices)
+        self.given = 0
+        self.over: concurrent.futures.Future[None] = concurrent.futures.Future()
+        trainer = _trainer(self.orders, root, name, training, notices)
+        # In the main thread Ray Train takes over Ctrl-C, and keeps it.
+        threading.Thread(target=self._fit, args=(trainer,), daemon=True).start()
+
+    def _fit(self, trainer: Any) -> None:
+        try:
+            self.over.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001
+            self.over.set_exception(error)
+
+    def train(self, jobs: list[Job]) -> None:
+        """Returns when all are done, or when one is not and has left in `failed/` why.
+
+        Args:
+            jobs: arguments of `actors.learner.worker.TrainJob`.
+
+        Raises:
+            StageError: workers died too often.
+        """
+        import ray
+
+        ray.get(self.orders.give.remote(jobs))
+        self.given += 1
+        done = self.orders.done.remote(self.given)
+        while not ray.wait([done], timeout=0.5)[0]:
+            if self.over.done():
+                break
+        else:
+            return
+        error = self.over.exception()
+        if isinstance(error, ray.train.TrainingFailedError):
+            raise _told(error, under_way(jobs)) from error
+        if error:
+            raise error
+
+    def alive(self) -> bool:
+        """Whether the workers wait."""
+        return not self.over.done()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        import ray
+
+        with contextlib.suppress(Exception):
+            self.orders.end.remote()
+            self.over.exception(timeout=CLOSE_SECONDS)
+            ray.kill(self.orders)
+
+
+def under_way(jobs: list[Job]) -> Job:
+    """The first of some trainings that is not done."""
+    return next((job for job in jobs if trained(job["output"]) is None), jobs[-1])
+
+
+def _told(error: Any, job: Job) -> StageError:
+    """What a person is told of workers that died too often."""
+    first = next(iter((getattr(error, "worker_failures", None) or {}).values()), error)
+    log.info("%s", first)
+    output = Path(job["output"])
+    said = f"a training worker failed: {last_words(first)} (logs/job.log has all of it)"
+    return StageError(f"{job['name']}: {advice(output, first) if is_full(output, first) else said}")
+
+
+def _trainer(orders: Any, root: Path, name: str, training: Training, notices: str) -> Any:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    class Tells(ray.train.UserCallback):
+        """Of failures; Ray Train's controller, where this runs, must not wait."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            orders.failed.remote({rank: last_words(error) for rank, error in worker_exceptions.items()})
+
+    gpu = training.gpus_per_worker > 0
+    env = {"OMP_NUM_THREADS": str(max(1, int(training.cpus_per_worker))), "TOKENIZERS_PARALLELISM": "false", FOLDER: notices}
+    env |= TRAINING[training.precision]
+    if not gpu:
+        # Ray hides no GPU from a worker that asked for none, and DeepSpeed takes what it sees.
+        env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return TorchTrainer(
+        worker,
+        train_loop_config={"orders": orders},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=training.workers if training.min_workers is None else (training.min_workers, training.workers),
+            use_gpu=gpu,
+            resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": training.gpus_per_worker} if gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name.replace("/", "-"),
+            storage_path=str(root / "logs" / "ray_train"),
+            failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
+            worker_runtime_env={"env_vars": env},
+            callbacks=[Tells()],
+        ),
+    )
