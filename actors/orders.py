@@ -47,3 +47,19 @@ class Orders:
         """Waits until so many are done."""
         async with self.changed:
             await self.changed.wait_for(lambda: self.behind >= count)
+
+
+def beside_the_driver(orders: type[Orders], *args: Any) -> Any:
+    """Starts the actor on the driver's node: other nodes come and go."""
+    import ray
+
+    return ray.remote(**here())(orders).remote(*args)
+
+
+def here() -> dict[str, Any]:
+    """Ray's options for what runs on this node and needs no room there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}

@@ -16,7 +16,7 @@ from typing import Any
 
 from actors.loading import loading
 from actors.notices import FOLDER, who
-from actors.orders import Orders
+from actors.orders import Orders, beside_the_driver, here
 from actors.settings import Pool
 from pipelines.restarts import restarted
 from pipelines.tally import Tally
@@ -58,8 +58,8 @@ class ActorPool:
         from pipelines.feed import Feed
 
         self.sizes = sizes
-        self.orders = ray.remote(num_cpus=0)(Orders).remote()
-        read = ray.data.read_datasource(Feed(self.orders), ray_remote_args={"num_cpus": 0}, override_num_blocks=1)
+        self.orders = beside_the_driver(Orders)
+        read = ray.data.read_datasource(Feed(self.orders), ray_remote_args=here(), override_num_blocks=1)
         # Else Ray Data would wait for a block that is worth sending.
         read.context.target_max_block_size = 1
         made = read.map_batches(

@@ -15,7 +15,7 @@ from actors.allocator import TRAINING
 from actors.learner.entry import run as worker
 from actors.learner.entry import trained
 from actors.notices import FOLDER, tell
-from actors.orders import Orders
+from actors.orders import Orders, beside_the_driver
 from actors.settings import Training
 from actors.storage import advice, is_full
 from pipelines.artifacts import StageError
@@ -52,10 +52,8 @@ class Gang:
     """
 
     def __init__(self, root: Path, name: str, training: Training):
-        import ray
-
         notices = str((root / "logs" / "notices").absolute())
-        self.orders = ray.remote(num_cpus=0)(GangOrders).remote(notices)
+        self.orders = beside_the_driver(GangOrders, notices)
         self.given = 0
         self.over: concurrent.futures.Future[None] = concurrent.futures.Future()
         trainer = _trainer(self.orders, root, name, training, notices)
@@ -86,6 +84,7 @@ class Gang:
             if self.over.done():
                 break
         else:
+            ray.get(done)
             return
         error = self.over.exception()
         if isinstance(error, ray.train.TrainingFailedError):

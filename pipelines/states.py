@@ -21,6 +21,8 @@ class StageFacts:
     inputs: tuple[str, ...] = ()
     numbers: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    work_seconds: float | None = None
+    """of `seconds`: tokens sampled or scored, steps taken; the rest is processes, weights and files"""
 
     @property
     def policy(self) -> str:
@@ -47,7 +49,7 @@ def planned(root: Path, stages: Sequence[Planned], ended: Mapping[str, Any] | No
         manifest, started = read_json(folder / "manifest.json") or {}, read_json(folder / "started.json") or {}
         if manifest.get("fingerprint") == stage.fingerprint:
             state, numbers, settings = _state(stage.name, ended), manifest["numbers"], manifest["settings"]
-            yield StageFacts(stage.name, state, manifest["seconds"], stage.inputs, numbers, settings)
+            yield StageFacts(stage.name, state, manifest["seconds"], stage.inputs, numbers, settings, manifest.get("work_seconds"))
         else:
             state = under_way if started.get("fingerprint") == stage.fingerprint else WAITING
             yield StageFacts(stage.name, state, None, stage.inputs)
@@ -63,7 +65,7 @@ def found(root: Path, ended: Mapping[str, Any] | None) -> Iterator[StageFacts]:
     manifests = [manifest for path in root.rglob("manifest.json") if (manifest := read_json(path)) and "fingerprint" in manifest]
     for m in in_order(manifests):
         inputs = tuple(dict.fromkeys(given["name"] for given in m["inputs"].values()))
-        yield StageFacts(m["name"], _state(m["name"], ended), m["seconds"], inputs, m["numbers"], m["settings"])
+        yield StageFacts(m["name"], _state(m["name"], ended), m["seconds"], inputs, m["numbers"], m["settings"], m.get("work_seconds"))
 
 
 def _state(name: str, ended: Mapping[str, Any] | None) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from actors.allocator import trim
 from actors.learner import policy, tracking
 from actors.learner.batches import batch_order
 from actors.learner.checkpoint import Checkpoints
@@ -128,6 +129,8 @@ def train(job: TrainJob) -> None:
     if tracker:
         tracker.close()
     check_export(job, learner, examples, probe)
+    # Hooks of DeepSpeed's hold the engine in circles through C++ that no garbage collector sees.
+    engine.destroy()
     if tracker:
         temporary = output / f".{TRAINED}"
         temporary.write_text(json.dumps({"seconds": round(time.monotonic() - began, 1), "work": round(work, 1)}), encoding="utf-8")
@@ -243,6 +246,7 @@ def run(job: dict[str, Any]) -> bool:
     try:
         train(TrainJob(**job))
         gc.collect()
+        trim()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return True

@@ -78,8 +78,12 @@ def policy_table(facts: Facts) -> list[list[str]]:
 
 def stage_table(stages: Sequence[StageFacts]) -> list[list[str]]:
     """The job graph in rows."""
-    rows = [["stage", "state", "time", "reads"]]
-    return rows + [[s.name, s.state, "" if s.seconds is None else duration(s.seconds), ", ".join(s.inputs)] for s in stages]
+    rows = [["stage", "state", "time", "of it work", "reads"]]
+    return rows + [[s.name, s.state, *(_time(seconds) for seconds in (s.seconds, s.work_seconds)), ", ".join(s.inputs)] for s in stages]
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else duration(seconds)
 
 
 def _found(facts: Facts) -> str:
