@@ -13,8 +13,6 @@ class Orders:
     def __init__(self) -> None:
         self.given: list[Any] = []
         self.over = False
-        self.behind = 0
-        """orders that are done"""
         self.changed = asyncio.Condition()
 
     async def give(self, *orders: Any) -> None:
@@ -29,24 +27,11 @@ class Orders:
             self.over = True
             self.changed.notify_all()
 
-    async def next(self, number: int, done: bool = False) -> Any:
-        """Waits for an order by its number, from 0 on, and returns it; None when it will never be given.
-
-        Args:
-            number: of the order.
-            done: those before it are.
-        """
+    async def next(self, number: int) -> Any:
+        """Waits for an order by its number, from 0 on, and returns it; None when it will never be given."""
         async with self.changed:
-            if done:
-                self.behind = max(self.behind, number)
-                self.changed.notify_all()
             await self.changed.wait_for(lambda: self.over or number < len(self.given))
             return self.given[number] if number < len(self.given) else None
-
-    async def done(self, count: int) -> None:
-        """Waits until so many are done."""
-        async with self.changed:
-            await self.changed.wait_for(lambda: self.behind >= count)
 
 
 def beside_the_driver(orders: type[Orders], *args: Any) -> Any:

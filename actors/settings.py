@@ -64,7 +64,7 @@ class Pool(Settings):
     """A pool of identical actors that Ray Data scales between two sizes."""
 
     min_actors: int = placement(1, ge=1)
-    """actors kept while the stage runs"""
+    """actors at least"""
     max_actors: int = placement(1, ge=1)
     """actors at most"""
     num_cpus: float = placement(1, ge=0)
@@ -247,7 +247,7 @@ class Training(Settings):
     checkpoints_kept: int = placement(1, ge=1)
     """newest checkpoints that stay"""
     max_failures: int = placement(2, ge=0)
-    """dead workers after which training goes on from the last checkpoint, before the stage fails"""
+    """times that a stage's training goes on from the last checkpoint after workers died, before the stage fails"""
     deepspeed: str | None = None
     """a DeepSpeed JSON of your own; where it contradicts a setting here, the job stops and names both values"""
     seed: int = 0

@@ -59,12 +59,14 @@ def table(wall: float, manifests: Sequence[Mapping[str, Any]]) -> dict[str, list
     """Prints the run's; returns what every call of a kind cost beside its work, in the order of the calls."""
     rows: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0])
     calls: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+    before = ""
     for m in sorted(manifests, key=lambda m: m["finished"]):
         kind = KINDS.get(m["name"].rpartition("/")[2], m["name"])
         work = m["seconds"] if kind == "evaluation" else m["work_seconds"] or 0.0
         rows[kind] = [have + more for have, more in zip(rows[kind], (1, m["seconds"], work), strict=True)]
-        # Stages of one call end together.
-        call = calls[kind][m["finished"]]
+        # Engines sample for several stages in one call: one after the other in this order.
+        call = calls[kind][m["finished"] if before != kind else list(calls[kind])[-1]]
+        before = kind
         call[0], call[1] = call[0] + m["seconds"], call[1] + work
     rest = wall - sum(row[1] for row in rows.values())
     work = sum(row[2] for row in rows.values())

@@ -123,9 +123,15 @@ def _execute(
                     signal.signal(stop, signal.default_int_handler)
                 terminal.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
                 cluster.check_fits(config.ray.address, config.demands())
-                run = Run(root, display, report, config.ray.wait_minutes * 60, config.ray.keep_warm_minutes * 60)
+                run = Run(root, display, report, config.ray.wait_minutes * 60)
+                run.keeper = cluster.keeper(config.ray)
                 run.verify(graph.stages())
-                result = work(config, graph, run)
+                try:
+                    result = work(config, graph, run)
+                except Exception:
+                    # Who interrupts does not wait: they end with Ray.
+                    run.keeper.close()
+                    raise
                 run.keeper.close()
         except BaseException as error:
             why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(cluster.person_can_mend(error) or repr(error))

@@ -18,6 +18,7 @@ from actors.loading import loading
 from actors.notices import FOLDER, who
 from actors.orders import Orders, beside_the_driver, here
 from actors.settings import Pool
+from pipelines.artifacts import StageError
 from pipelines.restarts import restarted
 from pipelines.tally import Tally
 
@@ -32,7 +33,8 @@ class ActorPool:
     """Starts the actors.
 
     Args:
-        actor: a class whose instances take one item and write its output: `(inputs, output, options, tell) -> None`.
+        actor: a class whose instances take one item and write its output: `(inputs, output, options, tell) -> None`. One that has
+            `change(options)` is told so before each item what it is about, and loads that model if it holds another one.
         arguments: for its constructor.
         pool: what each asks Ray for.
         sizes: how many actors at least and at most.
@@ -58,10 +60,14 @@ class ActorPool:
         from pipelines.feed import Feed
 
         self.sizes = sizes
+        self.hurt = False
+        """whether an actor died and was started again"""
         self.orders = beside_the_driver(Orders)
         read = ray.data.read_datasource(Feed(self.orders), ray_remote_args=here(), override_num_blocks=1)
         # Else Ray Data would wait for a block that is worth sending.
         read.context.target_max_block_size = 1
+        # Who waits makes no progress.
+        read.context.execution_no_progress_timeout_s = -1
         made = read.map_batches(
             named(actor.__name__, run),
             fn_constructor_kwargs={"actor": actor, "arguments": arguments},
@@ -105,21 +111,22 @@ class ActorPool:
             found = self.done.get()
             if isinstance(found, BaseException):
                 raise found
-            assert found, "the pool is over"
+            if found is None:
+                raise StageError("Ray Data ended a pool of actors before its work was done: run the job again")
+            self.hurt |= found.pop("again")
             yield found
 
     def alive(self) -> bool:
-        """Whether the actors wait."""
-        return self.thread.is_alive()
+        """Whether all actors live that it was started with, as far as is known."""
+        return self.thread.is_alive() and not self.hurt
 
     def close(self) -> None:
-        """Ends the actors."""
+        """Ends the actors, which wait."""
         import ray
 
-        with contextlib.suppress(Exception):
-            self.orders.end.remote()
-            self.thread.join(CLOSE_SECONDS)
-            ray.kill(self.orders)
+        self.orders.end.remote()
+        self.thread.join(CLOSE_SECONDS)
+        ray.kill(self.orders)
 
 
 class Adapter:
@@ -138,17 +145,19 @@ class Adapter:
             self.actor = actor(**arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """INPUT item; OUTPUT output, by whom, and in how many seconds."""
-        began, item = time.monotonic(), json.loads(batch["item"][0])
-        if self.again:
+        """INPUT item; OUTPUT output, by whom, in how many seconds, and whether that one had died before."""
+        item, again, self.again = json.loads(batch["item"][0]), self.again, False
+        if again:
             restarted(Path(item["directory"]))
-            self.again = False
+        if hasattr(self.actor, "change"):
+            self.actor.change(item["options"])
+        began = time.monotonic()
         tally = Tally(Path(item["output"]))
         tally.begin()
         self.actor(item["inputs"], item["output"], item["options"], tally)
         with contextlib.suppress(OSError):
             tally.path.unlink(missing_ok=True)
-        return {"output": [item["output"]], "by": [who()], "seconds": [time.monotonic() - began]}
+        return {"output": [item["output"]], "by": [who()], "seconds": [time.monotonic() - began], "again": [again]}
 
 
 def named(actor: str, run: str) -> type[Adapter]:

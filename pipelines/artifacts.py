@@ -100,19 +100,12 @@ class Run:
         display: is told what happens.
         report: called whenever stages begin or end.
         patience: seconds that a stage waits for nodes which the cluster does not have yet.
-        keep_warm: seconds that gangs and pools outlive their stages.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        display: Display | None = None,
-        report: Callable[[], None] = lambda: None,
-        patience: float = 3600.0,
-        keep_warm: float = 0.0,
-    ):
+    def __init__(self, root: Path, display: Display | None = None, report: Callable[[], None] = lambda: None, patience: float = 3600.0):
         self.root = root
-        self.keeper = Keeper(keep_warm)
+        self.keeper = Keeper()
+        """of gangs and pools that outlive a stage"""
         self.display = display or Display()
         self.report = report
         self.patience = patience

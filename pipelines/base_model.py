@@ -18,6 +18,7 @@ from actors.loading import loading
 from actors.settings import Training
 from pipelines.artifacts import Run, Stage, StageError, write_json
 from pipelines.chat import PLAIN_TEMPLATE, Chat
+from pipelines.keeping import Need
 from pipelines.settings import Model
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ def prepare(model: Model) -> Any:
         # In workers: the driver never loads a model, nor the libraries for one. Tokenizer and weights at the same time.
         resolved = model.model_copy(update={"chat_template": stages[0].settings["chat_template"]})
         path, directory = absolute(model.path), run.directory(stages[0])
+        run.keeper.make_room(Need(2, cpus=1))
         numbers, _ = ray.get([ray.remote(tokenize).remote(resolved, path, directory), ray.remote(convert).remote(path, directory)])
         if numbers["plain_chat_template"]:
             # Said here: what a worker logs does not reach the job's log.

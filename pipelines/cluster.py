@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.artifacts import Run, StageError
-from pipelines.keeping import Need
+from pipelines.keeping import Keeper, Need
 from pipelines.settings import RaySettings
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,8 @@ ANSWER_SECONDS = 10.0
 """in which a cluster takes a connection"""
 SAY_EVERY_SECONDS = 60.0
 """Between two lines of a stage that waits for nodes."""
+SPARE_BYTES = 8e9
+"""of memory that have to be available on a local machine for who waits to stay: as much as the quickstart's training takes"""
 LOOK_SECONDS = 5.0
 """between two looks at which nodes there are"""
 
@@ -126,6 +128,12 @@ def person_can_mend(error: BaseException) -> StageError | None:
         seen.append(current)
         waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
     return None
+
+
+def keeper(settings: RaySettings) -> Keeper:
+    """Of a job. What a cluster's nodes have of memory is their types' matter; here it is shared with whatever else runs."""
+    local = not (settings.address or os.environ.get("RAY_ADDRESS"))
+    return Keeper(settings.keep_warm_minutes * 60, SPARE_BYTES if local else 0)
 
 
 def check_fits(address: str | None, demands: Mapping[str, tuple[float, float]]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from pipelines import arithmetic, base_model, layouts, sources
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.chat import Chat
+from pipelines.keeping import Need
 from pipelines.records import DEMONSTRATION, PREFERENCE, REJECTED, write_rows
 from pipelines.settings import Demonstrations, Preferences
 from pipelines.shards import last_words
@@ -52,6 +53,7 @@ def prepare(settings: Demonstrations, trust_remote_code: bool) -> Any:
         writer = _Writer(run.directory(stage), settings)
         run.display.follow(None, "rows", lambda: writer.read, lambda: {"rejected": len(writer.rejected)})
         tokenizer = base_model.tokenizer(run, stage.inputs["base"])
+        run.keeper.make_room(Need(1, cpus=1))
         # Held-out first: a row that is in both belongs there.
         for split in ("held_out", "train"):
             if _origin(settings, split) is not None:

@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,44 @@ Job = dict[str, Any]
 
 
 class GangOrders(Orders):
-    """Lists of trainings, see `actors.learner.entry.run`, and what becomes of their workers."""
+    """Lists of trainings, see `actors.learner.entry.run`, and what becomes of their workers.
+
+    Args:
+        notices: folder for what a person should read.
+    """
 
     def __init__(self, notices: str) -> None:
         super().__init__()
         self.notices = notices
+        self.behind = 0
+        self.failures = 0
+
+    async def begin(self) -> int:
+        """The first order that is not done."""
+        return self.behind
+
+    async def reached(self, number: int) -> None:
+        """The orders before this one are done."""
+        async with self.changed:
+            self.behind = number
+            self.changed.notify_all()
+
+    async def done(self, count: int) -> None:
+        """Waits until so many are done."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.behind >= count)
+
+    async def failed_so_far(self) -> int:
+        """How often the gang had to be started again."""
+        return self.failures
 
     async def failed(self, errors: Mapping[int, str]) -> None:
         """Workers that failed, by rank; Ray Train starts the gang again, as often as it may."""
-        job = under_way(self.given[-1])
+        self.failures += 1
+        if self.behind == len(self.given):
+            # While it waited: nobody's work is lost, and it waits no longer.
+            return
+        job = under_way(self.given[self.behind])
         restarted(Path(job["output"]))
         for rank, error in errors.items():
             tell(f"{job['name']}: training worker {rank} failed: {error}", self.notices)
@@ -66,11 +95,12 @@ class Gang:
         except BaseException as error:  # noqa: BLE001
             self.over.set_exception(error)
 
-    def train(self, jobs: list[Job]) -> None:
+    def train(self, jobs: list[Job], hurt: Callable[[], None]) -> None:
         """Returns when all are done, or when one is not and has left in `failed/` why.
 
         Args:
             jobs: arguments of `actors.learner.worker.TrainJob`.
+            hurt: called when workers have died and will be started again, for which there has to be room.
 
         Raises:
             StageError: workers died too often.
@@ -80,12 +110,14 @@ class Gang:
         ray.get(self.orders.give.remote(jobs))
         self.given += 1
         done = self.orders.done.remote(self.given)
-        while not ray.wait([done], timeout=0.5)[0]:
-            if self.over.done():
-                break
-        else:
-            ray.get(done)
-            return
+        told = False
+        while not self.over.done():
+            if ray.wait([done], timeout=0.5)[0]:
+                ray.get(done)
+                return
+            if not told and ray.get(self.orders.failed_so_far.remote()):
+                told = True
+                hurt()
         error = self.over.exception()
         if isinstance(error, ray.train.TrainingFailedError):
             raise _told(error, under_way(jobs)) from error
@@ -93,17 +125,22 @@ class Gang:
             raise error
 
     def alive(self) -> bool:
-        """Whether the workers wait."""
-        return not self.over.done()
-
-    def close(self) -> None:
-        """Ends the workers."""
+        """Whether all workers live that it was started with."""
         import ray
 
+        try:
+            return not self.over.done() and not ray.get(self.orders.failed_so_far.remote())
+        except ray.exceptions.RayError:
+            return False
+
+    def close(self) -> None:
+        """Ends the workers, which wait."""
+        import ray
+
+        self.orders.end.remote()
         with contextlib.suppress(Exception):
-            self.orders.end.remote()
             self.over.exception(timeout=CLOSE_SECONDS)
-            ray.kill(self.orders)
+        ray.kill(self.orders)
 
 
 def under_way(jobs: list[Job]) -> Job:

@@ -77,7 +77,9 @@ def sample(engine: Engine, max_model_len: int, trust_remote_code: bool) -> Any:
             "trust_remote_code": trust_remote_code,
         }
         tasks = [task for stage in stages for task in _tasks(run, stage, weights[stage.name])]
-        numbers = map_shards(run, tasks, SampleShards, arguments, engine, environment(engine))
+        # What "auto" is, the first policy says.
+        keep = engine.dtype != "auto"
+        numbers = map_shards(run, tasks, SampleShards, arguments, engine, environment(engine), keep=keep)
         for stage in stages:
             numbers[stage.name] |= sum_counts(run.directory(stage).glob("*/*.parquet"))
         return numbers
@@ -113,15 +115,18 @@ class SampleShards:
         self.weights = arguments["weights"]
         self.generator = _generator(**arguments)
 
+    def change(self, options: dict[str, Any]) -> None:
+        """Reads another policy, if the next shard is of one."""
+        if options["weights"] != self.weights:
+            self.weights = options["weights"]
+            self.generator.load(self.weights)
+
     def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
         """Samples for every row of one shard.
 
         INPUT  DEMONSTRATION rows
         OUTPUT SAMPLE rows, `samples` for each
         """
-        if options["weights"] != self.weights:
-            self.weights = options["weights"]
-            self.generator.load(self.weights)
         sampling = Sampling(**options["sampling"])
         rows = pq.read_table(inputs[0], columns=["id", "prompt", "prompt_ids"]).slice(options["first"], options["prompts"]).to_pylist()
         # Each shard draws its own numbers, whatever ran before it on this engine.

@@ -22,6 +22,7 @@ from pipelines.chat import Chat
 from pipelines.evaluation import mean_and_error
 from pipelines.judging import QUESTION
 from pipelines.judging_settings import JudgeModel, MtBench
+from pipelines.keeping import Need
 from pipelines.records import DEMONSTRATION, shards, write_rows
 
 TURNS = (1, 2)
@@ -77,6 +78,7 @@ def write_turn(settings: MtBench, trust_remote_code: bool) -> Any:
             rows.append((question["id"], [*prompt, {"role": "assistant", "content": answer}, asked] if prompt else [asked]))
         tokenizer = base_model.tokenizer(run, stage.inputs["base"])
         # In a worker: the driver loads no tokenizer.
+        run.keeper.make_room(Need(1, cpus=1))
         made = ray.get(ray.remote(_tokenized).remote(rows, tokenizer, trust_remote_code))
         (run.directory(stage) / "train").mkdir(exist_ok=True)
         write_rows(run.directory(stage) / "train" / "00000.parquet", made, DEMONSTRATION)

@@ -8,7 +8,6 @@ OUTPUT policy/ or reward/ (Hugging Face directory; with LoRA also adapter/), met
 import json
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from pipelines.gang import Gang
 from pipelines.keeping import Need
 from pipelines.records import shards
 from pipelines.restarts import restarts
+from pipelines.shards import last_words
 
 STEP_BYTES = 16384
 """A recorded step is shorter."""
@@ -76,36 +76,50 @@ def train(training: Training, tracking: Tracking, longest: int, trust_remote_cod
 
         def now() -> dict[str, float]:
             rates = [step["tokens_per_second"] for step in reached() if "tokens_per_second" in step]
-            return {"tokens_per_second": rates[-1] if rates else 0, "restarts": restarts(run.directory(stages[0]))}
+            return {"tokens_per_second": rates[-1] if rates else 0, "restarts": sum(restarts(run.directory(stage)) for stage in stages)}
 
         run.display.follow(sum(map(steps, jobs)), "steps", lambda: sum(int(step.get("step", 0)) for step in reached()), now)
         try:
             # What an earlier attempt trained to the end stays.
             if left := [job for job in jobs if trained(job["output"]) is None]:
-                with run.keeper.borrowed(*_gang(run, stages[0].name, training)) as gang:
-                    gang.train(left)
+                # A ZeRO-3 engine stays in DeepSpeed's hands as long as its process lives: there every model has a gang of its own.
+                alone = any(job["training"].zero_stage == 3 for job in left)
+                for together in [[job] for job in left] if alone else [left]:
+                    _gang_trains(run, stages[0].name, training, together, keep=not alone)
+                    if trained(together[-1]["output"]) is None:
+                        break
         finally:
             for name, place in places.items():
                 for failure in sorted((place / "failed").glob("*.json")):
                     raise StageError(f"{name}: {json.loads(failure.read_text())['error']}")
-        took = {stage.name: trained(str(run.directory(stage))) or {"seconds": 0.0, "work": 0.0} for stage in stages}
-        in_all = sum(own["seconds"] for own in took.values())
-        shares = {name: {"share": own["seconds"] / in_all, "work": own["work"]} for name, own in took.items()}
+        took = {stage.name: trained(str(run.directory(stage))) for stage in stages}
+        if lost := [name for name, own in took.items() if own is None]:
+            raise StageError(f"{lost[0]}: its workers ended before the training did (logs/job.log): the same command goes on")
+        in_all = sum(own["seconds"] for own in took.values() if own)
+        shares = {name: {"share": own["seconds"] / in_all, "work": own.get("work")} for name, own in took.items() if own}
         return {stage.name: numbers(run.directory(stage)) | shares[stage.name] for stage in stages}
 
     return work
 
 
-def _gang(run: Run, name: str, training: Training) -> tuple[str, Need, Callable[[], Gang]]:
-    """What the run's keeper is asked for, by the stage of a name."""
-    need = Need(training.workers, training.cpus_per_worker, training.gpus_per_worker)
+def _gang_trains(run: Run, name: str, training: Training, jobs: list[dict[str, Any]], keep: bool) -> None:
+    """Workers that wait, or new ones, train all `jobs`; errors are about the stage of a name."""
+    from ray.exceptions import RayError
+
+    workers = training.min_workers or training.workers
+    need = Need(training.workers, training.cpus_per_worker, training.gpus_per_worker, grows=workers < training.workers)
+    key = training.model_dump_json(include={"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "precision", "max_failures"})
 
     def start() -> Gang:
-        wait_for(run, name, replace(need, count=training.min_workers or training.workers))
+        wait_for(run, name, replace(need, count=workers))
         return Gang(run.root, f"{run.root.name}-training", training)
 
-    asked = training.model_dump_json(include={"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "precision", "max_failures"})
-    return f"training {asked}", need, start
+    try:
+        # One that Ray Train may size anew does so while it waits, too.
+        with run.keeper.borrowed("training", key, need, start, lambda _: keep and not need.grows) as gang:
+            gang.train(jobs, run.keeper.close)
+    except RayError as error:
+        raise StageError(f"{name}: the training workers are gone: {last_words(error)} (logs/job.log has all of it)") from error
 
 
 def _settings(stage: Stage, training: Training) -> tuple[Training, Objective]:

@@ -110,6 +110,14 @@ class ScoreShards:
         self.load, self.arguments = Scorer, arguments
         self.scorer = Scorer(**arguments)
 
+    def change(self, options: dict[str, Any]) -> None:
+        """Loads another reference, if the next shard is of one."""
+        if options["weights"] != self.arguments["weights"]:
+            self.arguments["weights"] = options["weights"]
+            # The one before goes first: the two need not fit together.
+            del self.scorer
+            self.scorer = self.load(**self.arguments)
+
     def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
         """Pairs and scores one shard.
 
@@ -118,11 +126,6 @@ class ScoreShards:
         """
         from actors.learner.batches import Example
 
-        if options["weights"] != self.arguments["weights"]:
-            self.arguments["weights"] = options["weights"]
-            # The one before goes first: the two need not fit together.
-            del self.scorer
-            self.scorer = self.load(**self.arguments)
         table = pq.read_table(inputs[0])
         real = {row["id"]: row for row in table.select(["id", "prompt_ids", "response_ids"]).to_pylist()}
         columns = ["id", "iteration", "sample", "response_ids", "finish_reason"]

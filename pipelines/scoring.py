@@ -217,16 +217,19 @@ class ScoreResponses:
         self.named, self.others = (scorer, ours), others
         self.scorer = _loaded(scorer, ours, **others)
 
+    def change(self, options: dict[str, Any]) -> None:
+        """Loads another scorer, if the next shard is for one."""
+        if (named := (options.get("scorer", self.named[0]), options.get("ours", self.named[1]))) != self.named:
+            # The one before goes first: the two need not fit together.
+            del self.scorer
+            self.named, self.scorer = named, _loaded(*named, **self.others)
+
     def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
         """Scores one shard.
 
         INPUT  SAMPLE (or DEMONSTRATION) rows, DEMONSTRATION rows of the same prompts
         OUTPUT SCORE rows, one for each of the first
         """
-        if (named := (options.get("scorer", self.named[0]), options.get("ours", self.named[1]))) != self.named:
-            # The one before goes first: the two need not fit together.
-            del self.scorer
-            self.named, self.scorer = named, _loaded(*named, **self.others)
         present = pq.read_schema(inputs[0]).names
         wanted = ("id", "sample", "prompt", "prompt_ids", "response", "response_ids", "finish_reason")
         rows = pq.read_table(inputs[0], columns=[name for name in wanted if name in present]).to_pylist()

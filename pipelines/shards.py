@@ -48,6 +48,7 @@ def map_shards(
     pool: Pool,
     env: dict[str, str],
     waiting: int | None = None,
+    keep: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Makes the output shards that are not there yet.
 
@@ -56,10 +57,11 @@ def map_shards(
         work: all shards of all stages concerned.
         actor: a class whose instances take one item and write its output: `(inputs, output, options, tell) -> None`, where `tell(rows)`
             says how many of its rows are made so far.
-        arguments: for its constructor; those that are among the options of every item too, an instance can change between two items.
+        arguments: for its constructor; those that are among the options of every item too, its `change` goes by.
         pool: how many actors and what each asks for.
         env: environment variables of the actors.
         waiting: items that an actor is given at a time; Ray Data's own number by default. With 1, long items divide evenly.
+        keep: actors that can change what they hold may wait for the next stage.
 
     Returns:
         by stage name the `share` of the wall time, by rows of work done, and of the busiest actor's `work`.
@@ -80,17 +82,19 @@ def map_shards(
         items = [_item(shard, directory) for shard in pending]
         name = pending[0].stage.name
         sizes = min(pool.min_actors, len(pending)), min(pool.max_actors, len(pending))
-        need = Need(sizes[1], pool.num_cpus, pool.num_gpus)
+        need = Need(sizes[1], pool.num_cpus, pool.num_gpus, grows=sizes[0] < sizes[1])
 
         def start() -> ActorPool:
             wait_for(run, name, replace(need, count=sizes[0]))
             return ActorPool(actor, arguments, pool, sizes, env, waiting, run.root.name, run.root / "logs" / "notices")
 
-        def suits(kept: ActorPool) -> bool:
-            return all(has >= asked for has, asked in zip(kept.sizes, sizes, strict=True))
+        def lasts(actors: ActorPool) -> bool:
+            # What Ray scales goes when it waits.
+            fixed = pool.min_actors == pool.max_actors and actors.sizes[0] >= sizes[0]
+            return keep and hasattr(actor, "change") and fixed
 
         try:
-            with run.keeper.borrowed(_key(actor, arguments, pending, pool, env), need, start, suits) as actors:
+            with run.keeper.borrowed(actor.__name__, _key(actor, arguments, pending, pool, env), need, start, lasts) as actors:
                 for made in actors.make(items):
                     busy[made["by"]] += made["seconds"]
         except RayError as error:
@@ -121,7 +125,7 @@ def _key(actor: Callable[..., Any], arguments: Mapping[str, Any], work: list[Sha
     """Equal for stages whose actors can do each other's work. What every item says itself, which weights for example, may differ."""
     said = set.intersection(*(set(shard.options) for shard in work))
     same = {name: repr(value) for name, value in arguments.items() if name not in said}
-    return f"{actor.__module__}.{actor.__name__} {json.dumps([same, repr(pool), dict(env)], sort_keys=True)}"
+    return json.dumps([actor.__module__, same, repr(pool), dict(env)], sort_keys=True)
 
 
 def _made(shard: Shard) -> int:

@@ -162,12 +162,7 @@ def _shards(run: Run, stage: Stage, tasks: Tasks) -> list[Shard]:
             "shots_from": local.shots_from if local else None,
             **{key: stage.settings[key] for key in ("limit", "seed", "chat_template")},
         }
-        # As text: Ray Data would make one table of all options.
-        options = {
-            "question": json.dumps(question),
-            "local": json.dumps(asdict(local) if local else None),
-            "code": json.dumps(stage.settings.get("code")),
-        }
+        options = {"question": question, "local": asdict(local) if local else None, "code": stage.settings.get("code")}
         output = run.directory(stage) / f"{leaf.name}.parquet"
         shards.append(Shard(stage, (weights, tokenizer), output, options, tasks.limit or ROWS))
     return shards
@@ -194,9 +189,8 @@ class AnswerShards:
         import ray
 
         weights, tokenizer = inputs
-        local = json.loads(options["local"])
-        code = json.loads(options["code"])
-        question = Question(**json.loads(options["question"]), code=Limits(**code) if code else None)
+        local, code = options["local"], options["code"]
+        question = Question(**options["question"], code=Limits(**code) if code else None)
         splits = task_data.read(question.task, Local(**local)) if local else None
         if splits and question.shots_from and question.shots >= len(splits[question.shots_from]):
             raise StageError(f"{question.task}: {question.shots} examples of {len(splits[question.shots_from])} rows: lower tasks.shots")

@@ -1,6 +1,6 @@
 """Many trainings of small models at once: a pool of actors, each of them a worker of its own, trains one stage after the other.
 
-The same `actors.learner.worker.train` as under Ray Train, which gangs workers anew for every stage: for a model that trains in seconds,
+The same `actors.learner.worker.train` as under Ray Train, which gangs workers: for a model that trains in seconds,
 most of the time would be theirs. A stage whose losses stay infinite keeps a `diverged.json` instead of a policy and stops nobody.
 
 INPUT  as in policy_training.py

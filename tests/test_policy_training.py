@@ -14,6 +14,7 @@ from training import assert_same_steps, steps_of, write_pairs
 from actors.settings import Objective, Tracking, Training
 from pipelines import base_model, policy_training
 from pipelines.artifacts import Run, Stage, StageError
+from pipelines.keeping import Keeper
 from pipelines.restarts import restarts
 from pipelines.settings import Model
 
@@ -50,7 +51,7 @@ def planned(root: Path, model: Path, spoils: list[dict[int, float] | None], **se
 def waited(local_ray: None, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, float]]]:
     """Steps of two stages on the same data, whose workers all lived: those of the first waited for the second."""
     run, training, stages = planned(tmp_path_factory.mktemp("undisturbed"), tiny, [None, None], workers=2)
-    run.keeper.seconds = 60
+    run.keeper = Keeper(60)
     for stage in stages:
         run.do(policy_training.train(training, Tracking(), 64, False), stage)
     assert len(run.keeper.kept) == 1

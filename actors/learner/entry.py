@@ -11,22 +11,25 @@ TRAINED = "trained.json"
 
 
 def run(told: dict[str, Any]) -> None:
-    """Runs a worker of a gang through its `orders`: lists of arguments of `actors.learner.worker.TrainJob`, of which those are left that
-    are not done. Ends when one fails for a reason that stays, or with the orders."""
+    """Runs a worker of a gang through its `orders`: lists of arguments of `actors.learner.worker.TrainJob`. Ends when one fails for a
+    reason that stays, or with the orders."""
     with loading():
         import deepspeed  # noqa: F401
         import ray
         import torch.distributed as dist
 
         from actors.learner import worker
-    first = dist.get_rank() == 0
-    number, jobs = 0, ray.get(told["orders"].next.remote(0))
-    while jobs is not None:
-        for job in jobs:
-            if trained(job["output"]) is None and not worker.run(job):
-                return
+    orders = told["orders"]
+    number = ray.get(orders.begin.remote())
+    while (jobs := ray.get(orders.next.remote(number))) is not None:
+        # The others take the first one's word for what is left: files may reach their nodes later.
+        left = [[number for number, job in enumerate(jobs) if trained(job["output"]) is None]]
+        dist.broadcast_object_list(left)
+        if not all(worker.run(jobs[job]) for job in left[0]):
+            return
         number += 1
-        jobs = ray.get(told["orders"].next.remote(number, done=first))
+        if dist.get_rank() == 0:
+            ray.get(orders.reached.remote(number))
 
 
 def trained(output: str) -> dict[str, float] | None:

@@ -129,7 +129,7 @@ def train(job: TrainJob) -> None:
     if tracker:
         tracker.close()
     check_export(job, learner, examples, probe)
-    # Hooks of DeepSpeed's hold the engine in circles through C++ that no garbage collector sees.
+    # Hooks hold it in circles through C++ that no garbage collector sees, and a gang has room for one at a time.
     engine.destroy()
     if tracker:
         temporary = output / f".{TRAINED}"
