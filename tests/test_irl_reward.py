@@ -22,6 +22,7 @@ from pipelines.settings import BestOfN, Demonstrations
 # The whole job beside the main job's: the quick suite has its parts in test_reward_training, test_scoring, test_choice and test_rewards.
 pytestmark = pytest.mark.slow
 SHARED_SECTIONS = ("run", "ray", "model", "demonstrations", "sft", "training", "engine")
+FIRST = "rewards/init-sft/seed-0/trained.json"
 JUDGE = "def brevity(messages, response):\n    return -float(len(response))\n"
 
 
@@ -62,6 +63,7 @@ def finished(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path_facto
     process = start(argv, root)
     stop_when(process, (root / "job/rewards/bt/seed-0/metrics.jsonl").exists, signal.SIGKILL)
     wait_until_gone(root)
+    (root / "trained before").write_text(str((root / "job" / FIRST).stat().st_mtime_ns))
     done = finish(argv)
     patch.undo()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -72,7 +74,9 @@ def finished(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path_facto
 def test_it_goes_on_from_the_main_jobs_policy_and_from_where_it_was_killed(finished: Path, undisturbed: Path) -> None:
     summary = json.loads((finished / "reward-summary.json").read_text())
     skipped = {stage["name"] for stage in summary["stages"] if stage["skipped"]}
-    assert {"sft/training", "base/responses", "rewards/init-sft/seed-0"} <= skipped
+    assert {"sft/training", "base/responses"} <= skipped
+    # One gang trains all reward models: what it had done stays.
+    assert str((finished / FIRST).stat().st_mtime_ns) == (finished.parent / "trained before").read_text()
     assert not skipped & {"rewards/bt/seed-0", "best_of_n/golden", "best_of_n/results"}
     for name in ("summary.json", "config.yaml"):
         assert (finished / name).read_bytes() == (undisturbed / name).read_bytes(), "the main job's own"
