@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,36 @@ def test_workers_that_waited_train_as_new_ones_do(waited: list[list[dict[str, fl
     assert_same_steps(waited[1], waited[0], rel=1e-6)
 
 
+def training_workers() -> list[int]:
+    """Processes of those that are there."""
+    mine = psutil.Process().children(recursive=True)
+    return [p.pid for p in mine if p.name().startswith("ray::RayTrain") or "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+@pytest.mark.slow
+def test_one_that_dies_while_it_waits_costs_nothing_but_the_start_of_another_gang(
+    undisturbed: Any, local_ray: None, tiny: Path, tmp_path: Path
+) -> None:
+    run, training, stages = planned(tmp_path, tiny, [None, None], workers=2)
+    run.keeper = Keeper(60)
+    run.do(policy_training.train(training, Tracking(), 64, False), stages[0])
+    before = set(training_workers())
+    os.kill(min(before), signal.SIGKILL)
+    time.sleep(5)
+    run.do(policy_training.train(training, Tracking(), 64, False), stages[1])
+    assert_same_steps(steps_of(run.directory(stages[1])), undisturbed, rel=4e-3)
+    assert not before & set(training_workers()) and restarts(run.directory(stages[1])) == 0
+    run.keeper.close()
+
+
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_only(
     undisturbed: Any, local_ray: None, tiny: Path, tmp_path: Path
 ) -> None:
     killed: list[int] = []
 
     def kill() -> None:
-        mine = psutil.Process().children(recursive=True)
-        workers = [p.pid for p in mine if p.name().startswith("ray::RayTrain") or "RayTrainWorker" in " ".join(p.cmdline())]
-        killed.append(workers[0])
-        os.kill(workers[0], signal.SIGKILL)
+        killed.append(training_workers()[0])
+        os.kill(killed[0], signal.SIGKILL)
 
     watcher = when((tmp_path / "gsil/training/checkpoints/step-000010/done.json").exists, kill)
     stage = run_stage(tmp_path, tiny, workers=2)

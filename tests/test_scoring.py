@@ -121,6 +121,7 @@ def test_exact_answers_are_the_demonstrations_also_from_an_actor_that_scored_oth
     gold = [{"id": key, "source": "x", "response": f"so #### {n}"} for key, n in (("a", 3), ("b", 12))]
     write_rows(tmp_path / "gold.parquet", gold, DEMONSTRATION)
     actor = ScoreResponses("opinions:length", False, folder=str(tmp_path))
+    actor.change(named)
     actor([str(tmp_path / "in.parquet"), str(tmp_path / "gold.parquet")], str(tmp_path / "out.parquet"), named, nobody)
     assert [row["score"] for row in pq.read_table(tmp_path / "out.parquet").to_pylist()] == [1, 0, 1, 0, 0, 0, 0, 1]
     write_rows(tmp_path / "gold.parquet", [gold[0], gold[1] | {"response": "so 12"}], DEMONSTRATION)
