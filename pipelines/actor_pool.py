@@ -26,6 +26,8 @@ DEATHS = 3
 """Times that an actor may die and start again."""
 NAME_LENGTH = 160
 CLOSE_SECONDS = 20.0
+LOOK_SECONDS = 5.0
+"""between two looks at which nodes there are"""
 Item = dict[str, Any]
 
 
@@ -62,6 +64,8 @@ class ActorPool:
         self.sizes = sizes
         self.hurt = False
         """whether an actor died and was started again"""
+        self.over = False
+        """whether there will be no more items"""
         self.orders = beside_the_driver(Orders)
         read = ray.data.read_datasource(Feed(self.orders), ray_remote_args=here(), override_num_blocks=1)
         # Else Ray Data would wait for a block that is worth sending.
@@ -95,11 +99,12 @@ class ActorPool:
             self.done.put(error)
         self.done.put(None)
 
-    def make(self, items: list[Item]) -> Iterator[dict[str, Any]]:
+    def make(self, items: list[Item], last: bool) -> Iterator[dict[str, Any]]:
         """Yields for every item, as it is done, its `output`, by whom, and in how many seconds.
 
         Args:
             items: with inputs, output, options and the directory of their stage.
+            last: there will be no more. Ray Data then ends whoever has nothing to do, which makes room for actors of a lost node.
 
         Raises:
             RayError: an actor could not be started, or failed; the pool is over.
@@ -107,8 +112,11 @@ class ActorPool:
         import ray
 
         ray.get(self.orders.give.remote(*[json.dumps(item) for item in items]))
+        nodes = _nodes()
+        if last:
+            self._end()
         for _ in items:
-            found = self.done.get()
+            found = self._next(nodes)
             if isinstance(found, BaseException):
                 raise found
             if found is None:
@@ -116,17 +124,37 @@ class ActorPool:
             self.hurt |= found.pop("again")
             yield found
 
+    def _next(self, nodes: set[str]) -> dict[str, Any] | BaseException | None:
+        """What is done next. When one of `nodes` is lost under actors that would wait for more, they do not any more."""
+        while not self.over:
+            with contextlib.suppress(queue.Empty):
+                return self.done.get(timeout=LOOK_SECONDS)
+            if nodes - _nodes():
+                self._end()
+        return self.done.get()
+
+    def _end(self) -> None:
+        self.over = True
+        self.orders.end.remote()
+
     def alive(self) -> bool:
         """Whether all actors live that it was started with, as far as is known."""
-        return self.thread.is_alive() and not self.hurt
+        return self.thread.is_alive() and not self.hurt and not self.over
 
     def close(self) -> None:
         """Ends the actors, which wait."""
         import ray
 
-        self.orders.end.remote()
+        self._end()
         self.thread.join(CLOSE_SECONDS)
         ray.kill(self.orders)
+
+
+def _nodes() -> set[str]:
+    """Those that live."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 class Adapter:

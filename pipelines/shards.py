@@ -95,7 +95,7 @@ def map_shards(
 
         try:
             with run.keeper.borrowed(actor.__name__, _key(actor, arguments, pending, pool, env), need, start, lasts) as actors:
-                for made in actors.make(items):
+                for made in actors.make(items, last=not (run.keeper.seconds and lasts(actors))):
                     busy[made["by"]] += made["seconds"]
         except RayError as error:
             log.info("an actor failed", exc_info=error)
