@@ -23,6 +23,7 @@ from training import assert_same_steps, steps_of
 from actors.settings import Pool
 from pipelines import cluster as clusters
 from pipelines.artifacts import Run, Stage
+from pipelines.keeping import Keeper
 from pipelines.records import intact, write_rows
 from pipelines.settings import RaySettings
 from pipelines.shards import Shard, map_shards
@@ -37,6 +38,9 @@ GENERATION = Stage("generation", {})
 class Slow:
     """An engine of about a tenth of a second a row; what it says depends on nothing but the row."""
 
+    def change(self, options: dict[str, Any]) -> None:
+        """Holds nothing."""
+
     def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
         rows = []
         while options["gate"] and not Path(options["gate"]).exists():
@@ -50,7 +54,7 @@ class Slow:
 
 
 def generate(
-    root: Path, shards: int, actors: int, least: int = 1, pause: float = 0.12, gate: str = ""
+    root: Path, shards: int, actors: int, least: int = 1, pause: float = 0.12, gate: str = "", seconds: float = 0
 ) -> tuple[list[dict[str, Any]], set[int]]:
     """Runs a stage of `shards` shards; returns its rows and who made them."""
 
@@ -61,7 +65,9 @@ def generate(
         return map_shards(run, tasks, Slow, {}, Pool(min_actors=least, max_actors=actors), {"GSIL_TEST": os.environ["GSIL_TEST"]})
 
     run = Run(root)
+    run.keeper = Keeper(seconds)
     run.do(work, GENERATION)
+    assert not run.keeper.kept, "after a death nobody waits"
     assert all(intact(path) for path in (root / "generation").glob("*.parquet"))
     assert not [path for path in (root / "generation").iterdir() if path.name.startswith(".")], "files of the dead stay behind"
     rows = rows_of(root / "generation")
@@ -147,13 +153,14 @@ def test_a_node_that_joins_late_is_used(several_nodes: Any, tmp_path: Path, warn
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0, 60], ids=["for one stage", "kept"])
 def test_a_node_killed_during_generation_loses_nothing_and_doubles_nothing(
-    several_nodes: Any, tmp_path: Path, warned: pytest.LogCaptureFixture
+    several_nodes: Any, tmp_path: Path, warned: pytest.LogCaptureFixture, seconds: float
 ) -> None:
     doomed = several_nodes.add_node(num_cpus=1)
     several_nodes.wait_for_nodes()
     watcher = when(lambda: len(at_work(tmp_path)) == 2, lambda: several_nodes.remove_node(doomed, allow_graceful=False))
-    rows, _ = generate(tmp_path, shards=4, actors=2, least=2, pause=0.3)
+    rows, _ = generate(tmp_path, shards=4, actors=2, least=2, pause=0.3, seconds=seconds)
     watcher.join(timeout=10)
     assert not watcher.is_alive(), "the stage ended before its node was killed"
     assert rows == undisturbed(4)
