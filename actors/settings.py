@@ -109,7 +109,7 @@ class Engine(EnginePool):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """weights and activations of the engine"""
     max_num_seqs: int = placement(256, ge=1)
-    """sequences decoded at once; on a CPU another number draws other samples"""
+    """sequences decoded at once; another number rounds sums in another order, and a few samples come out differently"""
     enforce_eager: bool = placement(False)
     """skip CUDA graphs: starts faster, decodes slower"""
 

@@ -240,7 +240,8 @@ def _root(config: EvaluateConfig) -> Path:
 def _summary(graph: Graph, run: Run) -> dict[str, Any]:
     played = run.numbers(graph.tournament[-1]) if graph.tournament else None
     judged = {stage.name: run.numbers(stage) for stage in (*graph.tournament[1:2], *graph.mt_bench[1:2])}
-    warnings = tournament.doubts(played) if played else []
+    graded = run.numbers(graph.mt_bench[-1]) if graph.mt_bench else None
+    warnings = [*(tournament.doubts(played) if played else []), *(mt_bench.doubts(graded) if graded else [])]
     for text in warnings:
         log.warning(text)
     content = {
@@ -248,7 +249,7 @@ def _summary(graph: Graph, run: Run) -> dict[str, Any]:
         "measures": {policy.name: run.numbers(policy.measures) for policy in graph.policies if policy.measures},
         "tasks": {policy.name: {task: run.numbers(stage) for task, stage in policy.tasks.items()} for policy in graph.policies},
         "tournament": played,
-        "mt_bench": run.numbers(graph.mt_bench[-1]) if graph.mt_bench else None,
+        "mt_bench": graded,
         "judge": judged,
         "warnings": warnings,
         "stages": run.log,
@@ -261,12 +262,6 @@ def _summary(graph: Graph, run: Run) -> dict[str, Any]:
 def show(content: dict[str, Any], root: Path) -> summary.Shown:
     """The final tables."""
     lines = [f"warning: {text}" for text in content["warnings"]]
-    if content["tournament"] and content["tournament"]["position"]["first"] is not None:
-        position = content["tournament"]["position"]
-        lines.append(
-            f"judge: {position['first']:.2f} of its choices name the response shown first (0.5 is fair), "
-            f"it agrees with itself in {position['consistent'] or 0:.2f} of {position['n']} games"
-        )
     shown = [summary.Table(title, rows) for title, rows in scoreboard.tables(content).items()]
     return summary.Shown(shown, [*lines, f"summary: {root / EvaluateConfig.file('summary.json')}"])
 

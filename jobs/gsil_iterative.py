@@ -111,6 +111,9 @@ def align(config: GsilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     run.do(base_model.prepare(config.model), graph.base_model)
     base_model.check(run, graph.base_model, config.longest(), {"sft": config.sft, "training": config.training})
     run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
+    if config.evaluation.metric != "none":
+        instead = "set evaluation.metric=none and iterations.stop_when_worse=false"
+        evaluation.check_answers(run, graph.demonstrations, "evaluation.metric", config.evaluation.metric, instead)
     # Without SFT the first negatives are the base model's, too: one start of the engines serves all.
     first = () if config.sft.epochs else (graph.sft.samples, *(step.negatives for step in graph.iterations[:1]))
     run.do(sample, graph.base.samples, *first)

@@ -30,6 +30,7 @@ from pipelines import (
     best_of_n,
     best_of_n_report,
     demonstrations,
+    evaluation,
     generation,
     policy_training,
     reward_training,
@@ -197,7 +198,8 @@ def learn(config: IrlConfig, graph: Graph, run: Run) -> dict[str, Any]:
     if graph.policy:
         run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
         if config.best_of_n.golden == "exact_answer" and config.best_of_n.asked():
-            scoring.check_answers(run, graph.demonstrations, "best_of_n.golden")
+            instead = "name a reward model or a module:function as the judge, or set best_of_n.golden=none"
+            evaluation.check_answers(run, graph.demonstrations, "best_of_n.golden", "exact_answer", instead)
         run.do(policy_training.train(config.sft, config.tracking, longest, trust), graph.policy.training)
         for samples in graph.samples():
             run.do(sample, *samples)

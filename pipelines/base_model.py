@@ -31,7 +31,7 @@ def plan(model: Model, name: str = "base/model") -> Stage:
         StageError: a local model is not there.
     """
     if model.path.startswith((".", "/", "~")) and not Path(model.path).expanduser().exists():
-        raise StageError(f"model.path={model.path!r}: there is no such directory")
+        raise StageError(f"the model {model.path!r}: there is no such directory")
     settings = model.identity() | {"files": files(model.path)}
     if model.chat_template:
         settings["chat_template"] = _template(model.chat_template)
@@ -155,7 +155,7 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
         config = AutoConfig.from_pretrained(**source)
         modules = _linear_modules(config, model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise StageError(f"model.path={model.path!r} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise StageError(f"the model {model.path!r} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from None
     if model.chat_template:
         tokenizer.chat_template = model.chat_template
     plain = tokenizer.chat_template is None
@@ -199,8 +199,14 @@ def _linear_modules(config: Any, trust_remote_code: bool) -> list[str]:
 @loading()
 @_reading_once()
 def convert(path: str, directory: Path) -> None:
-    """Writes where the weights are, and those of a GGUF file as a plain Hugging Face directory in float32."""
+    """Writes where the weights are, and those of a GGUF file as a plain Hugging Face directory in float32.
+
+    Raises:
+        StageError: a directory has no weights, or not all of them.
+    """
     gguf = gguf_file(path)
+    if not gguf and Path(path).is_dir():
+        _check_weights(Path(path))
     write_json(directory / "source.json", {"weights": str(directory / "policy") if gguf else path})
     if not gguf:
         return
@@ -218,6 +224,27 @@ def convert(path: str, directory: Path) -> None:
     clean.save_pretrained(directory / "policy")
 
 
+def _check_weights(directory: Path) -> None:
+    """Reads heads of files alone: an engine or a worker would find out as well, after minutes and in words of its own."""
+    from safetensors import SafetensorError, safe_open
+
+    found = sorted(directory.glob("*.safetensors"))
+    if not found and not [*directory.glob("*.bin"), *directory.glob("*.pt")]:
+        raise StageError(
+            f"{directory} holds no weights of a model: no .safetensors file (a LoRA adapter alone is merged into its model first)"
+        )
+    for file in found:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise StageError(f"{file} is damaged or was cut off ({error}): copy it again") from None
+    for index in directory.glob("*.safetensors.index.json"):
+        missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in found})
+        if missing:
+            raise StageError(f"{directory} lacks {', '.join(missing)}, which {index.name} names: copy them too")
+
+
 def gguf_file(path: str) -> Path | None:
     """The GGUF file that `model.path` names, or None if it names something else.
 
@@ -230,11 +257,11 @@ def gguf_file(path: str) -> Path | None:
         folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
         found = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
         if not found:
-            raise StageError(f"model.path={path!r}: no installed Python package {package!r} with a .gguf file in it")
+            raise StageError(f"the model {path!r}: no installed Python package {package!r} with a .gguf file in it")
         return found[0]
     if path.endswith(".gguf"):
         if not Path(path).is_file():
-            raise StageError(f"model.path={path!r}: there is no such file")
+            raise StageError(f"the model {path!r}: there is no such file")
         return Path(path)
     return None
 

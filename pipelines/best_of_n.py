@@ -40,7 +40,7 @@ class Golden:
     greedy: Stage
     """of the same policy's greedy responses: what a choice has to win against"""
     base: Stage
-    """of samples of the base policy: 0 of the normalised score"""
+    """of the base policy's greedy responses: 0 of the normalised score"""
     demonstrations: Stage
     """its 1"""
 

@@ -4,6 +4,7 @@ INPUT  sft/samples/held_out (SAMPLE), demonstrations/held_out (DEMONSTRATION)
 OUTPUT sft/evaluation/scores.parquet: id, score
 """
 
+import logging
 import math
 import re
 from decimal import Decimal, InvalidOperation
@@ -18,11 +19,16 @@ from pipelines.settings import Evaluation
 
 SCORES = pa.schema({"id": pa.string(), "score": pa.float64()})
 NUMBER = re.compile(r"-?\$?\s*(-?[\d,]*\.?\d+)")
+MORE = re.compile(r"\s*[/:]\s*\d|[eE][+-]?\d")
+"""Behind a number: it was only the first part of one."""
+log = logging.getLogger(__name__)
 
 
 def plan(name: str, samples: Stage, demonstrations: Stage, evaluation: Evaluation) -> Stage:
     """The stage that scores the samples of a policy."""
-    return Stage(name, {"metric": evaluation.metric}, {"samples": samples, "demonstrations": demonstrations}, demand="the driver")
+    return Stage(
+        name, {"metric": evaluation.metric}, {"samples": samples, "demonstrations": demonstrations}, demand="the driver", version=2
+    )
 
 
 def evaluate(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
@@ -32,8 +38,7 @@ def evaluate(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
 
 def _evaluate(run: Run, stage: Stage) -> dict[str, Any]:
     metric = stage.settings["metric"]
-    scores = []
-    truncated = 0
+    scores, truncated, unscored = [], 0, list[str]()
     for path in shards(run.directory(stage.inputs["samples"]) / "held_out"):
         real = pq.read_table(run.directory(stage.inputs["demonstrations"]) / "held_out" / uncut(path), columns=["id", "source", "response"])
         gold = {row["id"]: row for row in real.to_pylist()}
@@ -42,14 +47,38 @@ def _evaluate(run: Run, stage: Stage) -> dict[str, Any]:
             if metric != "none":
                 right = METRICS[metric](row["response"], gold[row["id"]]["response"])
                 if right is None:
-                    raise StageError(
-                        f"{gold[row['id']]['source']}: the demonstration has no answer after '####'; set --evaluation.metric none and "
-                        "--iterations.stop_when_worse false"
-                    )
-                scores.append({"id": row["id"], "score": float(right)})
+                    unscored.append(gold[row["id"]]["source"])
+                else:
+                    scores.append({"id": row["id"], "score": float(right)})
+    if unscored:
+        why = f"{stage.name}: {len(unscored)} demonstrations have no answer after '####', the first is {unscored[0]}"
+        if not scores:
+            raise StageError(f"{why}: set evaluation.metric=none and iterations.stop_when_worse=false")
+        log.warning("%s: they are not in the accuracy of the other %d", why, len(scores))
     write_rows(run.directory(stage) / "scores.parquet", scores, SCORES)
     mean, error = mean_and_error([row["score"] for row in scores])
-    return {"accuracy": mean, "stderr": error, "n": len(scores), "truncated": truncated}
+    return {"accuracy": mean, "stderr": error, "n": len(scores), "truncated": truncated, "unscored": len(unscored)}
+
+
+def check_answers(run: Run, demonstrations: Stage, setting: str, metric: str, instead: str) -> None:
+    """Stops before anything is trained or sampled where exact answers are asked for and the demonstrations have none.
+
+    Args:
+        run: the run.
+        demonstrations: the finished stage.
+        setting: the one that asks.
+        metric: one of METRICS.
+        instead: what a person may set.
+
+    Raises:
+        StageError: no demonstration of the first file of a split has an answer after "####".
+    """
+    for split in ("train", "held_out"):
+        for path in shards(run.directory(demonstrations) / split)[:1]:
+            responses = pq.read_table(path, columns=["response"])["response"].to_pylist()
+            if all(METRICS[metric](response, response) is None for response in responses):
+                what = "number" if metric == "exact_answer" else "text"
+                raise StageError(f"{setting}={metric}, but no demonstration ({split}) has a {what} after '####': {instead}")
 
 
 def exact_answer(response: str, demonstration: str) -> bool | None:
@@ -76,8 +105,9 @@ def final_text(text: str) -> str | None:
 def final_number(text: str) -> Decimal | None:
     """The number after the last `####`, without thousands separators and currency; None if there is none."""
     _, marker, tail = text.rpartition("####")
-    found = NUMBER.search(tail.splitlines()[0] if tail.strip() and tail.splitlines() else "") if marker else None
-    if not found:
+    line = tail.strip().splitlines()[0] if marker and tail.strip() else ""
+    found = NUMBER.search(line)
+    if not found or MORE.match(line, found.end()):
         return None
     try:
         sign = -1 if found.group(0).startswith("-") and not found.group(1).startswith("-") else 1

@@ -1,8 +1,12 @@
 """A judge behind an OpenAI-compatible endpoint."""
 
+import asyncio
+import contextlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from pipelines.judging_settings import JudgeModel
@@ -25,15 +29,17 @@ class EndpointError(Exception):
 
 @dataclass(frozen=True)
 class Said:
-    """An answer, and what it cost."""
+    """A judge's answer, and what it cost."""
 
     text: str
     logps: list[float] | None = None
     """of the labels, nats; None where words were wanted"""
     read: int = 0
-    """tokens of the question, as the endpoint counts them"""
+    """tokens of the question, as who answers counts them"""
     written: int = 0
     """and of the answer"""
+    cut: bool = False
+    """whether the answer ends before the judge had ended"""
 
 
 class Endpoint:
@@ -42,7 +48,7 @@ class Endpoint:
     Args:
         settings: its URL, its name there, and where its key is.
         retries: of the client, for requests that fail.
-        timeout: seconds for one answer.
+        timeout: seconds for one answer, retries included.
     """
 
     def __init__(self, settings: JudgeModel, retries: int = 3, timeout: float = 120):
@@ -52,7 +58,10 @@ class Endpoint:
         self.model = settings.url_model
         self.key_env = settings.url_key_env
         key = os.environ.get(settings.url_key_env) or "none"
+        self.timeout = timeout
         self.client = AsyncOpenAI(base_url=settings.url, api_key=key, max_retries=retries, timeout=timeout)
+        self.read = self.written = 0
+        """tokens of all answers, also of those that are of no use: they are paid for"""
 
     async def write(self, question: str, max_new_tokens: int) -> Said:
         """Its words.
@@ -61,8 +70,13 @@ class Endpoint:
             EndpointError: there is no answer.
         """
         found = await self._ask(question, max_tokens=max_new_tokens)
-        text = _read(lambda: found.choices[0].message.content)
-        return Said(text or "", None, *_cost(found))
+        text = _read(lambda: found.choices[0].message.content) or ""
+        if not isinstance(text, str):
+            raise EndpointError(f"the judge's endpoint answers with a {type(text).__name__} in place of words")
+        ended = found.choices[0].finish_reason
+        if ended == "content_filter":
+            raise EndpointError("the judge's endpoint stops its answer by a content filter", hopeless=True)
+        return Said(text, None, *_cost(found), cut=ended == "length")
 
     async def label_logps(self, question: str, labels: Sequence[str]) -> Said:
         """Log-probs of labels as the start of its answer; a label that is not among its twenty likeliest tokens counts as less likely
@@ -72,41 +86,57 @@ class Endpoint:
             EndpointError: there is no answer, or none of the labels is among them.
         """
         found = await self._ask(question, max_tokens=1, logprobs=True, top_logprobs=20)
-        likely = _read(lambda: list(found.choices[0].logprobs.content[0].top_logprobs))
+        top = _read(lambda: [(entry.token.strip(), float(entry.logprob)) for entry in found.choices[0].logprobs.content[0].top_logprobs])
         by_word: dict[str, float] = {}
-        for entry in likely:
-            by_word.setdefault(entry.token.strip(), entry.logprob)
+        for word, logp in top:
+            by_word.setdefault(word, logp)
         if not any(label in by_word for label in labels):
             raise EndpointError(f"the judge answers with none of the labels {', '.join(labels)}", hopeless=True)
-        least = min(entry.logprob for entry in likely) - 1
-        return Said(likely[0].token, [by_word.get(label, least) for label in labels], *_cost(found))
+        least = min(by_word.values()) - 1
+        return Said(top[0][0], [by_word.get(label, least) for label in labels], *_cost(found))
 
     async def close(self) -> None:
         """Ends its connections."""
         await self.client.close()
 
     async def _ask(self, question: str, **options: Any) -> Any:
-        from openai import APIStatusError, AuthenticationError, OpenAIError, PermissionDeniedError
+        from openai import APIStatusError, AuthenticationError, OpenAIError
 
         asked: Any = [{"role": "user", "content": question}]
         try:
-            return await self.client.chat.completions.create(model=self.model, messages=asked, temperature=0, seed=0, **options)
-        except (AuthenticationError, PermissionDeniedError):
+            # The client's own time-out begins anew with every piece of an answer that drips.
+            async with asyncio.timeout(self.timeout):
+                found = await self.client.chat.completions.create(model=self.model, messages=asked, temperature=0, seed=0, **options)
+        except AuthenticationError:
             raise EndpointError(f"the judge's endpoint refuses the key in {self.key_env}", hopeless=True) from None
         except APIStatusError as error:
-            wait = error.response.headers.get("retry-after", "")
             again = error.status_code in (408, 409, 429) or error.status_code >= 500
             why = f"the judge's endpoint answers {error.status_code}: {error.message[:200]}"
-            raise EndpointError(why, not again, float(wait) if wait.isdigit() else None) from None
+            raise EndpointError(why, not again, seconds(error.response.headers.get("retry-after", ""))) from None
+        except TimeoutError:
+            raise EndpointError(f"the judge's endpoint gives no whole answer within {self.timeout:g} s") from None
         except (OpenAIError, ValueError) as error:
             raise EndpointError(f"the judge's endpoint does not answer: {type(error).__name__}") from None
+        read, written = _cost(found)
+        self.read += read
+        self.written += written
+        return found
+
+
+def seconds(retry_after: str) -> float | None:
+    """How long a server wants to be left alone, from its header: a number, or a date; None if it is neither."""
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(retry_after))
+    with contextlib.suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    return None
 
 
 def _read(get: Callable[[], Any]) -> Any:
     """A part of an endpoint's answer, which may leave out what it was asked for."""
     try:
         return get()
-    except (AttributeError, IndexError, TypeError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         raise EndpointError(
             "the judge's endpoint answers without what it was asked for (logprobs need an endpoint that gives them)"
         ) from None
@@ -115,4 +145,5 @@ def _read(get: Callable[[], Any]) -> Any:
 def _cost(found: Any) -> tuple[int, int]:
     """As an endpoint counts it; nothing where it does not."""
     usage = getattr(found, "usage", None)
-    return (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
+    read, written = (getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens"))
+    return read if isinstance(read, int) else 0, written if isinstance(written, int) else 0

@@ -7,13 +7,12 @@ The same question is asked once, in this run and in all that share its cache. Wh
 
 import asyncio
 import hashlib
-import json
 import logging
-import os
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from actors.judge.engine import JudgeEngine, Words
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.chat import Chat
+from pipelines.judge_answers import Cache
 from pipelines.judge_endpoint import Endpoint, EndpointError, Said
 from pipelines.judging_settings import Judge
 from pipelines.records import shards, write_rows
@@ -40,9 +40,12 @@ QUESTION = pa.schema(
     {"id": pa.string(), "first": pa.string(), "second": pa.string(), "part": pa.int32(), "kind": pa.string(), "question": pa.string()}
 )
 """`part` tells the questions on one prompt apart: the order of the two responses, or the turn. `kind` is "text", "logprob" or "grade"."""
-SAID = [("text", pa.string()), ("logps", pa.list_(pa.float64())), ("read", pa.int64()), ("written", pa.int64()), ("failed", pa.string())]
+SAID = [
+    *(("text", pa.string()), ("logps", pa.list_(pa.float64())), ("cut", pa.bool_())),
+    *(("read", pa.int64()), ("written", pa.int64()), ("failed", pa.string())),
+]
 ANSWER = pa.schema([*QUESTION, *SAID])
-"""Of a question without an answer, `failed` says why."""
+"""`cut`: the answer ends before the judge had ended. Of a question without an answer, `failed` says why."""
 
 Row = dict[str, Any]
 
@@ -57,7 +60,7 @@ def plan(name: str, questions: Stage, judge: Judge, model: Stage | None) -> Stag
         model: the stage of its weights, where it judges here.
     """
     inputs = {"questions": questions} | ({"model": model} if model else {})
-    return Stage(name, _identity(judge), inputs, demand="the driver" if judge.url else judge.demand())
+    return Stage(name, _identity(judge), inputs, demand="the driver" if judge.url else judge.demand(), version=2)
 
 
 def _identity(judge: Judge) -> dict[str, Any]:
@@ -94,7 +97,7 @@ def _answer(run: Run, stage: Stage, judge: Judge, trust_remote_code: bool) -> di
             failed = _ask_here(run, stage, judge, cache, missing, trust_remote_code)
     finally:
         cache.close()
-    silence: Row = {"text": None, "logps": None, "read": 0, "written": 0}
+    silence: Row = {"text": None, "logps": None, "cut": None, "read": 0, "written": 0}
     answers = [row | {"failed": failed.get(key)} | cache.answers.get(key, silence) for key, row in zip(keys, rows, strict=True)]
     write_rows(run.directory(stage) / "00000.parquet", answers, ANSWER)
     _check(stage, failed, len(set(keys)), judge)
@@ -121,52 +124,6 @@ def _check(stage: Stage, failed: dict[str, str], asked: int, judge: Judge) -> No
         )
 
 
-class Cache:
-    """Answers by the content of the question and the judge, in a file that only grows: a line for each answer, written at once.
-
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: Path):
-        self.answers: dict[str, Row] = {}
-        self.taken = 0
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise StageError(f"judge.cache={str(path)!r} cannot be written: {error.strerror}") from None
-        self.file.seek(0)
-        whole = True
-        for line in self.file:
-            try:
-                entry = json.loads(line)
-                self.answers[entry.pop("key")] = entry
-            except (ValueError, KeyError, AttributeError):
-                # Cut off when a job was killed.
-                whole = line.endswith("\n")
-        if not whole:
-            self.file.write("\n")
-
-    @staticmethod
-    def key(who: Any, row: Row) -> str:
-        """Of a question to somebody."""
-        return hashlib.sha256(json.dumps([who, row["kind"], row["question"]], sort_keys=True).encode()).hexdigest()[:32]
-
-    def take(self, key: str, answer: Row) -> None:
-        """Keeps an answer, also after the process is killed."""
-        self.file.write(json.dumps({"key": key} | answer) + "\n")
-        self.file.flush()
-        self.answers[key] = answer
-        self.taken += 1
-
-    def close(self) -> None:
-        """Makes sure that all of it is on disk."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-
 class Stopped(Exception):
     """Nothing more is to be asked, and why."""
 
@@ -185,7 +142,6 @@ class Asking:
         # Every attempt counts against the limits: the client makes none of its own.
         self.endpoint = Endpoint(judge, retries=0, timeout=judge.timeout)
         self.requests = 0
-        self.spent = 0.0
         self.next = 0.0
         self.stopped: str | None = None
 
@@ -209,7 +165,7 @@ class Asking:
                     # Answers under way to the others are paid for, and kept.
                     self.stopped = str(why)
                 else:
-                    self.cache.take(key, {"text": said.text, "logps": said.logps, "read": said.read, "written": said.written})
+                    self.cache.take(key, asdict(said))
 
         try:
             await asyncio.gather(*(one_after_the_other() for _ in range(min(self.judge.concurrency, len(questions)))))
@@ -234,9 +190,9 @@ class Asking:
                     raise Stopped(f"{error}: set that variable where the job runs") from None
                 if error.hopeless or attempt == self.judge.retries:
                     raise
-                await asyncio.sleep(max(error.retry_after or 0.0, min(60.0, FIRST_WAIT * 2.0**attempt)) * random.uniform(0.75, 1.25))
+                # Never sooner than the endpoint wants.
+                await asyncio.sleep(max(error.retry_after or 0.0, min(60.0, FIRST_WAIT * 2.0**attempt)) * random.uniform(1, 1.5))
             else:
-                self.spent += cost(self.judge, said.read, said.written)
                 return said
         raise AssertionError("the last attempt returns or raises")
 
@@ -245,7 +201,8 @@ class Asking:
         limit = self.judge.max_requests
         if limit is not None and self.requests >= limit:
             raise Stopped(f"judge.max_requests={limit} requests are made")
-        if self.judge.max_cost is not None and self.spent >= self.judge.max_cost:
+        spent = cost(self.judge, self.endpoint.read, self.endpoint.written)
+        if self.judge.max_cost is not None and spent >= self.judge.max_cost:
             raise Stopped(f"judge.max_cost={self.judge.max_cost:g} is spent")
         self.requests += 1
         if self.judge.requests_per_minute:
@@ -261,8 +218,8 @@ def _ask_here(run: Run, stage: Stage, judge: Judge, cache: Cache, missing: dict[
     tasks = []
     for number, part in enumerate(_parts(list(missing.items()), QUESTIONS_A_FILE)):
         asked = [{"id": key, "kind": row["kind"], "question": row["question"]} for key, row in part]
-        # Named by their content: a job that goes on after it was stopped may have other questions left.
-        name = hashlib.sha256("".join(key for key, _ in part).encode()).hexdigest()[:16]
+        # Named by their content: a job that goes on after it was stopped may have other questions left, or more room for them.
+        name = hashlib.sha256("".join([str(judge.max_model_len), *(key for key, _ in part)]).encode()).hexdigest()[:16]
         source, output = folder / f"{name}.questions", folder / f"{name}.parquet"
         write_rows(source, asked, pa.schema([QUESTION.field(field) for field in ("id", "kind", "question")]))
         tasks.append(Shard(stage, (str(source),), output, {"number": number, "max_new_tokens": judge.max_new_tokens}, len(part)))
@@ -314,9 +271,9 @@ class JudgeShards:
         answers = []
         for k, row in enumerate(rows):
             words = said.get(k, Words("", 0))
-            answer = {"id": row["id"], "text": words.text, "logps": words.logps, "read": len(ids[k]), "written": words.tokens}
+            answer = {"id": row["id"], "text": words.text, "logps": words.logps, "cut": words.cut}
             long = f"the question has {len(ids[k])} tokens, the judge takes {room} (judge.max_model_len)"
-            answers.append(answer | {"failed": None if k in said else long})
+            answers.append(answer | {"read": len(ids[k]), "written": words.tokens, "failed": None if k in said else long})
         write_rows(Path(output), answers, pa.schema([("id", pa.string()), *SAID]))
 
     def _labels(self) -> list[int]:

@@ -92,7 +92,7 @@ class Judge(JudgeModel):
     concurrency: int = placement(16, ge=1)
     """requests to the endpoint at the same time"""
     timeout: float = placement(120, gt=0)
-    """seconds for one answer"""
+    """seconds for one whole answer"""
     retries: int = placement(5, ge=0)
     """times that a request that failed is made again, after 1, 2, 4 ... seconds"""
     requests_per_minute: float | None = placement(None, gt=0)
@@ -100,7 +100,8 @@ class Judge(JudgeModel):
     max_requests: int | None = placement(None, ge=1)
     """to the endpoint in one go of the job, retries included; more stop it, and what was answered is kept"""
     max_cost: float | None = placement(None, gt=0)
-    """of one go of the job, in the currency of the prices; more stops it, and what was answered is kept"""
+    """of one go of the job, in the currency of the prices: then it stops, what is under way is still paid for, and what was answered
+    is kept"""
     price_in: float = placement(0, ge=0)
     """of a million tokens that the judge reads"""
     price_out: float = placement(0, ge=0)

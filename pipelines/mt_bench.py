@@ -59,6 +59,10 @@ def _file(path: str, name: str) -> Path:
     return file
 
 
+def _references(path: str) -> list[Path]:
+    return sorted(Path(path).expanduser().glob("reference_answer_*.jsonl"))
+
+
 def write_turn(settings: MtBench, trust_remote_code: bool) -> Any:
     """Returns the work of the stage."""
 
@@ -103,7 +107,7 @@ def read(settings: MtBench) -> list[dict[str, Any]]:
     """
     assert settings.path
     references: dict[str, list[str]] = {}
-    for file in sorted(Path(settings.path).expanduser().glob("reference_answer_*.jsonl")):
+    for file in _references(settings.path):
         for row in _lines(file, lambda row: {"id": str(row["question_id"]), "turns": row["choices"][0]["turns"]}):
             references[row["id"]] = row["turns"]
     file = _file(settings.path, "question.jsonl")
@@ -135,7 +139,10 @@ def plan_questions(samples: Mapping[str, tuple[Stage, ...]], settings: MtBench, 
     if "response" not in prompts.places(text):
         raise StageError("the template mt_bench.grade.txt lacks {response}: the judge would not see it")
     inputs = {f"{name}-{turn}": stage for name, stages in samples.items() for turn, stage in zip(TURNS, stages, strict=True)}
-    return Stage("evaluation/mt_bench/questions", {"template": text, "ending": prompts.ENDINGS["grade"]}, inputs, demand="the driver")
+    assert settings.path
+    known = {"references": sources.identity([str(file) for file in _references(settings.path)], None, "")}
+    written = {"template": text, "ending": prompts.ENDINGS["grade"]}
+    return Stage("evaluation/mt_bench/questions", written | known, inputs, demand="the driver")
 
 
 def write_questions(settings: MtBench, names: list[str]) -> Any:
@@ -174,7 +181,7 @@ def read_grades(settings: MtBench) -> Any:
         rows = []
         for path in shards(run.directory(stage.inputs["answers"])):
             for row in pq.read_table(path).to_pylist():
-                grade = None if row["failed"] else read_grade(row["text"])
+                grade = None if row["failed"] else read_grade(row["text"], row["cut"])
                 named = {"id": row["id"], "policy": row["first"], "category": categories[row["id"]], "turn": row["part"], "grade": grade}
                 rows.append(named | {"question": row["question"], "answer": row["text"], "failed": row["failed"]})
         write_rows(run.directory(stage) / "grades.parquet", rows, GRADE)
@@ -206,9 +213,20 @@ def numbers(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     """Tables for a person, by title; the header first."""
     groups = list(next(iter(found.values()))["parts"]) if found else []
-    rows = [["policy", "grade", "±", *groups, "n", "unparsed"]]
+    rows = [["policy", "grade", "±", *groups, "n", "unread", "no answer"]]
     for name, row in found.items():
         parts = ["" if row["parts"][group] is None else f"{row['parts'][group]:.2f}" for group in groups]
         mean = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("grade", "stderr")]
-        rows.append([name, *mean, *parts, str(row["n"]), str(row["unparsed"])])
+        rows.append([name, *mean, *parts, *(str(row[key]) for key in ("n", "unparsed", "failed"))])
     return {"MT-Bench, grades from 1 to 10": rows}
+
+
+def doubts(found: Mapping[str, Any]) -> list[str]:
+    """Warns of grades that are missing from a mean."""
+    told = []
+    for name, row in found.items():
+        for count, why in ((row["failed"], "were not answered by the judge"), (row["unparsed"], "of the judge could not be read")):
+            if count:
+                what = "questions" if why.startswith("were") else "answers"
+                told.append(f"MT-Bench: {count} {what} about {name} {why}: they are not in its mean over {row['n']}")
+    return told

@@ -179,7 +179,8 @@ def _filled(folder: Path) -> list[str]:
 def numbers(directory: Path) -> dict[str, Any]:
     """The last step's metrics, the tail's mean reward of real responses, and the held-out scores."""
     taken = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    tail = [step for step in taken[-max(1, len(taken) // 4) :] if "skipped" not in step]
+    # One batch alone would say it by chance.
+    tail = [step for step in taken[-max(3, len(taken) // 4) :] if "skipped" not in step]
     found: dict[str, Any] = {"steps": len(taken), "skipped": sum("skipped" in step for step in taken), "last": taken[-1]}
     if "reward_real" in taken[-1] and tail:
         found["tail_reward_real"] = sum(step["reward_real"] for step in tail) / len(tail)

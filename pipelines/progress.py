@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from pipelines import watching
 from pipelines.summary import Shown
@@ -119,9 +120,11 @@ def print_result(shown: Shown) -> None:
     for table in shown.tables:
         first, *others = table.rows[0]
         # A name that is cut could be another one.
-        grid = Table(Column(first, no_wrap=True), *(Column(name, overflow="fold") for name in others), title=table.title)
+        # As text: brackets in a name are no markup.
+        columns = Column(Text(first), no_wrap=True), *(Column(Text(name), overflow="fold") for name in others)
+        grid = Table(*columns, title=Text(table.title))
         for row in table.rows[1:]:
-            grid.add_row(*row, style="bold" if row[0] == table.bold else "")
+            grid.add_row(*map(Text, row), style="bold" if row[0] == table.bold else "")
         console.print(grid)
     for line in shown.lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -16,6 +16,7 @@ from actors.reward import metrics
 from actors.settings import Objective
 from pipelines.artifacts import Run, Stage, StageError, write_json
 from pipelines.records import REWARD_PAIR, shards, sum_counts, uncut, write_rows
+from pipelines.summary import FEW
 
 SPLITS = ("train", "held_out")
 BASELINE_PAIRS = 20_000
@@ -140,9 +141,14 @@ def doubts(name: str, numbers: Mapping[str, Any]) -> list[str]:
     if not numbers["pairs"]:
         return [f"{name}: no held-out pair says what the reward model learned"]
     found = []
-    told, error = numbers["pair_accuracy"], numbers["stderr"]
+    for count, what in ((numbers["trained_pairs"], "learned from"), (numbers["pairs"], "is measured on")):
+        if count < FEW:
+            found.append(f"{name}: {what} {count} pairs, too few to say anything")
+    told, error = numbers["pair_accuracy"], numbers["stderr"] or 0.0
     if told - 0.5 < 2 * error:
         found.append(f"{name}: held-out pairs are told apart no better than by chance ({told:.3f} of {numbers['pairs']})")
+    if numbers["pairs"] < FEW:
+        return found
     for what, how in (("length", "the length alone"), ("origin", "the words of whoever wrote it")):
         alone = numbers[f"baseline_{what}"]
         if alone > 0.5 + 2 * error and told <= alone + 2 * error:
@@ -156,7 +162,8 @@ def table(rewards: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     columns |= {"by length alone": "baseline_length", "by origin alone": "baseline_origin"}
     rows = [["reward model", "pairs", "told apart", *columns]]
     for name, numbers in rewards.items():
-        told = "" if numbers["stderr"] is None else f"{numbers['pair_accuracy']:.3f} ± {numbers['stderr']:.3f}"
+        told = "" if numbers["pair_accuracy"] is None else f"{numbers['pair_accuracy']:.3f}"
+        told += "" if numbers["stderr"] is None else f" ± {numbers['stderr']:.3f}"
         cells = ["" if numbers[key] is None else f"{numbers[key]:.3f}" for key in columns.values()]
         rows.append([name, str(numbers["pairs"]), told, *cells])
     return rows
@@ -164,7 +171,7 @@ def table(rewards: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 def plan_metrics(trained: Mapping[str, Stage]) -> Stage:
     """The stage that measures reward models, by name."""
-    return Stage("rewards/metrics", {"rewards": list(trained)}, dict(trained), demand="the driver")
+    return Stage("rewards/metrics", {"rewards": list(trained)}, dict(trained), demand="the driver", version=2)
 
 
 def measure(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
@@ -179,17 +186,18 @@ def model_metrics(run: Run, trained: Stage) -> dict[str, Any]:
     """Numbers of one reward model on its held-out pairs; None where there is no such pair.
 
     Returns:
-        pairs: how many; pair_accuracy: share whose positive has the higher reward; auc; and of a discriminator, whose zero means even
-        odds, accuracy at zero and calibration_error. baseline_length and baseline_origin: pair_accuracy of response length alone, and
-        of who wrote it by its words alone.
+        pairs: how many; trained_pairs: those it learned from; pair_accuracy: share whose positive has the higher reward, and its stderr
+        over prompts; auc; accuracy at zero, of a discriminator, whose zero means even odds; calibration_error of its odds, or of
+        Bradley-Terry's that the positive is preferred. baseline_length and baseline_origin: pair_accuracy of response length alone,
+        and of who wrote it by its words alone.
     """
     folder, pairs = run.directory(trained), run.directory(trained.inputs["data"])
     held_out = folder / "held_out.parquet"
     binary = trained.settings["objective"]["name"] == OBJECTIVES["binary"]
+    trained_pairs = sum_counts(shards(pairs / "train"))["rows"]
     if not held_out.exists():
-        return dict.fromkeys(["pair_accuracy", "stderr", "auc", "accuracy", "calibration_error", "baseline_length", "baseline_origin"]) | {
-            "pairs": 0
-        }
+        names = ("pair_accuracy", "stderr", "auc", "accuracy", "calibration_error", "baseline_length", "baseline_origin")
+        return dict.fromkeys(names) | {"pairs": 0, "trained_pairs": trained_pairs}
     rewards = pq.read_table(held_out)
     above, below = (rewards[f"rho_{side}"].to_numpy() for side in ("real", "generated"))
     train, test = (_token_ids(pairs / split) for split in SPLITS)
@@ -199,14 +207,15 @@ def model_metrics(run: Run, trained: Stage) -> dict[str, Any]:
         "baseline_length": metrics.length_scores(lengths[0], lengths[1]),  # type: ignore[arg-type]
         "baseline_origin": metrics.origin_scores(train, test, vocabulary),
     }
-    told = metrics.pair_accuracy(above, below)
+    margin = above - below
     return {
         "pairs": len(above),
-        "pair_accuracy": told,
-        "stderr": (told * (1 - told) / len(above)) ** 0.5,
+        "trained_pairs": trained_pairs,
+        "pair_accuracy": metrics.pair_accuracy(above, below),
+        "stderr": metrics.clustered_error(np.sign(margin) / 2, rewards["id"].to_pylist()),
         "auc": metrics.auc(above, below),
         "accuracy": metrics.accuracy(above, below) if binary else None,
-        "calibration_error": metrics.calibration_error(above, below) if binary else None,
+        "calibration_error": metrics.calibration_error(above, below) if binary else metrics.calibration_error(margin, -margin),
     } | {name: metrics.pair_accuracy(*scores) for name, scores in baselines.items()}
 
 

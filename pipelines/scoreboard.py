@@ -28,7 +28,10 @@ def tasks(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Every policy's main metric of every task; the header first."""
     names = list(dict.fromkeys(task for done in found.values() for task in done))
     example = {task: next(done[task] for done in found.values() if task in done) for task in names}
-    header = [f"{task} ({_shots(example[task]['shots'])}, {example[task]['main']}, n={example[task]['n']})" for task in names]
+    header = [
+        f"{task} ({_shots(example[task]['shots'])}, {example[task]['main'] or 'no metric of all its tasks'}, n={example[task]['n']})"
+        for task in names
+    ]
     return [["policy", *header], *([name, *(_value(done.get(task)) for task in names)] for name, done in found.items())]
 
 
@@ -38,7 +41,7 @@ def _shots(number: int | None) -> str:
 
 
 def _value(numbers: Mapping[str, Any] | None) -> str:
-    if not numbers:
+    if not numbers or not numbers["main"]:
         return ""
     main = numbers["metrics"][numbers["main"]]
     return f"{main['value']:.3f}" + (f" ±{main['stderr']:.3f}" if main.get("stderr") is not None else "")

@@ -22,7 +22,6 @@ from actors.generator import environment
 from actors.settings import RewardScoring
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
-from pipelines.evaluation import final_number
 from pipelines.records import SCORE, shards, sum_counts, uncut, write_rows
 from pipelines.scorers import ByModel, Row, Scored, by_function, by_pattern, by_url, exact_answers, function
 from pipelines.shards import Shard, map_shards
@@ -254,24 +253,3 @@ def _loaded(scorer: str, ours: bool, folder: str, **model: Any) -> Callable[[Seq
     if is_function(scorer):
         return functools.partial(by_function, function(scorer, folder))
     return ByModel(scorer, ours, **model)
-
-
-def check_answers(run: Run, demonstrations: Stage, setting: str) -> None:
-    """Stops before anything is trained or sampled where exact answers are asked for and the demonstrations have none.
-
-    Args:
-        run: the run.
-        demonstrations: the finished stage.
-        setting: the one that asks.
-
-    Raises:
-        StageError: no demonstration of the first file of a split has a number after "####".
-    """
-    for split in ("train", "held_out"):
-        for path in shards(run.directory(demonstrations) / split)[:1]:
-            responses = pq.read_table(path, columns=["response"])["response"].to_pylist()
-            if not any(final_number(response) is not None for response in responses):
-                raise StageError(
-                    f"{setting}=exact_answer, but no demonstration ({split}) has a number after '####': name a reward model or a "
-                    f"module:function as the judge, or set {setting}=none"
-                )

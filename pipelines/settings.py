@@ -56,6 +56,11 @@ class Model(Settings):
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
 
+    @field_validator("path")
+    @classmethod
+    def _at_home(cls, path: str) -> str:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+
 
 COLUMNS = (
     *("prompt", "completion", "messages", "question", "answer", "instruction", "input", "output", "system"),

@@ -19,6 +19,8 @@ from pipelines.artifacts import StageError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+NO_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""What `datasets.save_to_disk` puts beside the rows."""
 RawRow = dict[str, str]
 
 
@@ -51,7 +53,7 @@ def find(path: str, split: str, must: bool = False, key: str = "demonstrations.p
         found = fs.glob(root) if glob.has_magic(root) else fs.find(root) if fs.isdir(root) else [root]
     except (OSError, ValueError, ImportError) as error:
         raise StageError(f"{key}={path!r} cannot be listed: {error}") from None
-    files = sorted(str(file) for file in found if _suffix(str(file)))
+    files = sorted(str(file) for file in found if _suffix(str(file)) and Path(str(file)).name not in NO_ROWS)
     named = [file for file in files if split in (Path(file).name.split(".")[0].split("-")[0], Path(file).parent.name)]
     if not files:
         raise StageError(f"{key}={path!r} holds no file that ends in {', '.join(SUFFIXES)} (or one of them with .gz)")

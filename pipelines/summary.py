@@ -177,6 +177,9 @@ def write_final(run: Run, name: str, policy: Stage, card: str) -> None:
 
         source = snapshot_download(source)
     shutil.copytree(source, building, copy_function=_link)
+    if (tokenizer := run.directory(policy) / "tokenizer").is_dir():
+        # The base model itself, which has not the run's chat template and stop tokens yet.
+        shutil.copytree(tokenizer, building, dirs_exist_ok=True)
     (building / "README.md").write_text(card, encoding="utf-8")
     write_json(building / "policy.json", made)
     shutil.rmtree(final, ignore_errors=True)
@@ -205,8 +208,7 @@ tags: [imitation-learning, {objective["name"].partition("_")[0]}]
 - Demonstrations: `{config["demonstrations"]["path"]}`, {summary["demonstrations"]["train"]} for training, \
 {summary["demonstrations"]["held_out"]} held out, {summary["demonstrations"]["rejected"]} rejected
 - System prompt of every conversation without one of its own: {f"`{system}`" if system else "none"}
-- Objective: {objective["name"]}, beta {objective["beta"]}, gamma {objective["gamma"]}
-- This policy: {chosen}{warnings}
+- This policy: {_made(chosen, objective)}{warnings}
 
 Load it with `AutoModelForCausalLM.from_pretrained`, or `vllm serve`; the chat template is the tokenizer's.
 
@@ -224,6 +226,12 @@ Load it with `AutoModelForCausalLM.from_pretrained`, or `vllm serve`; the chat t
 
 {software}
 """
+
+
+def _made(policy: str, objective: dict[str, Any]) -> str:
+    if policy == "sft":
+        return "sft, by supervised fine-tuning alone"
+    return f"{policy}, by {objective['name']} with beta {objective['beta']} and gamma {objective['gamma']}"
 
 
 def ruled(rows: Sequence[Sequence[str]]) -> str:

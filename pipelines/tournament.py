@@ -49,7 +49,9 @@ def plan_questions(demonstrations: Stage, samples: Mapping[str, Stage], tourname
     Raises:
         StageError: a contestant is not there, or a template lacks a response.
     """
-    known = [*samples, *tournament.responses, DEMONSTRATIONS]
+    known = [*samples, DEMONSTRATIONS, *tournament.responses]
+    if twice := [name for name in tournament.responses if name in (*samples, DEMONSTRATIONS)]:
+        raise StageError(f"tournament.responses: {twice[0]!r} is already somebody here: give these responses another name")
     for name in tournament.contestants:
         if name not in known:
             raise StageError(f"tournament.contestants: there is no {name!r}; there are {', '.join(known)}")
@@ -174,7 +176,8 @@ def judge_games(tournament: Tournament) -> Any:
                 key = game["id"], game["first"], game["second"]
                 games.append(_judged(game, answers.get((*key, 0)), answers.get((*key, 1))))
         write_rows(run.directory(stage) / "games.parquet", games, GAME)
-        return {stage.name: numbers(games, stage.inputs["questions"].settings["contestants"], stage.settings["seed"])}
+        missing = run.numbers(stage.inputs["questions"])["missing"]
+        return {stage.name: numbers(games, stage.inputs["questions"].settings["contestants"], stage.settings["seed"], missing)}
 
     return work
 
@@ -182,6 +185,7 @@ def judge_games(tournament: Tournament) -> Any:
 def _judged(game: dict[str, Any], given: dict[str, Any] | None, swapped: dict[str, Any] | None) -> dict[str, Any]:
     row = {name: game[name] for name in ("id", "first", "second", "response_first", "response_second")}
     if given is None or swapped is None:
+        assert game["response_first"] == game["response_second"], "what differs is asked in both orders"
         return row | {"outcome": "tie"}
     row |= {"question": given["question"], "answer": given["text"]}
     row |= {"question_swapped": swapped["question"], "answer_swapped": swapped["text"]}
@@ -193,11 +197,12 @@ def _judged(game: dict[str, Any], given: dict[str, Any] | None, swapped: dict[st
 
 def _reading(answer: dict[str, Any]) -> Reading:
     """Of one order, told of that order."""
-    return read_probabilities(answer["logps"])[0] if answer["kind"] == "logprob" else read_pair(answer["text"])
+    return read_probabilities(answer["logps"])[0] if answer["kind"] == "logprob" else read_pair(answer["text"], answer["cut"])
 
 
-def numbers(games: list[dict[str, Any]], contestants: list[str], seed: int) -> dict[str, Any]:
-    """What GAME rows say: `pairs` (win, tie, lose of each pair), `ranking`, `position` (bias and consistency of the judge), `failed`."""
+def numbers(games: list[dict[str, Any]], contestants: list[str], seed: int, missing: int = 0) -> dict[str, Any]:
+    """What GAME rows say: `pairs` (win, tie, lose of each pair), `ranking`, `position` (bias and consistency of the judge), `failed` and
+    `unparsed` games, and those `missing` because somebody has no response to the prompt."""
     heard = [game for game in games if game["outcome"] != "failed"]
     read = [game for game in heard if game["outcome"] != "unparsed"]
     number = {name: k for k, name in enumerate(contestants)}
@@ -209,6 +214,7 @@ def numbers(games: list[dict[str, Any]], contestants: list[str], seed: int) -> d
         longer = np.array([float(len(game["response_first"]) - len(game["response_second"])) for game in counted])
         controlled = length_controlled(won, longer, [game["id"] for game in counted], seed)
         found = shares([READINGS[game["outcome"]] for game in own])
+        found["failed"] = sum((game["first"], game["second"]) == (first, second) for game in games) - len(own)
         longer_wins = [game["outcome"] == ("first" if gap > 0 else "second") for game, gap in zip(counted, longer, strict=True) if gap]
         length = {"length_controlled": controlled, "longer": float(longer.mean()) if len(longer) else None}
         length["longer_wins"] = sum(longer_wins) / len(longer_wins) if longer_wins else None
@@ -222,21 +228,34 @@ def numbers(games: list[dict[str, Any]], contestants: list[str], seed: int) -> d
         "games": len(games),
         "failed": len(games) - len(heard),
         "unparsed": len(heard) - len(read),
+        "missing": missing,
     }
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     """Tables for a person, by title; the header first."""
-    pairs = [["first", "second", "win", "tie", "lose", "n", "unread", "at equal length"]]
+    pairs = [["first", "second", "win", "tie", "lose", "n", "unread", "no answer", "at equal length"]]
     for pair in found["pairs"]:
         controlled = pair["length_controlled"]
         shown = [_share(pair, name) for name in ("win", "tie", "lose")]
         rate = f"{controlled['rate']:.2f} ±{controlled['stderr']:.2f}" if controlled else ""
-        pairs.append([pair["first"], pair["second"], *shown, str(pair["n"]), str(pair["unparsed"]), rate])
+        pairs.append([pair["first"], pair["second"], *shown, str(pair["n"]), str(pair["unparsed"]), str(pair["failed"]), rate])
     ranks = [["contestant", "rating", "95 % band", "games"]]
     for row in found["ranking"]:
         ranks.append([row["name"], f"{row['rating']:.0f}", f"{row['low']:.0f} to {row['high']:.0f}", str(row["games"])])
-    return {"Tournament: games of the first against the second": pairs, "Ranking (Bradley-Terry, on the scale of Elo)": ranks}
+    position = found["position"]
+    judge = [["of its answers", "share", "±", "n"]]
+    judge.append(["name the response shown first (0.5 is fair)", *_cells(position["first"], position["stderr"]), str(position["n"])])
+    judge.append(["are the same when the order is swapped", *_cells(position["consistent"]), str(position["n"])])
+    return {
+        "Tournament: games of the first against the second": pairs,
+        "Ranking (Bradley-Terry, on the scale of Elo)": ranks,
+        "The judge": judge,
+    }
+
+
+def _cells(share: float | None, error: float | None = None) -> list[str]:
+    return ["" if value is None else f"{value:.2f}" for value in (share, error)]
 
 
 def _share(pair: Mapping[str, Any], name: str) -> str:
@@ -253,6 +272,10 @@ def doubts(found: Mapping[str, Any]) -> list[str]:
         )
     if position["consistent"] is not None and position["consistent"] < 0.5:
         told.append(f"the judge agrees with itself in {position['consistent']:.2f} of the games when the order is swapped")
+    if found["failed"]:
+        told.append(f"{found['failed']} of {found['games']} games have no answer of the judge: they count for nobody")
+    if found["missing"]:
+        told.append(f"{found['missing']} games were not played: one of the two has no response to the prompt")
     if found["unparsed"] > 0.1 * max(1, found["games"]):
         told.append(f"{found['unparsed']} of {found['games']} verdicts could not be read: they count for nobody")
     return told

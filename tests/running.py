@@ -25,7 +25,7 @@ def command(model: Path, data: Path, root: Path, *extra: str) -> list[str]:
     options = {
         "run.name": "job",
         "run.root": root,
-        "ray.num_cpus": 2,
+        "ray.num_cpus": 6,
         "model.path": model,
         "demonstrations.path": data,
         "demonstrations.held_out_fraction": 0.4,
@@ -51,13 +51,13 @@ def finish(argv: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def content(run: Path) -> dict[str, Any]:
-    """What a run made: rows of parquet, bytes of weights and scores."""
+    """What a run made: rows of parquet, bytes of weights and scores, and every file of a policy."""
     found: dict[str, Any] = {}
-    for path in sorted(run.rglob("*")):
+    for path in sorted(path for path in run.rglob("*") if path.is_file()):
         name = str(path.relative_to(run))
         if path.suffix == ".parquet":
             found[name] = pq.read_table(path).to_pylist()
-        elif path.suffix == ".safetensors" or path.name == "held_out.json":
+        elif path.suffix == ".safetensors" or path.name == "held_out.json" or {"policy", "tokenizer", "final"} & set(path.parts):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 

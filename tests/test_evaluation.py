@@ -27,6 +27,11 @@ from pipelines.summary import doubts, indistinguishable, reward_warnings, table
         ("the answer is 4", None),
         ("####", None),
         ("#### none", None),
+        ("####\n18", 18),
+        ("#### 18/2", None),
+        ("#### 12:30", None),
+        ("#### 1e3", None),
+        ("#### 18 eggs", 18),
     ],
 )
 def test_the_final_number(text: str, number: int | Decimal | None) -> None:
@@ -39,15 +44,23 @@ def test_exact_answer_compares_numbers_not_text() -> None:
     assert exact_answer("#### 1", "no number") is None
 
 
-def test_a_demonstration_without_an_answer_is_named(tmp_path: Path) -> None:
+def test_a_demonstration_without_an_answer_is_counted_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run, data, samples = Run(tmp_path), Stage("demonstrations", {}), Stage("samples", {})
-    demonstration = {"id": "a", "source": "data.jsonl row 3", "response": "no number"}
-    for stage, row, schema in ((data, demonstration, DEMONSTRATION), (samples, {"id": "a", "response": "#### 1"}, SAMPLE)):
-        (run.directory(stage) / "held_out").mkdir(parents=True)
-        write_rows(run.directory(stage) / "held_out" / "00000.parquet", [row], schema)
     stage = evaluation.plan("sft/evaluation", samples, data, Evaluation())
-    with pytest.raises(StageError, match=r"data\.jsonl row 3: .*evaluation\.metric none"):
-        evaluation.evaluate(run, (stage,))
+
+    def write(*demonstrations: str) -> None:
+        rows = [{"id": str(k), "source": f"data.jsonl row {k}", "response": text} for k, text in enumerate(demonstrations)]
+        for of, made, schema in ((data, rows, DEMONSTRATION), (samples, [row | {"response": "#### 1"} for row in rows], SAMPLE)):
+            (run.directory(of) / "held_out").mkdir(parents=True, exist_ok=True)
+            write_rows(run.directory(of) / "held_out" / "00000.parquet", made, schema)
+
+    write("#### 1", "no number", "#### 2")
+    run.do(evaluation.evaluate, stage)
+    found = run.numbers(stage)
+    assert (found["accuracy"], found["n"], found["unscored"]) == (0.5, 2, 1) and "the first is data.jsonl row 1" in caplog.text
+    write("no number")
+    with pytest.raises(StageError, match=r"the first is data\.jsonl row 0: set evaluation\.metric=none"):
+        Run(tmp_path).do(evaluation.evaluate, evaluation.plan("other/evaluation", samples, data, Evaluation()))
 
 
 def test_mean_and_standard_error_by_hand() -> None:

@@ -106,4 +106,4 @@ def test_a_wrong_name_is_one_clear_line_at_once(inside: Inside, tmp_path: Path) 
     text = refusal(inside, _read, "someone/unknown", "train")
     assert "hub data set 'someone/unknown'" in text and "doesn't exist on the Hub or cannot be accessed. Check" in text
     text = refusal(inside, _base, "someone/unknown", tmp_path)
-    assert "model.path='someone/unknown' cannot be loaded" in text and "not a valid model identifier" in text
+    assert "the model 'someone/unknown' cannot be loaded" in text and "not a valid model identifier" in text

@@ -199,7 +199,9 @@ def test_killed_after_every_stage_and_within_generation_it_ends_with_the_same_fi
     done = finish(argv)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(path.stat().st_mtime_ns == made for path, made in first_shards.items()), "finished shards were made again"
-    assert kills >= len(behind) - 2 and all(path.read_bytes() == made for path, made in finished.items()), "finished stages ran again"
+    # Of all stages two may end within the half second in which the one before was killed.
+    assert kills >= len(behind) - (2 if behind is THE_OTHERS else 0)
+    assert all(path.read_bytes() == made for path, made in finished.items()), "finished stages ran again"
     assert content(run) == content(undisturbed)
     numbers = [json.loads((root / "summary.json").read_text()) for root in (run, undisturbed)]
     for key in ("policies", "iterations", "final", "demonstrations"):

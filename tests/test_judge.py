@@ -32,6 +32,14 @@ from pipelines.serving.settings import JudgeService
         ("", "unparsed"),
         ("The verdict is a tie; the answer is a bit long.", "unparsed"),
         ("[[D]]", "unparsed"),
+        ("Winner: Assistant B", 1),
+        ("The winner is (A).", 0),
+        ("Answer B is wrong, so A wins.", "unparsed"),
+        ("Answer A is incorrect.", "unparsed"),
+        ("Neither answer A nor answer B is right. I call it a tie.", "unparsed"),
+        ("The better response is not A.", "unparsed"),
+        ("The winner is A's opponent.", "unparsed"),
+        ("The better response is a matter of taste.", "unparsed"),
     ],
 )
 def test_words_are_read(text: str, reading: object) -> None:
@@ -48,10 +56,20 @@ def test_words_are_read(text: str, reading: object) -> None:
         ("[[11]]", None),
         ("[[0]]", None),
         ("good", None),
+        ("[[8/10]]", 8),
+        ("[[8]]/[[10]]", 8),
+        ("I give 7. To get a score of 10 it would need more.", None),
+        ("The rating is 7. A score of 10 needs more.", 7),
     ],
 )
 def test_grades_are_read(text: str, grade: float | None) -> None:
     assert read_grade(text) == grade
+
+
+def test_an_answer_that_was_cut_counts_by_its_mark_alone() -> None:
+    assert read_pair("The winner is A", cut=True) == "unparsed" == read_pair("A", cut=True)
+    assert read_pair("[[B]] because", cut=True) == 1 and read_grade("[[7]] because", cut=True) == 7
+    assert read_grade("The rating is 1", cut=True) is None, "it may have been going to be 10"
 
 
 def test_both_orders_must_agree() -> None:

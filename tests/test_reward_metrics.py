@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from actors.reward.metrics import accuracy, auc, calibration_error, length_scores, origin_scores
+from actors.reward.metrics import accuracy, auc, calibration_error, clustered_error, length_scores, origin_scores
 
 
 def test_accuracy_and_auc_by_hand() -> None:
@@ -13,6 +13,15 @@ def test_accuracy_and_auc_by_hand() -> None:
     # Pairs won: 2 beats both, -1 and 0 beat -3 only.
     assert auc(positive, negative) == pytest.approx(4 / 6)
     assert auc(np.array([1.0, 2.0]), np.array([1.0])) == pytest.approx(0.75)
+
+
+def test_pairs_of_a_prompt_are_no_independent_ones() -> None:
+    values = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+    alone = clustered_error(values, list("abcdef"))
+    assert alone == pytest.approx(values.std(ddof=1) / 6**0.5)
+    # Said twice it is not known better.
+    assert clustered_error(np.repeat(values, 2), [name for name in "abcdef" for _ in range(2)]) == pytest.approx(alone)
+    assert clustered_error(values, ["a"] * 6) is None
 
 
 def test_auc_equals_the_count_over_all_pairs() -> None:

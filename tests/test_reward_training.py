@@ -82,7 +82,7 @@ def test_without_a_pair_the_job_stops(tmp_path: Path) -> None:
 
 
 def test_doubts_name_what_does_as_well() -> None:
-    good = {"pairs": 400, "pair_accuracy": 0.9, "stderr": 0.015, "baseline_length": 0.6, "baseline_origin": 0.7}
+    good = {"pairs": 400, "trained_pairs": 400, "pair_accuracy": 0.9, "stderr": 0.015, "baseline_length": 0.6, "baseline_origin": 0.7}
     assert doubts("r", good) == []
     assert "no better than by chance" in doubts("r", good | {"pair_accuracy": 0.51, "baseline_length": 0.5, "baseline_origin": 0.5})[0]
     (length,) = doubts("r", good | {"baseline_length": 0.89})
@@ -91,6 +91,8 @@ def test_doubts_name_what_does_as_well() -> None:
     perfect = {"pair_accuracy": 1.0, "stderr": 0.0, "baseline_origin": 1.0}
     assert "the words of whoever wrote it" in doubts("r", good | perfect)[0], "a standard error of 0 hides nothing"
     assert "no held-out pair" in doubts("r", good | {"pairs": 0})[0]
+    few = doubts("r", good | {"pairs": 2, "trained_pairs": 11, "pair_accuracy": 1.0, "stderr": 0.0})
+    assert few == ["r: learned from 11 pairs, too few to say anything", "r: is measured on 2 pairs, too few to say anything"]
 
 
 @pytest.mark.parametrize(

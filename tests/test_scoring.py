@@ -13,7 +13,7 @@ from test_rewards import reward_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.settings import RewardScoring
-from pipelines import scorers, scoring
+from pipelines import evaluation, scorers, scoring
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
 from pipelines.scorers import ByModel
@@ -136,7 +136,7 @@ def test_demonstrations_without_answers_stop_the_job_before_anything_is_trained(
         (run.directory(data) / split).mkdir(parents=True)
         write_rows(run.directory(data) / split / "00000.parquet", [{"id": "a", "response": response}], DEMONSTRATION)
     with pytest.raises(StageError, match=r"best_of_n\.golden=exact_answer, but no demonstration \(held_out\) has a number after '####'"):
-        scoring.check_answers(run, data, "best_of_n.golden")
+        evaluation.check_answers(run, data, "best_of_n.golden", "exact_answer", "set best_of_n.golden=none")
 
 
 def test_a_name_that_scores_nothing_is_refused_before_anything_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

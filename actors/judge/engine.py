@@ -17,6 +17,8 @@ class Words:
     """written"""
     logps: list[float] | None = None
     """of the labels among each other, nats; None where words were wanted"""
+    cut: bool = False
+    """whether they end before the judge had ended"""
 
 
 def label_params(firsts: Sequence[int]) -> Any:
@@ -64,4 +66,4 @@ class JudgeEngine:
 
     def _words(self, found: Any, labels: Sequence[int]) -> Words:
         logps = [found.logprobs[0][token].logprob for token in labels] if labels else None
-        return Words(found.text, len(found.token_ids), logps)
+        return Words(found.text, len(found.token_ids), logps, cut=not labels and found.finish_reason == "length")

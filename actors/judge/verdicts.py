@@ -11,26 +11,38 @@ Reading = Literal[0, 1, "tie", "unparsed"]
 LETTERS: dict[str, Reading] = {"A": 0, "B": 1, "C": "tie"}
 _MARKED = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _NAMED = re.compile(
-    r"(?:verdict|winner|answer|better(?: response)?)(?:\s+is)?\s*:?\s*(?:response|assistant)?\s*\**\(?((?-i:[AB]))\b\)?", re.IGNORECASE
+    r"(?:verdict|winner|better(?:\s+(?:response|answer|one))?)(?:\s+is\b\s*:?|\s*:)\s*(?:response|assistant|answer)?\s*"
+    r"[*\"'(]*((?-i:[AB]))\b(?!['’])",
+    re.IGNORECASE,
 )
 _ALONE = re.compile(r"\W*([ABC])\W*")
-_GRADE = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
-_NAMED_GRADE = re.compile(r"(?:rating|grade|score)\s*(?:is|of)?\s*:?\s*\**(\d+(?:\.\d+)?)", re.IGNORECASE)
+_GRADE = re.compile(r"(?<!/)(?<!/ )\[\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\]\]")
+_NAMED_GRADE = re.compile(r"(?:rating|grade|score)(?:\s+is\b\s*:?|\s*:)\s*\**(\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
-def read_pair(text: str) -> Reading:
+def read_pair(text: str, cut: bool = False) -> Reading:
     """Which of the responses A and B a judge's words prefer: by its last [[A]], [[B]] or [[C]] (neither), else by its last sentence
-    that names one, else by a letter that stands alone."""
-    marked = _MARKED.findall(text) or _NAMED.findall(text)
-    if marked:
-        return LETTERS[marked[-1]]
-    alone = _ALONE.fullmatch(text)
+    that calls one of them the better, else by a letter that stands alone.
+
+    Args:
+        text: the words.
+        cut: they end before the judge had ended: only what is marked counts.
+    """
+    found = _MARKED.findall(text) or ([] if cut else _NAMED.findall(text))
+    if found:
+        return LETTERS[found[-1]]
+    alone = None if cut else _ALONE.fullmatch(text)
     return LETTERS[alone.group(1)] if alone else "unparsed"
 
 
-def read_grade(text: str) -> float | None:
-    """The grade from 1 to 10 in a judge's words: its last [[N]], else the last number that it calls a rating; None if there is none."""
-    found = _GRADE.findall(text) or _NAMED_GRADE.findall(text)
+def read_grade(text: str, cut: bool = False) -> float | None:
+    """The grade from 1 to 10 in a judge's words: its last [[N]], else the last number that it calls a rating; None if there is none.
+
+    Args:
+        text: the words.
+        cut: they end before the judge had ended: only what is marked counts.
+    """
+    found = _GRADE.findall(text) or ([] if cut else _NAMED_GRADE.findall(text))
     grade = float(found[-1]) if found else math.nan
     return grade if 1 <= grade <= 10 else None
 

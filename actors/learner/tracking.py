@@ -23,8 +23,8 @@ class Tracker:
     def __init__(self, output: Path, name: str, tracking: Tracking, config: dict[str, Any], done: int = 0):
         output.mkdir(parents=True, exist_ok=True)
         path = output / "metrics.jsonl"
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= done] if done else []
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _within(line, done)] if done else []
+        path.write_text("".join(kept), encoding="utf-8")
         self.lines = path.open("a", encoding="utf-8")
         self.board: Any = None
         self.wandb: Any = None
@@ -79,6 +79,11 @@ def require(tracking: Tracking) -> None:
     for package, key, asked in (("wandb", "wandb_project", tracking.wandb_project), ("mlflow", "mlflow_uri", tracking.mlflow_uri)):
         if asked and importlib.util.find_spec(package) is None:
             raise ValueError(f"tracking.{key} is set, but {package} is not installed on the workers: install the extra {package!r}")
+
+
+def _within(line: str, done: int) -> bool:
+    """Whether a line is of one of the first `done` steps; one that was cut off when its process died is of none."""
+    return line.endswith("\n") and bool(json.loads(line)["step"] <= done)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,6 +23,22 @@ def pair_accuracy(positive_P: Array, negative_P: Array) -> float:
     return float((positive_P > negative_P).mean() + 0.5 * (positive_P == negative_P).mean())
 
 
+def clustered_error(values_P: Array, prompts: Sequence[str]) -> float | None:
+    """Standard error of a mean over pairs of which several may share a prompt: those are not independent.
+
+    Args:
+        values_P: of the pairs.
+        prompts: of each pair.
+
+    Returns:
+        None where there is one prompt alone.
+    """
+    _, places = np.unique(prompts, return_inverse=True)
+    sums_G = np.bincount(places, weights=values_P - values_P.mean())
+    count = len(sums_G)
+    return float(np.sqrt((sums_G**2).sum() * count / (count - 1)) / len(values_P)) if count > 1 else None
+
+
 def auc(positive_P: Array, negative_N: Array) -> float:
     """Probability that a positive scores higher than a negative, ties counting half: the area under the ROC curve."""
     values, inverse = np.unique(np.concatenate([positive_P, negative_N]), return_inverse=True)

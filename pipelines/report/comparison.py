@@ -45,7 +45,7 @@ def html(runs: Sequence[Facts]) -> str:
 
 def _column(run: Facts) -> str:
     warned = "".join(f"<li>{escape(text)}</li>" for text in doubts(run))
-    drawn = (draw(run) for draw in (figures.accuracy, figures.ranking, figures.training, figures.lengths, figures.best_of_n))
+    drawn = (draw(run) for draw in (figures.accuracy, figures.ranking, figures.training, figures.sft, figures.lengths, figures.best_of_n))
     return f"<p>{escape(page.state(run))}</p>{f'<ul class=warnings>{warned}</ul>' if warned else ''}" + "".join(map(page.figure, drawn))
 
 

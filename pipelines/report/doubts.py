@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 from actors.settings import Objective
-from pipelines import reward_training, summary, tournament
+from pipelines import mt_bench, reward_training, summary, tournament
 from pipelines.report.facts import Facts
 
 CUT = 0.2
@@ -44,3 +44,5 @@ def _rewards(facts: Facts) -> Iterator[str]:
 def _judge(facts: Facts) -> Iterator[str]:
     if found := facts.stage("evaluation/tournament/games"):
         yield from tournament.doubts(found)
+    if found := facts.stage("evaluation/mt_bench/grades"):
+        yield from mt_bench.doubts(found)

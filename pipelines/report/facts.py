@@ -76,6 +76,10 @@ class Facts:
         found = {s.policy: s.numbers for s in self.stages if s.name.endswith("/evaluation") and s.numbers}
         return {name: numbers for name, numbers in found.items() if numbers.get("accuracy") is not None}
 
+    def data(self) -> dict[str, Mapping[str, Any]]:
+        """What was read and set aside, by the stage that read it."""
+        return {s.name: s.numbers for s in self.stages if "rejected" in s.numbers}
+
     def trained(self) -> dict[str, Mapping[str, Any]]:
         """Numbers of the trainings on pairs that are done, by policy."""
         return {s.policy: s.numbers for s in self.stages if s.name.endswith("/training") and "tail_reward_real" in s.numbers}

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ def training(facts: Facts) -> str:
 
 
 def sft(facts: Facts) -> str:
-    """Trainings on demonstrations alone."""
+    """Trainings on demonstrations alone, and of reward models."""
     curves = {name: steps for name, steps in facts.curves.items() if "reward_real" not in steps[0]}
     return _drawn("sft", curves) if curves else ""
 
@@ -117,9 +118,9 @@ def _training(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]]) 
 def _sft(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     figure.set_size_inches(10, 2.6)
     for axes, key in zip(figure.subplots(1, 3), ("loss", "grad_norm", "tokens_per_second"), strict=True):
-        for (name, steps), colour in zip(curves.items(), COLOURS, strict=False):
+        for (name, steps), colour in zip(curves.items(), itertools.cycle(COLOURS)):
             values = [(k, step[key]) for k, step in enumerate(steps) if step.get(key) is not None]
-            axes.plot(*_thinned(values), color=colour, label=name.partition("/")[0])
+            axes.plot(*_thinned(values), color=colour, label=name.removesuffix("/training").removeprefix("rewards/"))
         axes.set_title(SHOWN.get(key, key.replace("_", " ")), fontsize=9)
         axes.set_xlabel("step")
         if len(curves) > 1:
@@ -161,7 +162,7 @@ def _lengths(figure: Any, found: Mapping[str, Mapping[str, Any]]) -> None:
     figure.set_size_inches(10, 2.8)
     lengths, ends = figure.subplots(1, 2, width_ratios=(2, 1))
     kinds = sorted({kind for histogram in found.values() for kind in histogram["finish"]}, key=lambda kind: (kind != "stop", kind))
-    for (name, histogram), colour in zip(found.items(), COLOURS * 4, strict=False):
+    for (name, histogram), colour in zip(found.items(), itertools.cycle(COLOURS)):
         edges = [k * histogram["width"] for k in range(len(histogram["counts"]) + 1)]
         share = [count / sum(histogram["counts"]) for count in histogram["counts"]]
         lengths.stairs(share, edges, color=colour, label=name, linewidth=1.4)

@@ -39,6 +39,8 @@ def markdown(facts: Facts) -> str:
         parts.append("\n".join(said))
     parts += [f"## {title}\n\n{summary.ruled(rows)}" for title, rows in tables(facts).items()]
     parts.append(f"## Stages\n\n{summary.ruled(stage_table(facts.stages))}")
+    parts += [f"## {title}\n\n{summary.ruled(rows)}" for title, rows in ran_tables(facts).items()]
+    parts.append(f"## Config\n\n```yaml\n{facts.config}```")
     return "\n\n".join(parts) + "\n"
 
 
@@ -123,7 +125,7 @@ def _box(stage: StageFacts, most: float) -> str:
 
 
 def _training(facts: Facts) -> str:
-    parts = [("Training on pairs", figures.training(facts)), ("Training on demonstrations", figures.sft(facts))]
+    parts = [("Training on pairs", figures.training(facts)), ("Training on demonstrations, and of reward models", figures.sft(facts))]
     return "".join(f"<h3>{title}</h3>{figure(svg)}" for title, svg in parts if svg)
 
 
@@ -157,11 +159,17 @@ def _answer(name: str, text: str, score: float | None) -> str:
 
 
 def _ran(facts: Facts) -> str:
-    data = facts.stage("demonstrations")
-    rows = [["demonstrations", "rows"], *([key.replace("_", " "), str(value)] for key, value in data.items() if isinstance(value, int))]
-    versions = [["software", "version"], *([name, version] for name, version in facts.versions.items())]
     config = f"<details><summary>config.yaml, resolved</summary><pre>{escape(facts.config)}</pre></details>"
-    return '<div class="pairs">' + (table(rows) if data else "") + table(versions) + "</div>" + config
+    return f'<div class="pairs">{"".join(map(table, ran_tables(facts).values()))}</div>{config}'
+
+
+def ran_tables(facts: Facts) -> dict[str, Rows]:
+    """What ran on what, by title; rows with the header first."""
+    data = facts.data()
+    counts = list(dict.fromkeys(key for numbers in data.values() for key, value in numbers.items() if isinstance(value, int)))
+    read = [[name, *(str(numbers.get(key, "")) for key in counts)] for name, numbers in data.items()]
+    found: dict[str, Rows] = {"Data": [["rows of", *(key.replace("_", " ") for key in counts)], *read]} if data else {}
+    return found | {"Versions": [["software", "version"], *([name, version] for name, version in facts.versions.items())]}
 
 
 def table(rows: Rows) -> str:

@@ -19,12 +19,12 @@ from pipelines.serving.settings import JudgeService
 class Writer(Protocol):
     """A model that answers a question."""
 
-    async def write(self, question: str, max_new_tokens: int) -> tuple[str, Usage]:
-        """Its words, and what they cost."""
+    async def write(self, question: str, max_new_tokens: int) -> Said:
+        """Its words."""
         ...
 
-    async def label_logps(self, question: str, labels: Sequence[str]) -> tuple[list[float], Usage]:
-        """Log-probs of labels as the start of its answer, and what they cost."""
+    async def label_logps(self, question: str, labels: Sequence[str]) -> Said:
+        """Log-probs of labels as the start of its answer."""
         ...
 
 
@@ -34,16 +34,17 @@ class LocalWriter:
     def __init__(self, backend: Backend):
         self.backend = backend
 
-    async def write(self, question: str, max_new_tokens: int) -> tuple[str, Usage]:
+    async def write(self, question: str, max_new_tokens: int) -> Said:
         """Its words, by the most likely tokens."""
         draw = Draw(1, 0.0, 1.0, 0.0, 0.0, (), None, max_new_tokens)
         found: Samples = await self.backend.call("sample", _asked(question), draw)
-        return found.samples[0].text, Usage.of(len(found.prompt_ids), len(found.samples[0].ids))
+        (sample,) = found.samples
+        return Said(sample.text, None, len(found.prompt_ids), len(sample.ids), sample.finish_reason == "length")
 
-    async def label_logps(self, question: str, labels: Sequence[str]) -> tuple[list[float], Usage]:
+    async def label_logps(self, question: str, labels: Sequence[str]) -> Said:
         """Log-probs of labels as the start of its answer: one token of it."""
         found: Labels = await self.backend.call("label_logps", _asked(question), list(labels))
-        return found.logps, Usage.of(len(found.prompt_ids), 1)
+        return Said("", found.logps, len(found.prompt_ids), 1)
 
 
 class UrlWriter:
@@ -56,16 +57,13 @@ class UrlWriter:
     def __init__(self, settings: JudgeService):
         self.endpoint = Endpoint(settings)
 
-    async def write(self, question: str, max_new_tokens: int) -> tuple[str, Usage]:
+    async def write(self, question: str, max_new_tokens: int) -> Said:
         """Its words."""
-        said = await _answered(self.endpoint.write(question, max_new_tokens))
-        return said.text, Usage.of(said.read, said.written)
+        return await _answered(self.endpoint.write(question, max_new_tokens))
 
-    async def label_logps(self, question: str, labels: Sequence[str]) -> tuple[list[float], Usage]:
+    async def label_logps(self, question: str, labels: Sequence[str]) -> Said:
         """Log-probs of labels as the start of its answer."""
-        said = await _answered(self.endpoint.label_logps(question, labels))
-        assert said.logps
-        return said.logps, Usage.of(said.read, said.written)
+        return await _answered(self.endpoint.label_logps(question, labels))
 
 
 async def _answered(answer: Awaitable[Said]) -> Said:
@@ -128,20 +126,22 @@ class Judge:
         messages = [message.plain() for message in question.messages]
         a, *others = question.responses
         if not others:
-            words, spent = await self.writer.write(prompts.fill(text, messages, [a], "grade"), self.settings.max_new_tokens)
-            return Verdict(grade=read_grade(words), explanation=words, usage=spent)
+            said = await self.writer.write(prompts.fill(text, messages, [a], "grade"), self.settings.max_new_tokens)
+            return Verdict(grade=read_grade(said.text, said.cut), explanation=said.text, usage=_usage(said))
         orders = [prompts.fill(text, messages, order, mode) for order in ((a, others[0]), (others[0], a))]
-        readings: list[Reading]
-        costs: list[Usage]
+        given: Reading
         if mode == "text":
-            written = await together(*(self.writer.write(order, self.settings.max_new_tokens) for order in orders))
-            (words, _), (swapped, _) = written
-            costs = [cost for _, cost in written]
-            readings, explanation = [read_pair(words), turned(read_pair(swapped))], words
+            answers = await together(*(self.writer.write(order, self.settings.max_new_tokens) for order in orders))
+            given, other = (read_pair(said.text, said.cut) for said in answers)
+            explanation = answers[0].text
         else:
-            asked = await together(*(self.writer.label_logps(order, ("A", "B")) for order in orders))
-            (given, first), (other, second) = (read_probabilities(logps) for logps, _ in asked)
-            costs = [cost for _, cost in asked]
-            readings = [given, turned(other)]
+            answers = await together(*(self.writer.label_logps(order, ("A", "B")) for order in orders))
+            (given, first), (other, second) = (read_probabilities(said.logps or ()) for said in answers)
             explanation = f"the first response is better with probability {first:.3f}; {1 - second:.3f} where it is shown second"
-        return Verdict(winner=winner(readings), verdicts=readings, explanation=explanation, usage=Usage.summed(costs))
+        readings = [given, turned(other)]
+        spent = Usage.summed([_usage(said) for said in answers])
+        return Verdict(winner=winner(readings), verdicts=readings, explanation=explanation, usage=spent)
+
+
+def _usage(said: Said) -> Usage:
+    return Usage.of(said.read, said.written)
