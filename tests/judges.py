@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from serving import over_http
 
@@ -27,9 +27,9 @@ def longer(question: str) -> str:
     return "[[A]]" if a > b else "[[B]]" if b > a else "[[C]]"
 
 
-def completion(text: str, body: dict[str, Any]) -> dict[str, Any]:
+def completion(text: Any, body: dict[str, Any], ended: str = "stop") -> dict[str, Any]:
     """A chat completion of OpenAI's shape; with log-probs where they are asked for."""
-    choice: dict[str, Any] = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    choice: dict[str, Any] = {"index": 0, "finish_reason": ended, "message": {"role": "assistant", "content": text}}
     if body.get("logprobs"):
         likely = [{"token": token, "logprob": logp, "bytes": None} for token, logp in ((" A", -0.1), ("The", -2.5), ("B", -4.0))]
         choice["logprobs"] = {"content": [likely[0] | {"top_logprobs": likely}]}
@@ -38,11 +38,12 @@ def completion(text: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def endpoint(answer: Callable[[str], str | tuple[int, Any]]) -> Iterator[tuple[str, list[Asked]]]:
+def endpoint(answer: Callable[[str], str | tuple[int, Any] | tuple[int, Any, dict[str, str]]]) -> Iterator[tuple[str, list[Asked]]]:
     """Serves a judge.
 
     Args:
-        answer: from the question to its words; or to a status and a body of JSON or text.
+        answer: from the question to its words; or to a status and a body: JSON, text, or bytes that the connection ends within; and
+            headers, if there are some.
 
     Yields:
         its URL, and the requests that it got.
@@ -56,8 +57,10 @@ def endpoint(answer: Callable[[str], str | tuple[int, Any]]) -> Iterator[tuple[s
         said = answer(body["messages"][0]["content"])
         if isinstance(said, str):
             return completion(said, body)
-        status, content = said
-        return PlainTextResponse(content, status) if isinstance(content, str) else JSONResponse(content, status)
+        status, content, headers = (*said, {})[:3]
+        if isinstance(content, bytes):
+            return Response(content, status, {"content-length": str(len(content) + 99), "content-type": "application/json"})
+        return PlainTextResponse(content, status, headers) if isinstance(content, str) else JSONResponse(content, status, headers)
 
     with over_http(app) as url:
         yield f"{url}/v1", asked

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judges import always_a, endpoint
+from judges import always_a, completion, endpoint
 
 from actors.judge import prompts
 from actors.judge.verdicts import read_grade, read_pair, read_probabilities, turned, winner
@@ -112,6 +112,8 @@ def test_a_judge_behind_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
         orders = [body["messages"][0]["content"] for _, body in asked]
         assert len(orders) == 2 and sorted(order.index("five") < order.index("six") for order in orders) == [False, True]
         found = by_url(url, "logprob", **two)
+    with endpoint(lambda question: (200, completion("The winner is A", {"model": "gpt"}, ended="length"))) as (url, _):
+        assert by_url(url, "text", **two).verdicts == ["unparsed", "unparsed"], "it was cut"
     assert found.verdicts == [0, 1] and f"probability {1 / (1 + math.exp(-3.9)):.3f}" in found.explanation
 
 

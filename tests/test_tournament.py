@@ -2,15 +2,17 @@
 
 import json
 import time
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from judges import always_a, endpoint, longer
+from judges import always_a, completion, endpoint, longer
 
 from pipelines import judging, tournament
 from pipelines.artifacts import Run, Stage, StageError
+from pipelines.judge_endpoint import seconds
 from pipelines.judging_settings import Judge, Tournament
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
 
@@ -70,6 +72,10 @@ def test_a_judge_that_always_says_a_gives_nothing_but_ties(tmp_path: Path) -> No
     assert [row["rating"] for row in found["ranking"]] == pytest.approx([1000] * 3)
     assert any("biased by position" in text for text in tournament.doubts(found))
     assert {(body["temperature"], body["seed"]) for _, body in asked} == {(0, 0)} and len(asked) == 2 * 3 * ROWS
+    assert tournament.tables(found)["The judge"][1:] == [
+        ["name the response shown first (0.5 is fair)", "1.00", "0.00", "18"],
+        ["are the same when the order is swapped", "0.00", "", "18"],
+    ]
 
 
 def test_a_judge_that_prefers_length_says_what_arithmetic_says(tmp_path: Path) -> None:
@@ -137,10 +143,15 @@ def test_a_limit_of_cost(tmp_path: Path) -> None:
 
 
 def test_a_rate(tmp_path: Path) -> None:
-    started = time.monotonic()
-    with endpoint(longer) as (url, _):
+    at: list[float] = []
+
+    def judge(question: str) -> str:
+        at.append(time.monotonic())
+        return longer(question)
+
+    with endpoint(judge) as (url, _):
         Played(tmp_path).play(url=url, requests_per_minute=1200)
-    assert time.monotonic() - started > 35 * 0.05
+    assert at[-1] - at[0] > 35 * 0.05 * 0.98 and len(at) == 36
 
 
 class Moody:
@@ -159,6 +170,11 @@ WRONG = [
     (429, {"error": {"message": "slow down"}}),
     (200, "no json"),
     (200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []}),
+    (200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": {}}),
+    (200, completion([{"type": "text", "text": "[[A]]"}], {"model": "m"})),
+    (200, completion(7, {"model": "m"})),
+    (200, completion("", {"model": "m"}) | {"usage": "much"}),
+    (200, b'{"id": "x", "object": "chat.completion", "choices": [{"message": {"content": "[[A'),
 ]
 
 
@@ -169,6 +185,38 @@ def test_an_endpoint_in_trouble_is_asked_again(wrong: tuple[int, Any], tmp_path:
         found = Played(tmp_path).play(url=url, concurrency=1)
     assert len(asked) == 72 and found["failed"] == 0
     assert [(pair["win"], pair["tie"], pair["lose"]) for pair in found["pairs"]] == [(0, 0, 1), (0, 0, 1), (1, 0, 0)]
+
+
+def test_an_endpoint_is_left_alone_as_long_as_it_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "FIRST_WAIT", 0.01)
+    at: list[float] = []
+
+    def busy_at_first(question: str) -> Any:
+        at.append(time.monotonic())
+        return (429, {"error": {"message": "slow down"}}, {"retry-after": "0.7"}) if len(at) == 1 else longer(question)
+
+    with endpoint(busy_at_first) as (url, _):
+        Played(tmp_path).play(url=url, concurrency=1)
+    assert at[1] - at[0] >= 0.7
+
+
+def test_a_header_that_says_when() -> None:
+    assert seconds("1.5") == 1.5 and seconds("-3") == 0 and seconds("soon") is None and seconds("") is None
+    assert seconds(formatdate(time.time() + 60, usegmt=True)) == pytest.approx(60, abs=2)
+
+
+def test_an_answer_that_was_cut_counts_by_its_mark_alone(tmp_path: Path) -> None:
+    def cut(question: str) -> Any:
+        text = "[[A]] because" if "Say 0." in question else "The winner is A"
+        return 200, completion(text, {"model": "m"}, ended="length")
+
+    with endpoint(cut) as (url, _):
+        found = Played(tmp_path).play(url=url)
+    assert [(pair["tie"], pair["n"], pair["unparsed"]) for pair in found["pairs"]] == [(1, 1, ROWS - 1)] * 3
+    with endpoint(lambda question: (200, completion("[[A]]", {"model": "m"}, ended="content_filter"))) as (url, asked):
+        with pytest.raises(StageError, match=r"36 x the judge's endpoint stops its answer by a content filter"):
+            Played(tmp_path / "filtered").play(url=url)
+        assert len(asked) == 36, "it would say the same again"
 
 
 def test_an_endpoint_that_is_slow_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +243,9 @@ def test_too_many_failures_fail_the_tournament(tmp_path: Path, monkeypatch: pyte
             Played(tmp_path).play(url=url, retries=1)
         found = Played(tmp_path / "allowed").play(url=url, retries=1, max_failed_fraction=0.2)
     assert found["failed"] == 3 and [pair["n"] for pair in found["pairs"]] == [ROWS - 1] * 3
+    games = next(iter(tournament.tables(found).values()))
+    assert [row[games[0].index("no answer")] for row in games[1:]] == ["1"] * 3
+    assert tournament.doubts(found) == ["3 of 18 games have no answer of the judge: they count for nobody"]
 
 
 def test_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +273,10 @@ def test_who_is_not_there(tmp_path: Path) -> None:
     played.settings = played.settings.model_copy(update={"contestants": ["short", "shrot"]})
     with pytest.raises(StageError, match="there is no 'shrot'; there are short, long, demonstrations"):
         played.play(url="http://x/v1")
+    with pytest.raises(StageError, match="'short' is already somebody here"):
+        tournament.plan_questions(
+            played.data, played.samples, Tournament(contestants=["short", "long"], responses={"short": "x.jsonl"}), Judge(url="http://x/v1")
+        )
     other = tmp_path / "none.jsonl"
     other.write_text(json.dumps({"prompt": "Who?", "completion": "Nobody"}) + "\n")
     played.settings = Tournament(contestants=["short", "theirs"], responses={"theirs": str(other)})
