@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the page (default: %(default)s)")
     options = parser.parse_args(argv)
 
-    from jobs.schemas import IrlConfig
+    from jobs.schemas import EvaluateConfig, GsilConfig, IrlConfig
     from pipelines.progress import print_result
     from pipelines.report import comparison
     from pipelines.report.facts import gather
@@ -27,8 +27,9 @@ def main(argv: Sequence[str]) -> int:
 
     found = []
     for path in {path.resolve(): path for path in options.runs}.values():
-        # A run of the reward job alone has that job's own files.
-        facts = gather(path, prefix="" if (path / "config.yaml").exists() else IrlConfig.prefix)
+        # A run of one of the other jobs alone has that job's own files.
+        jobs = [job for job in (GsilConfig, IrlConfig, EvaluateConfig) if (path / job.file("config.yaml")).exists()]
+        facts = gather(path, prefix=jobs[0].prefix if jobs else "")
         if not facts.stages:
             print(f"error: {path} is no run directory: no stage has left a manifest.json in it", file=sys.stderr)
             return 1

@@ -215,6 +215,7 @@ class EvaluateConfig(ModelJobConfig):
     mt_bench: MtBench = MtBench()
     engine: Engine = Engine()
     scoring: RewardScoring = RewardScoring()
+    tracking: Tracking = Tracking()
 
     @model_validator(mode="before")
     @classmethod

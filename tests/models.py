@@ -6,14 +6,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
 )
 
 TEMPLATE = (
@@ -55,7 +59,13 @@ def config(family: str, vocab_size: int) -> PreTrainedConfig:
         )
     if family == "gemma":
         return GemmaConfig(**SIZES, **ids, head_dim=32, max_position_embeddings=512)
-    kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+    if family == "bloom":
+        return BloomConfig(hidden_size=64, n_layer=2, n_head=2, **ids)
+    if family == "mamba":
+        return MambaConfig(hidden_size=64, num_hidden_layers=2, state_size=8, **ids)
+    if family == "qwen3":
+        return Qwen3Config(**SIZES, **ids, head_dim=32, max_position_embeddings=512)
+    kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig, "smollm3": SmolLM3Config}
     return kinds[family](**SIZES, **ids, max_position_embeddings=512)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import config, write_tiny
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from actors.learner import attention, policy
 from actors.learner.attention import BRANCHING, branching_attention
@@ -24,7 +24,12 @@ EXAMPLES = [
 ]
 
 
-FAMILIES = ["llama", "qwen2", "gpt2", "gpt_neox", "gemma", "mistral_window"]
+SHARING = ["llama", "qwen2", "qwen3", "smollm3", "gpt2", "gpt_neox", "gemma", "mistral"]
+FAMILIES = [*SHARING, "mistral_window"]
+NOT_KNOWN = ["bloom", "mamba"]
+"""ALiBi, and recurrent layers."""
+LONGEST = 11
+"""Tokens of the longest prompt with a response in EXAMPLES; the second Mistral's window has 8."""
 
 
 def plain_logp(model: torch.nn.Module, prompt: list[int], response: list[int]) -> float:
@@ -54,23 +59,23 @@ def test_so_they_do_in_bfloat16_whatever_attention_is_computed_in(float32_keys: 
     assert got == pytest.approx(want, rel=0.02, abs=0.2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *NOT_KNOWN])
 @pytest.mark.parametrize("share", [True, False])
-def test_log_probs_equal_a_plain_float64_computation(family: str, share: bool, tmp_path: Path) -> None:
+def test_log_probs_equal_a_plain_float64_computation(family: str, share: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the learner's own precision and attention, as it loads a policy."""
     directory = write_tiny(tmp_path / family, family, std=0.2)
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager").eval()
-    share = share and shares_prompt(plain.config)
-    attention = BRANCHING if share else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation=attention).eval()
+    share = share and shares_prompt(plain.config, LONGEST)
+    monkeypatch.setattr(policy, "shares_prompt", lambda *_: share)
+    model = policy.load(str(directory), "float32", LONGEST, False).eval()
     got = ResponseLogProbs(model)(collate(EXAMPLES, pad_id=1, share_prompt=share))[0].tolist()
     want = [plain_logp(plain, list(e.prompt_ids), list(r)) for e in EXAMPLES for r in e.responses]
-    assert got == pytest.approx(want, abs=1e-4)
+    assert got == pytest.approx(want, abs=1e-3)
 
 
 def test_which_families_share_a_prompt(tmp_path: Path) -> None:
-    kinds = {family: shares_prompt(config(family, 300)) for family in FAMILIES}
-    assert kinds == dict.fromkeys(FAMILIES, True) | {"mistral_window": False}
-    assert not shares_prompt(AutoConfig.for_model("mamba"))
+    kinds = {family: shares_prompt(config(family, 300), LONGEST) for family in (*FAMILIES, *NOT_KNOWN)}
+    assert kinds == {family: family in SHARING for family in kinds}
     window = config("mistral_window", 300)
     assert shares_prompt(window, 8) and not shares_prompt(window, 9), "a window as long as the longest row hides nothing"
 

@@ -39,6 +39,31 @@ def test_lines_and_tensorboard(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 1.5), (2, 0.5)]
 
 
+def test_the_numbers_of_an_evaluation_reach_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    page = tmp_path / "evaluation-report.html"
+    found = {
+        "run": "job",
+        "tasks": {"sft": {"gsm8k": {"n": 40, "shots": 5, "main": "exact_match"}}},
+        "tournament": {"pairs": [{"first": "a", "second": "b", "win": 0.5}], "ranking": [{"name": "a", "rating": 1000}]},
+        "mt_bench": None,
+        "stages": [{"name": "x", "seconds": 1}],
+    }
+    for _ in range(2):
+        attach(Tracking(), tmp_path, page, found)
+    (events,) = (tmp_path / "evaluation-tensorboard").glob("events.out.tfevents.*")
+    board = EventAccumulator(str(events))
+    board.Reload()
+    shown = {tag: board.Scalars(tag)[0].value for tag in board.Tags()["scalars"]}
+    assert shown == {
+        "tasks/sft/gsm8k/n": 40,
+        "tasks/sft/gsm8k/shots": 5,
+        "tournament/pairs/a-b/win": 0.5,
+        "tournament/ranking/a/rating": 1000,
+    }
+
+
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Tests have no tracking server; mlflow-skinny brings no database.
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")

@@ -67,18 +67,16 @@ def load(weights: str, precision: str, longest: int | None, trust_remote_code: b
         weights,
         config=config,
         dtype=DTYPES[precision],
-        attn_implementation=_attention(config, longest, kind),
+        attn_implementation=_attention(config, longest),
         trust_remote_code=trust_remote_code,
     )
     products.install(model)
     return model
 
 
-def _attention(config: Any, longest: int | None, kind: str) -> str | None:
-    if shares_prompt(config, longest):
-        return BRANCHING
-    # What is trained has SDPA; of published classifiers each takes the best that it has.
-    return None if kind == "reward" and is_classifier(config) else "sdpa"
+def _attention(config: Any, longest: int | None) -> str | None:
+    # Else each takes the best that it has: not every architecture knows SDPA.
+    return BRANCHING if shares_prompt(config, longest) else None
 
 
 def is_classifier(config: Any) -> bool:

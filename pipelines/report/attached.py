@@ -1,8 +1,10 @@
-"""The report of a finished run, sent to the trackers that have its training curves."""
+"""The report of a finished run and its numbers, sent to the trackers that have its training curves."""
 
 import importlib
 import logging
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ from actors.settings import Tracking
 
 log = logging.getLogger("gsil")
 
+UNPREFIXED = ("policies", "rewards")
+"""Of the summary: what they are about is told by the names below them."""
+
 
 def attach(tracking: Tracking, root: Path, page: Path, found: Mapping[str, Any]) -> None:
-    """Sends report, numbers and the places of what the run made, as one tracked run called RUN/report. A tracker that cannot be
-    reached costs no run: the log says so.
+    """Sends report, numbers and the places of what the run made, as one tracked run called RUN/report; TensorBoard has the numbers in a
+    folder beside the page. A tracker that cannot be reached costs no run: the log says so.
 
     Args:
         tracking: which trackers.
@@ -22,7 +27,10 @@ def attach(tracking: Tracking, root: Path, page: Path, found: Mapping[str, Any])
         found: what summary.json holds.
     """
     name, places = f"{root.name}/report", {"directory": str(root), "report": str(page), "final": str(found.get("final"))}
-    for asked, send in ((tracking.wandb_project, _to_wandb), (tracking.mlflow_uri, _to_mlflow)):
+    board = page.with_name(page.name.replace("report.html", "tensorboard")) if tracking.tensorboard else None
+    senders: list[tuple[Any, Callable[..., None]]]
+    senders = [(board, _to_tensorboard), (tracking.wandb_project, _to_wandb), (tracking.mlflow_uri, _to_mlflow)]
+    for asked, send in senders:
         if asked:
             try:
                 send(asked, name, places, numbers(found), [page, page.with_suffix(".md")])
@@ -32,14 +40,37 @@ def attach(tracking: Tracking, root: Path, page: Path, found: Mapping[str, Any])
 
 
 def numbers(found: Mapping[str, Any]) -> dict[str, float]:
-    """Of every policy or reward model, as "NAME/METRIC"."""
-    groups = {**found.get("policies", {}), **found.get("rewards", {})}
-    return {
-        f"{name}/{key}": float(value)
-        for name, group in groups.items()
-        for key, value in group.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    """Every number of a summary by its place: "sft/accuracy" of a policy, "tasks/sft/gsm8k/n" of an evaluation."""
+    told = {key: value for key, value in found.items() if key not in ("stages", "warnings")}
+    unprefixed = {name: group for key in UNPREFIXED for name, group in told.pop(key, {}).items()}
+    return dict(_leaves(told)) | dict(_leaves(unprefixed))
+
+
+def _leaves(found: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(found, Mapping):
+        for key, value in found.items():
+            yield from _leaves(value, f"{place}/{key}" if place else str(key))
+    elif isinstance(found, list):
+        for number, value in enumerate(found, start=1):
+            if isinstance(value, Mapping):
+                own = value.get("name") or "-".join(value[key] for key in ("first", "second") if key in value) or number
+                yield from _leaves(value, f"{place}/{own}")
+    elif isinstance(found, int | float) and not isinstance(found, bool):
+        yield place, float(found)
+
+
+def _to_tensorboard(folder: Path, name: str, places: dict[str, str], metrics: dict[str, float], files: list[Path]) -> None:
+    # Its own writer: torch's would load torch into the driver.
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    for stale in folder.glob("events.out.tfevents.*"):
+        stale.unlink()
+    writer = EventFileWriter(str(folder))
+    for key, value in metrics.items():
+        writer.add_event(Event(wall_time=time.time(), step=0, summary=Summary(value=[Summary.Value(tag=key, simple_value=value)])))
+    writer.close()
 
 
 def _to_wandb(project: str, name: str, places: dict[str, str], metrics: dict[str, float], files: list[Path]) -> None:
@@ -58,6 +89,6 @@ def _to_mlflow(uri: str, name: str, places: dict[str, str], metrics: dict[str, f
     mlflow.set_experiment(name.partition("/")[0])
     with mlflow.start_run(run_name=name):
         mlflow.log_params(places)
-        mlflow.log_metrics(metrics)
+        mlflow.log_metrics({re.sub(r"[^\w./ -]", "_", key): value for key, value in metrics.items()})
         for file in files:
             mlflow.log_artifact(str(file))
