@@ -225,8 +225,9 @@ def doubts(found: Mapping[str, Any]) -> list[str]:
     """Warns of grades that are missing from a mean."""
     told = []
     for name, row in found.items():
-        for count, why in ((row["failed"], "were not answered by the judge"), (row["unparsed"], "of the judge could not be read")):
-            if count:
-                what = "questions" if why.startswith("were") else "answers"
-                told.append(f"MT-Bench: {count} {what} about {name} {why}: they are not in its mean over {row['n']}")
+        rest = f"not in its mean over {row['n']}"
+        if row["failed"]:
+            told.append(f"MT-Bench: {row['failed']} questions about {name} were not answered by the judge: {rest}")
+        if row["unparsed"]:
+            told.append(f"MT-Bench: {row['unparsed']} answers of the judge about {name} could not be read: {rest}")
     return told

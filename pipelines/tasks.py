@@ -87,7 +87,7 @@ def plan(name: str, task: str, policy: Stage, base: Stage, tasks: Tasks, engine:
     code = any(leaf.runs_code for leaf in found.leaves)
     if code and not tasks.allow_code_execution:
         raise StageError(
-            f"task {task} runs programs that the policy writes: allow it with --tasks.allow_code_execution true (each gets a process with "
+            f"task {task} runs programs that the policy writes: allow it with --allow-code-execution (each gets a process with "
             "limits of time, memory and files, and no network), or leave the task out"
         )
     asked, data = (_by_name(given) for given in (tasks.shots, tasks.data))

@@ -14,8 +14,10 @@ from running import finish
 from jobs.config import ConfigError, build
 from jobs.evaluate import plan
 from jobs.schemas import EvaluateConfig
-from pipelines import measures, scorers
-from pipelines.artifacts import StageError
+from pipelines import measures, mt_bench, scoreboard, scorers
+from pipelines.artifacts import Run, Stage, StageError
+from pipelines.judging_settings import JudgeModel, MtBench
+from pipelines.records import SAMPLE, SCORE, write_rows
 
 QUICK = {
     "ray.num_cpus": 2,
@@ -105,6 +107,56 @@ def test_mt_bench_over_both_turns(tiny: Path, tmp_path: Path) -> None:
     )
     second = [body["messages"][0]["content"] for _, body in asked if "And one more?" in body["messages"][0]["content"]]
     assert len(second) == 2 and all(text.index("and 1?") < text.index("Assistant:") < text.index("And one more?") for text in second)
+
+
+def test_what_the_judge_reads_beside_the_answers_is_in_the_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "question.jsonl").write_text('{"question_id": 1, "category": "math", "turns": ["a", "b"]}\n')
+    settings, judge = MtBench(path=str(tmp_path)), JudgeModel(url="http://x/v1")
+    answers = {"tiny": (Stage("one", {}), Stage("two", {}))}
+    before = mt_bench.plan_questions(answers, settings, judge).fingerprint
+    (tmp_path / "reference_answer_x.jsonl").write_text('{"question_id": 1, "choices": [{"turns": ["c", "d"]}]}\n')
+    assert mt_bench.plan_questions(answers, settings, judge).fingerprint != before
+    grades = [
+        {"id": "1", "policy": "tiny", "category": "math", "turn": turn, "grade": None, "failed": failed}
+        for turn, failed in ((1, "x"), (2, None))
+    ]
+    assert mt_bench.doubts(mt_bench.numbers([*grades, grades[0] | {"grade": 3.0, "failed": None}])) == [
+        "MT-Bench: 1 questions about tiny were not answered by the judge: not in its mean over 1",
+        "MT-Bench: 1 answers of the judge about tiny could not be read: not in its mean over 1",
+    ]
+
+
+def test_programs_run_only_where_the_command_says_so(tiny: Path, tmp_path: Path) -> None:
+    asked = command(tmp_path, **{"tasks.names": "[mbpp]", "policies.paths": f"{{tiny: {tiny}}}"})
+    refused = finish([*asked, "--dry-run"])
+    assert refused.returncode == 1 and "allow it with --allow-code-execution" in refused.stderr
+    allowed = finish([*asked, "--allow-code-execution", "--dry-run"])
+    assert allowed.returncode == 0 and "allow_code_execution: true" in allowed.stdout, allowed.stderr
+
+
+def test_the_divergence_is_the_mean_difference_of_log_probs(tmp_path: Path) -> None:
+    run, samples = Run(tmp_path), Stage("samples", {})
+    own, same, other = Stage("own", {}), Stage("same", {}), Stage("other", {})
+    (run.directory(samples) / "train").mkdir(parents=True)
+    write_rows(
+        run.directory(samples) / "train" / "00000.parquet", [{"response": "a", "response_ids": [1], "finish_reason": "stop"}], SAMPLE
+    )
+    for stage, values in ((own, (-1.0, -4.0)), (same, (-1.0, -4.0)), (other, (-3.0, -5.0))):
+        (run.directory(stage) / "train").mkdir(parents=True)
+        rows = [{"id": str(k), "sample": 0, "score": value} for k, value in enumerate(values)]
+        write_rows(run.directory(stage) / "train" / "00000.parquet", rows, SCORE)
+    for name, reference, mean, error in (("far", other, 1.5, 0.5), ("alike", same, 0.0, 0.0)):
+        stage = measures.plan(name, samples, {}, own, reference)
+        run.do(measures.measure, stage)
+        assert run.numbers(stage)["kl"] == {"mean": mean, "stderr": error, "n": 2, "unscored": 0}
+
+
+def test_tasks_of_a_group_that_have_no_metric_in_common() -> None:
+    one: dict[str, Any] = {"n": 10, "shots": 0, "main": None, "metrics": {}}
+    assert scoreboard.tasks({"tiny": {"leaderboard": one}}) == [
+        ["policy", "leaderboard (0 shots, no metric of all its tasks, n=10)"],
+        ["tiny", ""],
+    ]
 
 
 def test_variety_and_lengths() -> None:

@@ -1,6 +1,7 @@
 """The learner under real DeepSpeed: any number of workers takes the same steps; the exported policy is the trained one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors.learner import policy
 from actors.learner.batches import Example
 from actors.learner.learner import Learner
+from actors.learner.logprobs import ResponseLogProbs
 from actors.learner.worker import learning_rate
 from actors.scorer import Scorer
 from actors.settings import Objective, Scoring, Training
@@ -159,6 +161,25 @@ def test_every_kind_of_objective_optimizer_and_offload_takes_the_same_steps_on_t
     alone = train(tiny, pairs, tmp_path / "alone", 1, Objective(name=name), micro_batch_tokens=10000, zero_stage=0, **common)
     assert_same_steps(train(tiny, pairs, tmp_path / "two", objective=Objective(name=name), **(settings | common)), alone)  # type: ignore[arg-type]
     assert alone[-1]["loss"] < alone[0]["loss"]
+
+
+@pytest.mark.parametrize("shift", [2.0, -2.0])
+def test_ktos_baseline_is_the_mean_reward_of_mismatched_responses_or_nothing(
+    shift: float, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """z0 = max(0, mean of beta * rho) over the global batch (KTO, arXiv 2402.01306), by hand."""
+    rows = [Example(str(k), [0, 10 + k, 11], ([20 + k, 21, 1],)) for k in range(4)]
+    model = policy.load(str(tiny), "float32", None, False).eval()
+    logps = Scorer(str(tiny), Scoring(), "float32")(rows)
+    wanted = [shift * (k + 1) for k in range(4)]
+    refs = [(value - rho,) for (value,), rho in zip(logps, wanted, strict=True)]
+    examples = SimpleNamespace(mismatched=lambda k: replace(rows[k], ref_logps=refs[k]))
+    learner = Learner.__new__(Learner)
+    learner.engine, learner.pad_id, learner.share_prompt, learner.device = ResponseLogProbs(model), 1, True, torch.device("cpu")
+    learner.objective = Objective(name="kto", beta=0.5)
+    monkeypatch.setattr(learner, "_over_workers", lambda sums: sums)
+    z0 = learner._baseline(examples, [np.array([0, 1, 2]), np.array([3])], 4)  # type: ignore[arg-type]
+    assert z0.item() == pytest.approx(max(0.0, 0.5 * np.mean(wanted)), abs=1e-3)
 
 
 @pytest.mark.parametrize(("zero", "precision"), [(1, "float32"), (3, "bfloat16")])

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from training import assert_same_steps, end, failure_of, kill_when, start, steps_of, train, write_pairs
 
-from actors.settings import Objective
+from actors.learner.batches import batch_order
+from actors.settings import Objective, Training
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,24 @@ def test_three_in_a_row_stop_training_with_the_rows_and_the_last_good_checkpoint
     error = str(failure_of(tmp_path))
     assert "not finite in 3 steps in a row, up to step 3" in error and "row-" in error and "row-3," not in error
     assert "there is no checkpoint yet" in error and not (tmp_path / "policy").exists()
+
+
+def test_what_was_good_before_three_in_a_row_is_kept(tiny: Path, tmp_path: Path) -> None:
+    later = [int(row) for batch in list(batch_order(14, 2, 1, Training().seed))[2:] for row in batch]
+    spoiled = write_pairs(tiny, tmp_path / "pairs.parquet", dict.fromkeys(later, math.inf))
+    end(start(tiny, spoiled, tmp_path, 2, Objective(), batch_size=2, epochs=1, checkpoint_every=1))
+    kept = tmp_path / "checkpoints" / "step-000002"
+    assert f"up to step 5, on the rows {', '.join(sorted(f'row-{row}' for row in later[:6]))}; " in str(failure_of(tmp_path))
+    assert f"the last good checkpoint is {kept}" in str(failure_of(tmp_path)) and (kept / "done.json").exists()
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_a_gradient_that_is_not_finite_counts_though_the_loss_is(zero: int, tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    end(start(tiny, pairs, tmp_path, 2, Objective(), zero_stage=zero, spoil_gradient=True))
+    assert "not finite in 3 steps in a row, up to step 3, on the rows row-0, row-1, row-10" in str(failure_of(tmp_path))
+    steps = steps_of(tmp_path)
+    assert [(step["skipped"], math.isfinite(step["loss"])) for step in steps] == [(1.0, True)] * 3
+    assert len({step["logps_real"] for step in steps[::2]}) <= 2, "no weight was changed"
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tiny: Path, pairs: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from pipelines.report.doubts import doubts
 from pipelines.report.facts import gather
 from pipelines.report.writing import Reporter
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DATA = Stage("demonstrations", {})
 OBJECTIVE = {"name": "gsil_logistic", "beta": 1.0, "gamma": 1.0}
 
@@ -150,6 +153,33 @@ def test_the_page_is_whole_and_shows_everybody(ended: Path) -> None:
     assert "ended: 8 of 8 stages" in page and "final policy: sft" in page and 'class="box skipped"' in page
     table = (ended / "report.md").read_text()
     assert "| iteration-1 | 0.250 | 0.050 | 100 | -0.200 |  | 0.750 of 40 |" in table, table
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (400, "light")])
+def test_in_a_browser_nothing_overflows_and_rows_can_be_browsed(ended: Path, width: int, scheme: Any) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto((ended / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "wide tables and figures scroll by themselves"
+        assert page.locator(".card:visible").count() == 1 and page.locator("#place").text_content() == "1 of 4"
+        page.click("#after")
+        assert page.locator("#place").text_content() == "2 of 4"
+        page.click("#before")
+        page.click("#before")
+        assert page.locator("#place").text_content() == "4 of 4" and page.locator(".card:visible").get_attribute("data-number") == "3"
+        inks = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.querySelector('figure svg')).color]")
+        assert inks[0] == inks[1] == ("rgb(230, 232, 235)" if scheme == "dark" else "rgb(28, 30, 33)")
+        if folder := os.environ.get("GSIL_PICTURES"):
+            page.screenshot(path=str(Path(folder) / f"report-{width}-{scheme}.png"), full_page=True)
+        page.emulate_media(media="print")
+        assert page.locator(".card:visible").count() == 4 and not page.locator("nav").is_visible(), "on paper all rows are shown"
+        assert not problems
+        browser.close()
 
 
 def test_a_report_that_cannot_be_written_costs_no_stage(

@@ -37,6 +37,9 @@ def finished(root: Path, accuracies: dict[str, float], argv: tuple[str, ...] = (
         policy, _, kind = stage.name.rpartition("/")
         (run.directory(stage) / "policy").mkdir()
         (run.directory(stage) / "policy" / "config.json").write_text("{}")
+        if kind == "model":
+            (run.directory(stage) / "tokenizer").mkdir()
+            (run.directory(stage) / "tokenizer" / "chat_template.jinja").write_text("the run's")
         return {stage.name: {"accuracy": accuracies.get(policy), "stderr": 0.04, "n": 100} if kind == "evaluation" else usual.get(kind, {})}
 
     for stage in graph.stages():
@@ -83,6 +86,7 @@ def test_without_sft_the_base_model_is_where_the_iterations_start(tmp_path: Path
     assert "sft/training" not in [stage.name for stage in graph.stages()]
     summary = finished(tmp_path, {"base": 0.3, "sft": 0.3, "iteration-1": 0.2}, argv)
     assert summary["final"] == "sft" and (tmp_path / "final/config.json").exists()
+    assert (tmp_path / "final/chat_template.jinja").read_text() == "the run's", "the base model's own folder need not have one"
 
 
 def test_it_stops_when_held_out_pairs_are_told_apart_by_chance(tmp_path: Path) -> None:

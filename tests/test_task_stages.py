@@ -79,7 +79,7 @@ def test_what_stops_before_anything_starts(gsm8k: Path, monkeypatch: pytest.Monk
         StageError, match=r"no file or folder is called 'validation', the split of winogrande, among test\.jsonl, train\.jsonl"
     ):
         plan(Tasks(data={"winogrande": str(gsm8k)}), "winogrande")
-    with pytest.raises(StageError, match=r"task mbpp runs programs .* --tasks\.allow_code_execution true"):
+    with pytest.raises(StageError, match=r"task mbpp runs programs .* allow it with --allow-code-execution"):
         plan(Tasks(), "mbpp")
     assert plan(Tasks(allow_code_execution=True), "mbpp").settings["code"] == {"seconds": 5.0, "memory_mib": 1024}
 

@@ -39,6 +39,16 @@ def test_lines_and_tensorboard(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 1.5), (2, 0.5)]
 
 
+def test_a_line_that_was_cut_off_is_of_no_step(tmp_path: Path) -> None:
+    track(tmp_path, Tracking(tensorboard=False))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    tracker = Tracker(tmp_path, "job/sft/training", Tracking(tensorboard=False), {}, done=2)
+    tracker.log({"step": 3, "steps": 3, "loss": 0.25})
+    tracker.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
 def test_the_numbers_of_an_evaluation_reach_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -55,6 +55,16 @@ def _worker(rank: int, world: int, port: int, job: dict[str, Any]) -> None:
     from actors.learner import policy
     from actors.learner.worker import run
 
+    if job.pop("spoil_gradient"):
+        trainable = policy.trainable
+
+        def exploding(*arguments: Any) -> Any:
+            """A model whose loss is finite and whose gradient is not."""
+            model = trainable(*arguments)
+            next(model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+            return model
+
+        policy.trainable = exploding  # type: ignore[assignment]
     if job.pop("spoil_export"):
         export = policy.export
 
@@ -73,12 +83,20 @@ def _worker(rank: int, world: int, port: int, job: dict[str, Any]) -> None:
 
 
 def start(model: Path, data: Path, output: Path, world: int, objective: Objective, **settings: Any) -> list[BaseProcess]:
-    """Starts `world` workers. Beside settings: `theirs` is what a user's DeepSpeed JSON says, `spoil` makes them write another policy."""
+    """Starts `world` workers. Beside settings: `theirs` is what a user's DeepSpeed JSON says, `spoil` makes them write another policy,
+    `spoil_gradient` makes every gradient infinite."""
     theirs, spoil, kind = settings.pop("theirs", None), settings.pop("spoil", False), settings.pop("kind", "policy")
+    exploding = settings.pop("spoil_gradient", False)
     options = {"workers": world, "batch_size": 8, "epochs": 2, "learning_rate": 1e-3, "micro_batch_tokens": 64, "checkpoint_every": 0}
     files = {"train": [str(data)], "held_out": [str(data)], "output": str(output)}
     job = {"name": "test/training", "weights": str(model), "tokenizer": str(model), "objective": objective} | files
-    job |= {"training": Training(**(options | settings)), "deepspeed": theirs, "spoil_export": spoil, "kind": kind}
+    job |= {
+        "training": Training(**(options | settings)),
+        "deepspeed": theirs,
+        "spoil_export": spoil,
+        "spoil_gradient": exploding,
+        "kind": kind,
+    }
     job["environment"] = {FOLDER: os.environ[FOLDER]} if FOLDER in os.environ else {}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
