@@ -56,7 +56,7 @@ def test_another_zero_stage_goes_on_from_the_checkpoint(
     assert "zero_stage=2 and cannot go on with 0: set it back" in str(failure_of(tmp_path))
 
 
-@pytest.mark.parametrize("after", [2, 1])
+@pytest.mark.parametrize("after", [pytest.param(2, marks=pytest.mark.slow), 1])
 def test_so_does_bfloat16_with_its_float32_sums(after: int, tiny: Path, pairs: Path, tmp_path: Path) -> None:
     options = {"epochs": 6, "checkpoint_every": 3, "precision": "bfloat16", "micro_batch_tokens": 40}
     whole = train(tiny, pairs, tmp_path / "whole", 2, Objective(), **options)

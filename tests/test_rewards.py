@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import write_tiny
 from training import assert_same_steps, train, write_pairs
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from actors.generator import environment
 from actors.learner import policy
@@ -113,6 +113,24 @@ def test_transformers_reads_the_same_rewards_whatever_the_padding_side(
         got = model(**batch, position_ids=positions).logits[:, 0]
     assert got.tolist() == pytest.approx([value for row in want for value in row], abs=1e-4)
     assert np.std(got.numpy()) > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_reward_bench_reads_the_same_rewards(family: str, pairs: Path, tmp_path: Path) -> None:
+    """As reward-bench 0.1.4 does it (rewardbench/rewardbench.py): conversations as text in the model's chat template, padded on the left,
+    through transformers' text-classification pipeline, raw logits."""
+    trained(write_tiny(tmp_path / "policy", family, std=0.2), pairs, tmp_path / "out", 1, "gsil_logistic")
+    directory = tmp_path / "out" / "reward"
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    talks = [[{"role": "user", "content": "How many?"}, {"role": "assistant", "content": said}] for said in ("12", "there are 12 apples")]
+    texts = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
+    ids = [tokenizer.apply_chat_template(talk, return_dict=False) for talk in talks]
+    want = Scorer(str(directory), Scoring(), "float32", kind="reward")([Example("a", row[:4], (row[4:],)) for row in ids])
+    tokenizer.padding_side = "left"
+    read = pipeline("text-classification", model=AutoModelForSequenceClassification.from_pretrained(directory), tokenizer=tokenizer)
+    options = {"truncation": False, "padding": True, "max_length": 512, "function_to_apply": "none", "return_token_type_ids": False}
+    got = [found["score"] for found in read(texts, batch_size=8, **options)]
+    assert got == pytest.approx([value for (value,) in want], abs=1e-4) and got[0] != got[1]
 
 
 ENGINE = """

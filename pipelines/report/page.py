@@ -125,7 +125,7 @@ def _box(stage: StageFacts, most: float) -> str:
 
 
 def _training(facts: Facts) -> str:
-    parts = [("Training on pairs", figures.training(facts)), ("Training on demonstrations, and of reward models", figures.sft(facts))]
+    parts = [("Training on pairs", figures.training(facts)), ("Other trainings", figures.sft(facts))]
     return "".join(f"<h3>{title}</h3>{figure(svg)}" for title, svg in parts if svg)
 
 

@@ -1,0 +1,150 @@
+"""Memory and time of Best-of-N at scale: a stub draws the samples, all around it is real (pools, shards, scores, choice, report).
+
+    python benchmarks/best_of_n_scale.py [--prompts 1000] [--samples 1000] [--scorers 2]
+
+The stub answers at once with 60 random tokens, the scorers are functions; what is measured is everything else: how long a sample takes
+on its way from the prompt to the report, and the most memory that the driver and any worker hold.
+"""
+
+import argparse
+import functools
+import json
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from actors.generator import Response
+from actors.settings import Engine, RewardScoring, Sampling
+from pipelines import base_model, best_of_n, demonstrations, generation, scoring
+from pipelines.artifacts import Run, Stage
+from pipelines.cluster import connected
+from pipelines.settings import Combination, Demonstrations, Model, RaySettings
+
+TOKENS = 60
+
+
+class Stub(generation.SampleShards):
+    """The real actor around an engine that draws tokens from a hat."""
+
+    def __init__(self, tokenizer: str, **arguments: Any):
+        self.chat = generation.Chat(tokenizer, False)
+        self.weights = arguments["weights"]
+        self.generator = self.answer
+
+    def answer(self, prompts: Sequence[Any], sampling: Sampling, seed: int, tell: Callable[[int], None]) -> list[list[Response]]:
+        """At once."""
+        draw = random.Random(seed)
+        tell(len(prompts))
+        count = 1 if sampling.greedy else sampling.samples
+        return [[Response([*draw.choices(range(300, 40_000), k=TOKENS), 2], "stop") for _ in range(count)] for _ in prompts]
+
+
+def opinion(number: int, messages: Sequence[Mapping[str, str]], response: str) -> float:
+    """A reward that anybody can compute."""
+    return float(hash((number, response)) % 1009)
+
+
+first, second, third, judge = (functools.partial(opinion, number) for number in range(4))
+SCORERS = ("first", "second", "third")
+
+
+def main() -> None:
+    """Prints what it took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--scorers", type=int, default=2, choices=range(1, len(SCORERS) + 1))
+    options = parser.parse_args()
+    # Workers import the scorers by this file's name.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONHASHSEED"] = "0"
+    sys.path.insert(0, str(Path(__file__).parent))
+    import best_of_n_scale as own
+
+    generation.SampleShards = own.Stub  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as folder, connected(RaySettings(num_cpus=4)):
+        watch = Watch()
+        began = time.monotonic()
+        stage = flow(Path(folder), options.prompts, options.samples, SCORERS[: options.scorers])
+        seconds, count = time.monotonic() - began, options.prompts * options.samples
+        driver, worker = watch.end()
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+        report = json.loads((stage / "report.json").read_text())
+        assert report["sizes"][-1] == options.samples
+        print(f"{os.cpu_count()} cores, {options.prompts:,} prompts x {options.samples:,} samples, {options.scorers} scorers and a judge")
+        print(f"{seconds:,.0f} s, {seconds / count * 1e6:,.0f} us a sample; {size / 2**30:.2f} GiB on disk")
+        print(f"driver {driver / 2**20:,.0f} MiB, a worker {worker / 2**20:,.0f} MiB at most")
+
+
+def flow(root: Path, prompts: int, samples: int, scorers: Sequence[str]) -> Path:
+    """From demonstrations to the report; returns the folder of the last."""
+    rows, other = root / "rows.jsonl", root / "other.jsonl"
+    other.write_text('{"prompt": "Nobody reads this.", "completion": "#### 1"}\n')
+    with rows.open("w") as file:
+        for number in range(prompts):
+            file.write(json.dumps({"prompt": f"Question {number}: {'word ' * 60}", "completion": "#### 1"}) + "\n")
+    model, run, engine, pool = Model(), Run(root / "run"), Engine(), RewardScoring()
+    base = base_model.plan(model)
+    data = Demonstrations(path=str(other), held_out_path=str(rows))
+    given = demonstrations.plan(data, base)
+
+    def sample(name: str, sampling: Sampling) -> Stage:
+        return generation.plan(name, base, base, given, sampling, engine, 1, {"held_out": None})
+
+    def score(name: str, of: Stage, scorer: str) -> Stage:
+        return scoring.plan(name, of, given, f"best_of_n_scale:{scorer}", "float32", pool, ("held_out",))
+
+    many, greedy = sample("samples", Sampling(samples=samples)), sample("greedy", Sampling(greedy=True))
+    golden = best_of_n.Golden(
+        samples=score("golden", many, "judge"),
+        greedy=score("golden-greedy", greedy, "judge"),
+        base=score("golden-base", greedy, "judge"),
+        demonstrations=score("golden-demonstrations", given, "judge"),
+    )
+    scores = {name: score(f"score-{name}", many, name) for name in scorers}
+    choice = best_of_n.plan(many, golden, scores, {name: [name] for name in scorers}, scorers[0], Combination())
+    run.do(base_model.prepare(model), base)
+    run.do(demonstrations.prepare(data, False), given)
+    run.do(generation.sample(engine, 512, False), greedy, many)
+    run.do(scoring.score(pool, 512, False), *golden.stages(), *scores.values())
+    run.do(best_of_n.choose, choice)
+    return run.directory(choice)
+
+
+class Watch:
+    """The most memory that this process and any of Ray's workers held, by looking four times a second."""
+
+    def __init__(self) -> None:
+        self.driver = self.worker = 0
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread.start()
+
+    def _look(self) -> None:
+        own = psutil.Process()
+        while not self.over.wait(0.25):
+            self.driver = max(self.driver, own.memory_info().rss)
+            for process in own.children(recursive=True):
+                try:
+                    if process.name().startswith("ray::"):
+                        self.worker = max(self.worker, process.memory_info().rss)
+                except psutil.NoSuchProcess:
+                    continue
+
+    def end(self) -> tuple[int, int]:
+        """Bytes of the driver and of the largest worker."""
+        self.over.set()
+        self.thread.join()
+        return self.driver, self.worker
+
+
+if __name__ == "__main__":
+    main()
