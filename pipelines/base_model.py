@@ -230,9 +230,7 @@ def _check_weights(directory: Path) -> None:
 
     found = sorted(directory.glob("*.safetensors"))
     if not found and not [*directory.glob("*.bin"), *directory.glob("*.pt")]:
-        raise StageError(
-            f"{directory} holds no weights of a model: no .safetensors file (a LoRA adapter alone is merged into its model first)"
-        )
+        raise StageError(f"{directory} holds no weights of a model: there is no .safetensors file in it")
     for file in found:
         try:
             with safe_open(file, "pt"):
