@@ -68,8 +68,12 @@ def check(run: Run, base: Stage, longest: dict[str, int], trainings: dict[str, T
         if numbers["context"] is not None and tokens > numbers["context"]:
             raise StageError(f"{settings} = {tokens} tokens, but the context of the model is {numbers['context']}: lower what asks for it")
     for section, training in trainings.items():
-        for target in training.targets() if training.lora_r else []:
-            if target not in ("all-linear", *numbers["modules"]):
+        targets = training.targets() if training.lora_r else []
+        if "all-linear" in targets and len(targets) > 1:
+            raise StageError(f"{section}.lora_targets: 'all-linear' is every one of them: leave the others out")
+        for target in targets:
+            # A path such as self_attn.q_proj ends in the module's name.
+            if target.rpartition(".")[2] not in ("all-linear", *numbers["modules"]):
                 raise StageError(
                     f"{section}.lora_targets: {target!r} matches no module of the model; it has {', '.join(numbers['modules'])}"
                 )

@@ -1,13 +1,16 @@
 """A model that is not whole is named before anything loads it."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipelines.artifacts import StageError
-from pipelines.base_model import convert
+from actors.settings import Training
+from pipelines.artifacts import Run, Stage, StageError
+from pipelines.base_model import check, convert
 
 
 @pytest.fixture
@@ -40,3 +43,40 @@ def test_a_part_of_the_weights_that_is_not_there(model: Path, tmp_path: Path) ->
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
     with pytest.raises(StageError, match=r"lacks model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json names"):
         convert(str(model), tmp_path / "stage")
+
+
+def known(root: Path, **numbers: Any) -> tuple[Run, Stage]:
+    """A run that knows these numbers of its base model."""
+    run, base = Run(root), Stage("base/model", {})
+
+    def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        (run.directory(base) / "source.json").write_text("{}")
+        return {base.name: numbers}
+
+    run.do(work, base)
+    return run, base
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("self_attn.q_proj, v_proj", None),
+        ("all-linear", None),
+        ("all-linear, q_proj", "'all-linear' is every one of them"),
+        ("q_proj, wqkv", "'wqkv' matches no module of the model; it has q_proj, v_proj"),
+    ],
+)
+def test_targets_of_low_rank_adapters(targets: str, said: str | None, tmp_path: Path) -> None:
+    run, base = known(tmp_path, context=512, modules=["q_proj", "v_proj"], shares_prompt=True, window=None)
+    with pytest.raises(StageError, match=said) if said else contextlib.nullcontext():
+        check(run, base, {"demonstrations.max_tokens": 64}, {"training": Training(lora_r=4, lora_targets=targets)})
+
+
+def test_a_model_that_cannot_share_a_prompt_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run, base = known(tmp_path, context=None, modules=[], shares_prompt=True, window=32)
+    check(run, base, {"demonstrations.max_tokens": 32}, {})
+    assert not caplog.records, "a window as long as the longest sequence hides nothing"
+    check(run, base, {"demonstrations.max_tokens": 33, "evaluation": 40}, {})
+    assert [record.message for record in caplog.records] == [
+        "this model cannot share a prompt between responses: every response gets a row of its own, with the same loss"
+    ]

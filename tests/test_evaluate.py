@@ -94,7 +94,7 @@ def test_mt_bench_over_both_turns(tiny: Path, tmp_path: Path) -> None:
         return "Right. [[8]]" if "It is two." in question or "\nthree\n" in question else "Hm. [[3]]" if "more" in question else "No."
 
     # It starts at once: the turns, not the engine, are what is looked at here.
-    options = {"run.name": "graded", "policies.paths": f"{{tiny: {tiny}}}", "engine.backend": "transformers"}
+    options: dict[str, Any] = {"run.name": "graded", "policies.paths": f"{{tiny: {tiny}}}", "engine.backend": "transformers"}
     options |= {"mt_bench.path": folder, "mt_bench.max_new_tokens": 8}
     with endpoint(judge) as (url, asked):
         done = finish(command(tmp_path, **options, **{"judge.url": url, "judge.url_model": "m"}))

@@ -1,9 +1,11 @@
 """Benchmarks as stages: names, files, what stops before anything starts, and policies end to end."""
 
+import contextlib
 import json
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,24 @@ def policy(run: Run, weights: Path, name: str = "policy") -> Stage:
     return stage
 
 
+@contextlib.contextmanager
+def seen_at_once(process: str) -> Iterator[list[int]]:
+    """How many processes of a name there are, looked at again and again."""
+    counts, over = [0], threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.2):
+            counts.append(len(subprocess.run(["pgrep", "-f", process], capture_output=True, text=True, check=False).stdout.split()))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield counts
+    finally:
+        over.set()
+        looking.join()
+
+
 @pytest.mark.parametrize(
     ("backend", "seeds"), [("transformers", (0, 1)), ("vllm", (0,)), pytest.param("vllm", (0, 1), marks=pytest.mark.slow)]
 )
@@ -186,7 +206,11 @@ def test_policies_answer_tasks(
     weights = [write_tiny(tmp_path / f"weights{seed}", seed=seed, std=0.2) for seed in seeds]
     policies = [policy(run, directory, directory.name) for directory in weights]
     stages = [plan(given, task, held) for held in policies for task in tasks.names(given)]
-    run.do(tasks.evaluate(given, ENGINE, False), *stages)
+    # Policies and tasks side by side, as many as there are actors.
+    at_once = len(seeds)
+    with seen_at_once("ray::TaskEngine") as most:
+        run.do(tasks.evaluate(given, ENGINE.model_copy(update={"min_actors": at_once, "max_actors": at_once}), False), *stages)
+    assert max(most) == at_once
     for stage in stages:
         numbers, task = run.numbers(stage), stage.settings["task"]
         assert numbers["n"] == 3 and numbers["groups"] == {}
