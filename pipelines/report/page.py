@@ -140,20 +140,22 @@ def _best_of_n(facts: Facts) -> str:
 def _rows(facts: Facts) -> str:
     if not any(row.answers for row in facts.rows):
         return ""
-    cards = "".join(_card(number, row) for number, row in enumerate(facts.rows))
+    # A measure that says yes or no; any other is shown as its number.
+    binary = {score for row in facts.rows for _, score in row.answers.values()} <= {None, 0.0, 1.0}
+    cards = "".join(_card(number, row, binary) for number, row in enumerate(facts.rows))
     control = '<p class="browse"><button id="before">previous</button> <span id="place"></span> <button id="after">next</button></p>'
     return control + f'<div id="cards">{cards}</div>'
 
 
-def _card(number: int, row: Row) -> str:
+def _card(number: int, row: Row, binary: bool) -> str:
     answers = {"demonstration": (row.demonstration, None), **row.answers}
-    columns = "".join(_answer(name, text, score) for name, (text, score) in answers.items())
+    columns = "".join(_answer(name, text, score, binary) for name, (text, score) in answers.items())
     prompt = f'<h4>prompt</h4><pre class="prompt">{escape(row.prompt)}</pre>'
     return f'<div class="card" data-number="{number}">{prompt}<div class="sides">{columns}</div></div>'
 
 
-def _answer(name: str, text: str, score: float | None) -> str:
-    said = {None: "", 1.0: "right", 0.0: "wrong"}.get(score, f"{score}")
+def _answer(name: str, text: str, score: float | None, binary: bool) -> str:
+    said = "" if score is None else ("right" if score else "wrong") if binary else f"{score:.4g}"
     mark = f' <span class="score {said}">{said}</span>' if said else ""
     return f"<article><h4>{escape(name)}{mark}</h4><pre>{escape(text)}</pre></article>"
 
