@@ -19,6 +19,7 @@ from actors.learner import policy
 from actors.learner.batches import Example, collate, shares_prompt
 from actors.scorer import Scorer
 from actors.settings import Objective, RewardScoring, Scoring
+from pipelines.serving.rewards import RewardReplica, alike
 
 FAMILIES = ["llama", "gpt2", "qwen2", "mistral_window"]
 EXAMPLES = [Example("a", [0, 10, 11], ([20, 21, 1], [22, 1])), Example("b", [0, 12], ([23] * 9, [24, 25, 26, 1]))]
@@ -113,6 +114,16 @@ def test_transformers_reads_the_same_rewards_whatever_the_padding_side(
         got = model(**batch, position_ids=positions).logits[:, 0]
     assert got.tolist() == pytest.approx([value for row in want for value in row], abs=1e-4)
     assert np.std(got.numpy()) > 0
+
+
+def test_a_served_reward_is_the_same_in_company(tmp_path: Path) -> None:
+    replica = RewardReplica.__new__(RewardReplica)
+    replica.model, replica.failures = Scorer(str(reward_model(tmp_path, "llama")), Scoring(), "float32", kind="reward"), 0
+    prompt = tuple(range(20, 40))
+    sequences = [(*prompt, 7, 8, 1), (9, 10), (*prompt, 7, 1), prompt, (*prompt, 7, 8, 1), (*prompt[:5], 1), (*prompt, 50, 1)]
+    groups = alike(sequences)
+    assert [members for _, members in groups] == [[1], [5], [3, 2, 0, 4, 6]] and groups[-1][0] == prompt[:-1]
+    assert replica._values(sequences) == pytest.approx([replica._values([ids])[0] for ids in sequences], abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

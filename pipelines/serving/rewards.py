@@ -1,6 +1,7 @@
 """The process that holds a reward model, as Ray Serve runs it: conversations in, rewards out."""
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -12,6 +13,8 @@ from pipelines.chat import Chat
 from pipelines.serving.prompts import About, Conversation, Prompt, checked, identity, is_ids, templated
 from pipelines.serving.refusal import Refused
 
+SHARED = 16
+"""tokens that sequences have to begin with alike to be computed together"""
 BROKEN = 3
 """batches that fail one after the other before a replica is started anew"""
 
@@ -34,6 +37,25 @@ class Rewards:
     """one an item, raw"""
     tokens: list[int]
     """read for each"""
+
+
+def alike(sequences: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Sequences that begin alike, such as N responses to a prompt, whose beginning is then computed once.
+
+    Returns:
+        (what they begin with, their places) of each group; every sequence has at least one token of its own.
+    """
+    groups: list[tuple[tuple[int, ...], list[int]]] = []
+    for k in sorted(range(len(sequences)), key=lambda k: sequences[k]):
+        own = sequences[k][:-1]
+        if groups:
+            prefix, members = groups[-1]
+            common = tuple(token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prefix, own, strict=False)))
+            if len(common) >= SHARED:
+                groups[-1] = (common, [*members, k])
+                continue
+        groups.append((own, [k]))
+    return groups
 
 
 class RewardReplica:
@@ -87,13 +109,16 @@ class RewardReplica:
     def _values(self, sequences: list[tuple[int, ...]]) -> list[float]:
         from actors.learner.batches import Example
 
+        groups = alike(sequences)
+        examples = [Example("", prefix, tuple(sequences[k][len(prefix) :] for k in members)) for prefix, members in groups]
         try:
-            values = [value for (value,) in self.model([Example("", ids[:-1], (ids[-1:],)) for ids in sequences])]
+            found = self.model(examples)
         except Exception:
             self.failures += 1
             raise
         self.failures = 0
-        return values
+        values = dict(zip((k for _, members in groups for k in members), (value for row in found for value in row), strict=True))
+        return [values[k] for k in range(len(sequences))]
 
     def _tokenize(self, items: Sequence[Answered | Prompt]) -> list[list[int]]:
         return [checked(self._ids(item, number), number, self._about.context, self.vocabulary) for number, item in enumerate(items)]
