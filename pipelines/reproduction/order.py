@@ -1,7 +1,7 @@
 """Hundreds of small stages in few calls: what is ready and of one kind is done together.
 
-A call of work starts a pool of actors, 5 to 10 s; a tiny model trains and answers in as much. So stages that do not wait for each
-other, of all arms and seeds, share a call.
+A call of work finds its pool of actors kept, or starts one in 5 to 10 s; a tiny model trains and answers in as much. So stages that do not
+wait for each other, of all arms and seeds, share a call.
 """
 
 import logging
