@@ -97,7 +97,7 @@ def build(question: Question, splits: Splits | None) -> Any:
     """lm-eval's task, on local rows if there are any.
 
     Raises:
-        ValueError: its data set cannot be loaded.
+        ValueError: its data set cannot be loaded, or the rows are of another one.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("tasks need lm-eval, which is not installed: uv pip install -e '.[eval]'")
@@ -115,9 +115,12 @@ def build(question: Question, splits: Splits | None) -> Any:
         try:
             return cls(config=config)
         except Exception as error:
-            if splits is not None:
-                raise
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if splits is not None:
+                raise ValueError(
+                    f"the files in tasks.data do not look like {question.task}: {said}; their first row has "
+                    f"{', '.join(map(repr, next(iter(splits.values()))[0]))}"
+                ) from error
             raise ValueError(
                 f"the data set {config.get('dataset_path')!r} of task {question.task} cannot be loaded: {said}. Check the network, or "
                 f"name local files in tasks.data.{question.task}"

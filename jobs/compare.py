@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 
 def main(argv: Sequence[str]) -> int:
     """Writes the page; returns the exit status."""
@@ -30,6 +32,9 @@ def main(argv: Sequence[str]) -> int:
         # A run of one of the other jobs alone has that job's own files.
         jobs = [job for job in (GsilConfig, IrlConfig, EvaluateConfig) if (path / job.file("config.yaml")).exists()]
         facts = gather(path, prefix=jobs[0].prefix if jobs else "")
+        # What else was asked in the same directory is told apart by its job.
+        others = {job.prefix.rstrip("-"): yaml.safe_load((path / job.file("config.yaml")).read_text(encoding="utf-8")) for job in jobs[1:]}
+        facts = replace(facts, config=yaml.safe_dump((yaml.safe_load(facts.config) or {}) | others))
         if not facts.stages:
             print(f"error: {path} is no run directory: no stage has left a manifest.json in it", file=sys.stderr)
             return 1

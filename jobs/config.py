@@ -186,7 +186,12 @@ def _readable(item: Any) -> str:
     if item["type"] == "value_error":
         return f"{where}: {message}" if where else message
     if item["type"] in ("list_type", "tuple_type"):
-        return f"{where}={item['input']!r}: a list is wanted, such as '[{item['input']}]'"
+        # A text with brackets, colons or backslashes of its own wants quotes inside the list.
+        text = str(item["input"])
+        inside = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+        inside = inside if re.fullmatch(r"[\w., /-]*", inside) else "'" + inside.replace("'", "''") + "'"
+        quote = '"' if "'" in inside else "'"
+        return f"{where}='{text}': a list is wanted, such as {quote}[{inside}]{quote}"
     return f"{where}={item['input']!r}: {message[0].lower()}{message[1:]}"
 
 

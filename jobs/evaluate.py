@@ -1,6 +1,7 @@
 """Evaluate policies: tasks of lm-eval, measures of their answers, tournaments and MT-Bench before a judge.
 
-    python jobs/evaluate.py --run.name quickstart [--tasks.names '[gsm8k]'] [--judge.path MODEL | --judge.url URL] [--section.key value ...]
+    python jobs/evaluate.py --run.name quickstart [--config my.yaml] [--tasks.names '[gsm8k]'] [--judge.path MODEL | --judge.url URL]
+        [--section.key value ...] [--dry-run]
 
     each policy ----> answers to the prompts ----> measures: exact answer, pattern, golden reward, lengths, variety, KL divergence
                  |                           '---> tournament: everybody against everybody, both orders ----> judge

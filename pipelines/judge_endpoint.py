@@ -70,7 +70,7 @@ class Endpoint:
             EndpointError: there is no answer.
         """
         found = await self._ask(question, max_tokens=max_new_tokens)
-        text = _read(lambda: found.choices[0].message.content) or ""
+        text = _read(lambda: found.choices[0].message.content, "a message") or ""
         if not isinstance(text, str):
             raise EndpointError(f"the judge's endpoint answers with a {type(text).__name__} in place of words")
         ended = found.choices[0].finish_reason
@@ -86,7 +86,10 @@ class Endpoint:
             EndpointError: there is no answer, or none of the labels is among them.
         """
         found = await self._ask(question, max_tokens=1, logprobs=True, top_logprobs=20)
-        top = _read(lambda: [(entry.token.strip(), float(entry.logprob)) for entry in found.choices[0].logprobs.content[0].top_logprobs])
+        top = _read(
+            lambda: [(entry.token.strip(), float(entry.logprob)) for entry in found.choices[0].logprobs.content[0].top_logprobs],
+            "log-probs: judge.mode=logprob needs an endpoint that gives them",
+        )
         by_word: dict[str, float] = {}
         for word, logp in top:
             by_word.setdefault(word, logp)
@@ -116,7 +119,8 @@ class Endpoint:
         except TimeoutError:
             raise EndpointError(f"the judge's endpoint gives no whole answer within {self.timeout:g} s") from None
         except (OpenAIError, ValueError) as error:
-            raise EndpointError(f"the judge's endpoint does not answer: {type(error).__name__}") from None
+            why = f"{type(error).__name__}: {error.__cause__ or error}"
+            raise EndpointError(f"the judge's endpoint {self.client.base_url} does not answer: {why[:200]}") from None
         read, written = _cost(found)
         self.read += read
         self.written += written
@@ -132,14 +136,12 @@ def seconds(retry_after: str) -> float | None:
     return None
 
 
-def _read(get: Callable[[], Any]) -> Any:
-    """A part of an endpoint's answer, which may leave out what it was asked for."""
+def _read(get: Callable[[], Any], what: str) -> Any:
+    """A part of an endpoint's answer, which may be without it."""
     try:
         return get()
     except (AttributeError, LookupError, TypeError, ValueError):
-        raise EndpointError(
-            "the judge's endpoint answers without what it was asked for (logprobs need an endpoint that gives them)"
-        ) from None
+        raise EndpointError(f"the judge's endpoint answers without {what}") from None
 
 
 def _cost(found: Any) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Settings of what evaluates: the policies, their prompts and measures, the judge, tournaments and MT-Bench."""
 
 import re
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -81,6 +82,13 @@ class JudgeModel(Engine):
     max_model_len: int = Field(4096, ge=2)
     """longest question and explanation together, tokens"""
 
+    @field_validator("url")
+    @classmethod
+    def _scheme(cls, url: str | None) -> str | None:
+        if url and not url.startswith(("http://", "https://")):
+            raise ValueError(f"url={url!r} is none: it begins with http:// or https://, such as http://HOST:8000/v1")
+        return url
+
 
 class Judge(JudgeModel):
     """The judge of tournaments. It is asked at temperature 0; its answers are kept, and the same question is asked once."""
@@ -113,6 +121,10 @@ class Judge(JudgeModel):
     def _consistent(self) -> "Judge":
         if self.path and self.url:
             raise ValueError(f"path={self.path!r} and url={self.url!r} are two judges: give one")
+        if self.templates and not Path(self.templates).is_dir():
+            raise ValueError(f"templates={self.templates!r} is no folder")
+        if self.url and not self.url_model:
+            raise ValueError(f"url={self.url!r} needs url_model, the judge's name there")
         if self.max_cost and not (self.price_in or self.price_out):
             raise ValueError("max_cost needs price_in and price_out: without a price nothing costs anything")
         return self

@@ -26,6 +26,8 @@ from pipelines.judging_settings import JudgeModel, Tournament
 from pipelines.records import shards, write_rows
 
 DEMONSTRATIONS = "demonstrations"
+FEW = 16
+"""Games of a pair below which a share of them has a standard error of more than 0.12."""
 GAME = pa.schema(
     {
         **{name: pa.string() for name in ("id", "first", "second", "outcome", "given", "swapped")},
@@ -177,7 +179,8 @@ def judge_games(tournament: Tournament) -> Any:
                 games.append(_judged(game, answers.get((*key, 0)), answers.get((*key, 1))))
         write_rows(run.directory(stage) / "games.parquet", games, GAME)
         missing = run.numbers(stage.inputs["questions"])["missing"]
-        return {stage.name: numbers(games, stage.inputs["questions"].settings["contestants"], stage.settings["seed"], missing)}
+        cut = sum(bool(answer["cut"]) for answer in answers.values())
+        return {stage.name: numbers(games, stage.inputs["questions"].settings["contestants"], stage.settings["seed"], missing, cut)}
 
     return work
 
@@ -200,9 +203,9 @@ def _reading(answer: dict[str, Any]) -> Reading:
     return read_probabilities(answer["logps"])[0] if answer["kind"] == "logprob" else read_pair(answer["text"], answer["cut"])
 
 
-def numbers(games: list[dict[str, Any]], contestants: list[str], seed: int, missing: int = 0) -> dict[str, Any]:
+def numbers(games: list[dict[str, Any]], contestants: list[str], seed: int, missing: int = 0, cut: int = 0) -> dict[str, Any]:
     """What GAME rows say: `pairs` (win, tie, lose of each pair), `ranking`, `position` (bias and consistency of the judge), `failed` and
-    `unparsed` games, and those `missing` because somebody has no response to the prompt."""
+    `unparsed` games, those `missing` because somebody has no response to the prompt, and how many answers were `cut`."""
     heard = [game for game in games if game["outcome"] != "failed"]
     read = [game for game in heard if game["outcome"] != "unparsed"]
     number = {name: k for k, name in enumerate(contestants)}
@@ -229,6 +232,7 @@ def numbers(games: list[dict[str, Any]], contestants: list[str], seed: int, miss
         "failed": len(games) - len(heard),
         "unparsed": len(heard) - len(read),
         "missing": missing,
+        "cut": cut,
     }
 
 
@@ -242,11 +246,13 @@ def tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
         pairs.append([pair["first"], pair["second"], *shown, str(pair["n"]), str(pair["unparsed"]), str(pair["failed"]), rate])
     ranks = [["contestant", "rating", "95 % band", "games"]]
     for row in found["ranking"]:
-        ranks.append([row["name"], f"{row['rating']:.0f}", f"{row['low']:.0f} to {row['high']:.0f}", str(row["games"])])
+        rated = [f"{row['rating']:.0f}", f"{row['low']:.0f} to {row['high']:.0f}"] if row["games"] else ["", ""]
+        ranks.append([row["name"], *rated, str(row["games"])])
     position = found["position"]
-    judge = [["of its answers", "share", "±", "n"]]
-    judge.append(["name the response shown first (0.5 is fair)", *_cells(position["first"], position["stderr"]), str(position["n"])])
-    judge.append(["are the same when the order is swapped", *_cells(position["consistent"]), str(position["n"])])
+    judge = [["how often", "share", "±", "of"]]
+    judge.append(["a winner is the response shown first (0.5 is fair)", *_cells(position["first"], position["stderr"])])
+    judge[-1].append(f"{position['answers']} answers")
+    judge.append(["both orders say the same", *_cells(position["consistent"]), f"{position['n']} games"])
     return {
         "Tournament: games of the first against the second": pairs,
         "Ranking (Bradley-Terry, on the scale of Elo)": ranks,
@@ -277,5 +283,9 @@ def doubts(found: Mapping[str, Any]) -> list[str]:
     if found["missing"]:
         told.append(f"{found['missing']} games were not played: one of the two has no response to the prompt")
     if found["unparsed"] > 0.1 * max(1, found["games"]):
-        told.append(f"{found['unparsed']} of {found['games']} verdicts could not be read: they count for nobody")
+        cut = f"; {found['cut']} answers were cut at judge.max_new_tokens: raise it" if found["cut"] else ""
+        told.append(f"{found['unparsed']} of {found['games']} verdicts could not be read: they count for nobody{cut}")
+    fewest = min((pair["n"] for pair in found["pairs"]), default=0)
+    if fewest < FEW:
+        told.append(f"some pairs met on {fewest} prompts only: standard errors and bands over so few say little")
     return told

@@ -186,6 +186,10 @@ def test_the_last_place_of_a_pattern(pattern: str, text: str, got: str | None) -
         (["--tournament.contestants", "[a]"], "two or more different ones are needed"),
         (["--judge.max_cost", "3"], "max_cost needs price_in and price_out"),
         (["--policies.paths", "{a/b: x}"], "names are letters, digits"),
+        (["--judge.url", "127.0.0.1:8000"], "it begins with http:// or https://"),
+        (["--judge.url", "http://x/v1"], "needs url_model"),
+        (["--judge.templates", "/nowhere"], "templates='/nowhere' is no folder"),
+        (["--answers.measures", r"[regex:[a-z]+ (\d+)]"], r"such as \"\['regex:\[a-z\]\+ \(\\d\+\)'\]\""),
     ],
 )
 def test_what_cannot_be_evaluated(flags: list[str], said: str) -> None:

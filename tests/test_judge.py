@@ -122,7 +122,7 @@ BARE = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "cho
 
 @pytest.mark.parametrize(
     ("answer", "mode", "said"),
-    [((400, {"error": {"message": "no"}}), "text", "answers 400"), ((200, BARE), "logprob", "without what it was asked for")],
+    [((400, {"error": {"message": "no"}}), "text", "answers 400"), ((200, BARE), "logprob", "without log-probs: judge.mode=logprob needs")],
 )
 def test_an_endpoint_that_cannot_judge(answer: tuple[int, Any], mode: str, said: str) -> None:
     with endpoint(lambda question: answer) as (url, _), pytest.raises(Refused, match=said) as refused:

@@ -12,6 +12,7 @@ import pytest
 
 from jobs import compare
 from pipelines.artifacts import Run, Stage, write_json
+from pipelines.evaluation import SCORES
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
 from pipelines.report import facts, figures
 from pipelines.report.comparison import differences
@@ -193,6 +194,12 @@ def test_a_report_that_cannot_be_written_costs_no_stage(
     run = Run(tmp_path, report=Reporter(tmp_path, [DATA]))
     run.do(work, DATA)
     assert run.manifest(DATA) and "disk full" in caplog.text
+
+
+def test_scores_of_another_command_are_not_shown(ended: Path) -> None:
+    write_rows(ended / "sft" / "evaluation" / "00000.parquet", [{"id": str(k), "score": 1.0} for k in range(4)], SCORES)
+    assert {row.answers["sft"][1] for row in gather(ended, graph()).rows} == {1.0}
+    assert {row.answers["sft"][1] for row in gather(ended, [s for s in graph() if s.name != "sft/evaluation"]).rows} == {None}
 
 
 def test_a_metrics_file_may_end_in_half_a_line(ended: Path) -> None:

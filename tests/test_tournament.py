@@ -17,6 +17,7 @@ from pipelines.judging_settings import Judge, Tournament
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
 
 ROWS = 6
+FEW = "some pairs met on {} prompts only: standard errors and bands over so few say little"
 LENGTHS = {"demonstrations": 5, "short": 3, "long": 9}
 """Words of a response; each row one more."""
 
@@ -68,13 +69,13 @@ def test_a_judge_that_always_says_a_gives_nothing_but_ties(tmp_path: Path) -> No
     with endpoint(always_a) as (url, asked):
         found = Played(tmp_path).play(url=url)
     assert [(pair["win"], pair["tie"], pair["lose"], pair["n"]) for pair in found["pairs"]] == [(0, 1, 0, ROWS)] * 3
-    assert found["position"] == {"first": 1.0, "stderr": 0.0, "consistent": 0.0, "n": 3 * ROWS}
+    assert found["position"] == {"first": 1.0, "answers": 6 * ROWS, "stderr": 0.0, "consistent": 0.0, "n": 3 * ROWS}
     assert [row["rating"] for row in found["ranking"]] == pytest.approx([1000] * 3)
     assert any("biased by position" in text for text in tournament.doubts(found))
     assert {(body["temperature"], body["seed"]) for _, body in asked} == {(0, 0)} and len(asked) == 2 * 3 * ROWS
     assert tournament.tables(found)["The judge"][1:] == [
-        ["name the response shown first (0.5 is fair)", "1.00", "0.00", "18"],
-        ["are the same when the order is swapped", "0.00", "", "18"],
+        ["a winner is the response shown first (0.5 is fair)", "1.00", "0.00", "36 answers"],
+        ["both orders say the same", "0.00", "", "18 games"],
     ]
 
 
@@ -87,7 +88,7 @@ def test_a_judge_that_prefers_length_says_what_arithmetic_says(tmp_path: Path) -
     assert all(pair["longer_wins"] == 1.0 for pair in pairs.values())
     assert pairs["short", "long"]["longer"] == -5 * 6
     assert [row["name"] for row in found["ranking"]] == ["long", "demonstrations", "short"]
-    assert found["position"]["first"] == 0.5 and found["position"]["consistent"] == 1.0 and not tournament.doubts(found)
+    assert found["position"]["first"] == 0.5 and found["position"]["consistent"] == 1.0 and tournament.doubts(found) == [FEW.format(ROWS)]
     (game,) = [g for g in played.games() if (g["id"], g["first"], g["second"]) == ("r0", "short", "long")]
     assert game["outcome"] == "second" and "Say 0." in game["question"] and game["answer"] == "[[B]]" and game["answer_swapped"] == "[[A]]"
     assert game["question"].index(words("short", 0)) < game["question"].index(words("long", 0))
@@ -213,6 +214,7 @@ def test_an_answer_that_was_cut_counts_by_its_mark_alone(tmp_path: Path) -> None
     with endpoint(cut) as (url, _):
         found = Played(tmp_path).play(url=url)
     assert [(pair["tie"], pair["n"], pair["unparsed"]) for pair in found["pairs"]] == [(1, 1, ROWS - 1)] * 3
+    assert "count for nobody; 36 answers were cut at judge.max_new_tokens: raise it" in str(tournament.doubts(found))
     with endpoint(lambda question: (200, completion("[[A]]", {"model": "m"}, ended="content_filter"))) as (url, asked):
         with pytest.raises(StageError, match=r"36 x the judge's endpoint stops its answer by a content filter"):
             Played(tmp_path / "filtered").play(url=url)
@@ -245,7 +247,10 @@ def test_too_many_failures_fail_the_tournament(tmp_path: Path, monkeypatch: pyte
     assert found["failed"] == 3 and [pair["n"] for pair in found["pairs"]] == [ROWS - 1] * 3
     games = next(iter(tournament.tables(found).values()))
     assert [row[games[0].index("no answer")] for row in games[1:]] == ["1"] * 3
-    assert tournament.doubts(found) == ["3 of 18 games have no answer of the judge: they count for nobody"]
+    assert tournament.doubts(found) == [
+        "3 of 18 games have no answer of the judge: they count for nobody",
+        FEW.format(ROWS - 1),
+    ]
 
 
 def test_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,10 +278,9 @@ def test_who_is_not_there(tmp_path: Path) -> None:
     played.settings = played.settings.model_copy(update={"contestants": ["short", "shrot"]})
     with pytest.raises(StageError, match="there is no 'shrot'; there are short, long, demonstrations"):
         played.play(url="http://x/v1")
+    twice = Tournament(contestants=["short", "long"], responses={"short": "x.jsonl"})
     with pytest.raises(StageError, match="'short' is already somebody here"):
-        tournament.plan_questions(
-            played.data, played.samples, Tournament(contestants=["short", "long"], responses={"short": "x.jsonl"}), Judge(url="http://x/v1")
-        )
+        tournament.plan_questions(played.data, played.samples, twice, Judge(url="http://x/v1", url_model="m"))
     other = tmp_path / "none.jsonl"
     other.write_text(json.dumps({"prompt": "Who?", "completion": "Nobody"}) + "\n")
     played.settings = Tournament(contestants=["short", "theirs"], responses={"theirs": str(other)})

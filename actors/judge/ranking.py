@@ -144,14 +144,15 @@ def position_bias(readings: Sequence[tuple[Reading, Reading]]) -> dict[str, floa
         readings: of each game in both orders, both told of the order (a, b); in the second order b was shown first.
 
     Returns:
-        `first`: share of the answers with a winner that name the one shown first (no bias: 1/2), `stderr` of it, `consistent`: share of
-        the games that could be read in which both orders say the same, `n` games.
+        `first`: share of the `answers` with a winner that name the one shown first (no bias: 1/2), `stderr` of it, `consistent`: share of
+        the `n` games that could be read in which both orders say the same.
     """
     preferred = [reading == shown for pair in readings for reading, shown in zip(pair, (0, 1), strict=True) if reading in (0, 1)]
     read = [pair for pair in readings if "unparsed" not in pair]
     first = sum(preferred) / len(preferred) if preferred else None
     return {
         "first": first,
+        "answers": len(preferred),
         "stderr": None if first is None else float(np.sqrt(first * (1 - first) / len(preferred))),
         "consistent": sum(a == b for a, b in read) / len(read) if read else None,
         "n": len(read),

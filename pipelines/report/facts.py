@@ -165,11 +165,13 @@ def _rows(root: Path, done: Sequence[StageFacts]) -> list[Row]:
             table = pq.read_table(path, columns=["id", "prompt", "response"]).slice(0, ROWS - len(real))
             real |= {row["id"]: row for row in table.to_pylist()}
     answers: dict[str, dict[str, tuple[str, float | None]]] = {key: {} for key in real}
+    # Of another command in the same directory there may be scores of other answers.
+    own_stages = {stage.name for stage in done}
     for stage in done:
         if stage.own not in ("samples", "answers") or stage.name.startswith(EVALUATED) != bool(asked):
             continue
-        own = (root / stage.name).parent
-        scores = _scores(own / "score-1" / "train" if asked else own / "evaluation")
+        scored = f"{stage.name.rpartition('/')[0]}/{'score-1' if asked else 'evaluation'}"
+        scores = _scores(root / scored / ("train" if asked else "")) if scored in own_stages else {}
         for path in shards(root / stage.name / ("train" if asked else "held_out")):
             for row in pq.read_table(path, columns=["id", "response"], filters=[("id", "in", list(real))]).to_pylist():
                 answers[row["id"]].setdefault(stage.policy, (row["response"], scores.get(row["id"])))

@@ -167,8 +167,9 @@ def _lengths(figure: Any, found: Mapping[str, Mapping[str, Any]]) -> None:
         share = [count / sum(histogram["counts"]) for count in histogram["counts"]]
         lengths.stairs(share, edges, color=colour, label=name, linewidth=1.4)
     below = dict.fromkeys(found, 0.0)
-    for kind, colour in zip(kinds, COLOURS[2:], strict=False):
+    for kind in kinds:
         shares = {name: h["finish"].get(kind, 0) / sum(h["finish"].values()) for name, h in found.items()}
+        colour = COLOURS[2] if kind == "stop" else COLOURS[1]
         ends.barh(list(shares), list(shares.values()), left=list(below.values()), color=colour, label=kind, height=0.6)
         below = {name: below[name] + share for name, share in shares.items()}
     lengths.set_xlabel("tokens of a response")
