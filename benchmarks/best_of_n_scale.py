@@ -71,12 +71,13 @@ def main() -> None:
 
     generation.SampleShards = own.Stub  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder, connected(RaySettings(num_cpus=4)):
-        watch = Watch()
-        began = time.monotonic()
-        stage = flow(Path(folder), options.prompts, options.samples, SCORERS[: options.scorers])
+        run, base = Run(Path(folder) / "run"), base_model.plan(Model())
+        run.do(base_model.prepare(Model()), base)
+        watch, began = Watch(), time.monotonic()
+        stage = flow(run, base, options.prompts, options.samples, SCORERS[: options.scorers])
         seconds, count = time.monotonic() - began, options.prompts * options.samples
         driver, worker = watch.end()
-        size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+        size = sum(file.stat().st_size for file in run.root.rglob("*") if file.is_file() and "base" not in file.parts)
         report = json.loads((stage / "report.json").read_text())
         assert report["sizes"][-1] == options.samples
         print(f"{os.cpu_count()} cores, {options.prompts:,} prompts x {options.samples:,} samples, {options.scorers} scorers and a judge")
@@ -84,15 +85,14 @@ def main() -> None:
         print(f"driver {driver / 2**20:,.0f} MiB, a worker {worker / 2**20:,.0f} MiB at most")
 
 
-def flow(root: Path, prompts: int, samples: int, scorers: Sequence[str]) -> Path:
+def flow(run: Run, base: Stage, prompts: int, samples: int, scorers: Sequence[str]) -> Path:
     """From demonstrations to the report; returns the folder of the last."""
-    rows, other = root / "rows.jsonl", root / "other.jsonl"
+    rows, other = run.root.parent / "rows.jsonl", run.root.parent / "other.jsonl"
     other.write_text('{"prompt": "Nobody reads this.", "completion": "#### 1"}\n')
     with rows.open("w") as file:
         for number in range(prompts):
             file.write(json.dumps({"prompt": f"Question {number}: {'word ' * 60}", "completion": "#### 1"}) + "\n")
-    model, run, engine, pool = Model(), Run(root / "run"), Engine(), RewardScoring()
-    base = base_model.plan(model)
+    engine, pool = Engine(), RewardScoring()
     data = Demonstrations(path=str(other), held_out_path=str(rows))
     given = demonstrations.plan(data, base)
 
@@ -111,10 +111,10 @@ def flow(root: Path, prompts: int, samples: int, scorers: Sequence[str]) -> Path
     )
     scores = {name: score(f"score-{name}", many, name) for name in scorers}
     choice = best_of_n.plan(many, golden, scores, {name: [name] for name in scorers}, scorers[0], Combination())
-    run.do(base_model.prepare(model), base)
     run.do(demonstrations.prepare(data, False), given)
     run.do(generation.sample(engine, 512, False), greedy, many)
-    run.do(scoring.score(pool, 512, False), *golden.stages(), *scores.values())
+    for stages in (golden.stages(), *((stage,) for stage in scores.values())):
+        run.do(scoring.score(pool, 512, False), *stages)
     run.do(best_of_n.choose, choice)
     return run.directory(choice)
 
