@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from actors.batching import common
 from actors.generator import counted, of_engine
 from actors.settings import Engine
 
@@ -45,11 +46,6 @@ def families(tokens: Sequence[Sequence[int]], contexts: Sequence[int], rows: Seq
         alike = min(common(tokens[same[0]], tokens[number]) for number in same)
         made.append(Family(tuple(same), max(0, min(alike, *(contexts[number] - 1 for number in same)))))
     return made
-
-
-def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two lists begin with alike."""
-    return next((place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
 
 
 def reach(tokens: Sequence[Sequence[int]]) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from actors.batching import common
 from actors.settings import RewardScoring
 from pipelines.artifacts import StageError
 from pipelines.chat import Chat
@@ -188,6 +189,4 @@ class ByModel:
 def _common(sequences: Iterable[tuple[int, ...]]) -> int:
     """Length of the longest common start that leaves a token to each."""
     rows = list(sequences)
-    shortest, longest = min(rows), max(rows)
-    limit = min(len(row) for row in rows) - 1
-    return next((k for k, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b or k == limit), limit)
+    return min(common(min(rows), max(rows)), min(map(len, rows)) - 1)

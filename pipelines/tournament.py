@@ -24,10 +24,9 @@ from pipelines.artifacts import Run, Stage, StageError
 from pipelines.judging import QUESTION, QUESTIONS_A_FILE
 from pipelines.judging_settings import JudgeModel, Tournament
 from pipelines.records import shards, write_rows
+from pipelines.summary import FEW
 
 DEMONSTRATIONS = "demonstrations"
-FEW = 16
-"""Games of a pair below which a share of them has a standard error of more than 0.12."""
 GAME = pa.schema(
     {
         **{name: pa.string() for name in ("id", "first", "second", "outcome", "given", "swapped")},

@@ -1,12 +1,11 @@
 """The process that holds a reward model, as Ray Serve runs it: conversations in, rewards out."""
 
 import asyncio
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from actors.batching import Batcher
+from actors.batching import Batcher, common
 from actors.loading import loading
 from actors.settings import RewardScoring
 from pipelines.chat import Chat
@@ -50,9 +49,9 @@ def alike(sequences: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], l
         own = sequences[k][:-1]
         if groups:
             prefix, members = groups[-1]
-            common = tuple(token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prefix, own, strict=False)))
-            if len(common) >= SHARED:
-                groups[-1] = (common, [*members, k])
+            shared = common(prefix, own)
+            if shared >= SHARED:
+                groups[-1] = (prefix[:shared], [*members, k])
                 continue
         groups.append((own, [k]))
     return groups
