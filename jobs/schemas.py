@@ -256,6 +256,8 @@ class EvaluateConfig(ModelJobConfig):
 class ReproduceConfig(JobConfig):
     """Everything that `jobs/reproduce.py` reads."""
 
+    script: ClassVar[str] = "jobs/reproduce.py"
+
     run: RunSettings = RunSettings(name="reproduce")
     scope: Scope = Scope()
     model: Tiny = Tiny()

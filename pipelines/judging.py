@@ -92,15 +92,15 @@ def _answer(run: Run, stage: Stage, judge: Judge, trust_remote_code: bool) -> di
     run.display.follow(len(set(keys)), "answers", lambda: min(len(set(keys)), known + cache.taken))
     try:
         if judge.url:
-            failed = asyncio.run(Asking(judge, cache).all(missing))
+            failed = asyncio.run(Asking(judge, cache).all(missing, most=judge.max_failed_fraction * len(set(keys))))
         elif missing:
             failed = _ask_here(run, stage, judge, cache, missing, trust_remote_code)
     finally:
         cache.close()
     silence: Row = {"text": None, "logps": None, "cut": None, "read": 0, "written": 0}
+    _check(stage, failed, len(set(keys)), judge)
     answers = [row | {"failed": failed.get(key)} | cache.answers.get(key, silence) for key, row in zip(keys, rows, strict=True)]
     write_rows(run.directory(stage) / "00000.parquet", answers, ANSWER)
-    _check(stage, failed, len(set(keys)), judge)
     told = {"questions": len(rows), "asked": len(missing), "cached": known, "failed": len(failed)}
     new = [cache.answers[key] for key in missing if key in cache.answers]
     read, written = (sum(answer[side] for answer in new) for side in ("read", "written"))
@@ -145,8 +145,8 @@ class Asking:
         self.next = 0.0
         self.stopped: str | None = None
 
-    async def all(self, questions: dict[str, Row]) -> dict[str, str]:
-        """Asks them; returns why, for those without an answer.
+    async def all(self, questions: dict[str, Row], most: float) -> dict[str, str]:
+        """Asks them until more than `most` have failed; returns why, for those that did.
 
         Raises:
             StageError: a limit is reached, or the endpoint wants another key.
@@ -155,7 +155,7 @@ class Asking:
         waiting = iter(questions.items())
 
         async def one_after_the_other() -> None:
-            while self.stopped is None and (item := next(waiting, None)):
+            while self.stopped is None and len(failed) <= most and (item := next(waiting, None)):
                 key, row = item
                 try:
                     said = await self._patiently(row)

@@ -115,7 +115,7 @@ class Judge(JudgeModel):
     price_out: float = placement(0, ge=0)
     """of a million tokens that it writes"""
     max_failed_fraction: float = placement(0.02, ge=0, le=1)
-    """more questions without an answer than this fail the tournament"""
+    """more questions without an answer than this fail the tournament; an endpoint is then asked no more"""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Judge":

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
@@ -118,13 +119,16 @@ def print_result(shown: Shown) -> None:
     """The final tables and where everything is."""
     console = Console()
     for table in shown.tables:
-        first, *others = table.rows[0]
-        # A name that is cut could be another one.
+        # A name or a word that is cut could be another one: a terminal too narrow for them folds whole lines.
+        names, *others = zip(*table.rows, strict=True)
+        least = [max(map(cell_len, names)), *(max(map(cell_len, " ".join(cells).split()), default=0) for cells in others)]
         # As text: brackets in a name are no markup.
-        columns = Column(Text(first), no_wrap=True), *(Column(Text(name), overflow="fold") for name in others)
+        heads = map(Text, table.rows[0])
+        columns = (Column(head, min_width=width, no_wrap=not k) for k, (head, width) in enumerate(zip(heads, least, strict=True)))
         grid = Table(*columns, title=Text(table.title))
         for row in table.rows[1:]:
             grid.add_row(*map(Text, row), style="bold" if row[0] == table.bold else "")
-        console.print(grid)
+        borders = 3 * len(least) + 1
+        Console(width=max(console.width, sum(least) + borders)).print(grid, crop=False)
     for line in shown.lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

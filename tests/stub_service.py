@@ -12,7 +12,7 @@ from pipelines.serving.judging import Judge, LocalWriter
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.prompts import About, checked
 from pipelines.serving.rewards import Answered, Rewards
-from pipelines.serving.samples import Draw, Labels, Sample, Samples
+from pipelines.serving.samples import Draw, Labels, Sample, Samples, Token
 from pipelines.serving.service import RewardModels, Service
 from pipelines.serving.settings import Ensemble, JudgeService, Limits
 
@@ -83,7 +83,8 @@ class StubPolicy:
             texts = ["Longer. [[A]]" if len(first) > len(second) - 100 else "Longer. [[B]]"]
         if "[[5]]" in str(prompt):
             texts = ["Not bad. [[7]]"]
-        return Samples(prompt_ids, [Sample(text, list(text.encode()), "stop") for text in texts])
+        tokens = None if draw.top_logprobs is None else (Token("A", -0.5, (("A", -0.5), ("B", -1.0))[: draw.top_logprobs]),)
+        return Samples(prompt_ids, [Sample(text, list(text.encode()), "stop", tokens=tokens) for text in texts])
 
     async def stream(self, prompt: Any, draw: Draw) -> AsyncIterator[Samples]:
         prompt_ids = ids_of(prompt)
@@ -112,9 +113,9 @@ def application(
         return {"policy": "ready"}
 
     models = RewardModels({reward.name: Local(reward) for reward in rewards}, ensemble or Ensemble())
-    service = Service(Local(policy), models, limits)
-    settings = JudgeService()
-    judging = Judge("judge", LocalWriter(Local(policy)), settings) if judge else None
+    writers = {"policy": Local(policy)} | ({"judge": Local(policy)} if judge else {})
+    service = Service(writers, models)
+    judging = Judge("judge", LocalWriter(writers["judge"]), JudgeService()) if judge else None
     return build(service, judging, access or Access(), limits, ready or all_ready, Metrics())
 
 

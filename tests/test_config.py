@@ -12,7 +12,7 @@ from actors.settings import Settings, Training
 from jobs import runner
 from jobs.config import ConfigError, build, help_text, to_yaml
 from jobs.gsil_iterative import align, plan
-from jobs.schemas import DilConfig, GsilConfig, IrlConfig, ReproduceConfig, ServeConfig
+from jobs.schemas import DilConfig, EvaluateConfig, GsilConfig, IrlConfig, JobConfig, ReproduceConfig, ServeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
@@ -166,3 +166,8 @@ def test_a_job_hides_no_library_of_its_name(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(SystemExit):
         runner.main(GsilConfig, ["--help"], "", plan, align)
     assert str(ROOT / "jobs") not in sys.path and str(ROOT) in [str(Path(path).resolve()) for path in sys.path]
+
+
+@pytest.mark.parametrize("schema", [GsilConfig, DilConfig, IrlConfig, EvaluateConfig, ReproduceConfig])
+def test_a_jobs_config_names_its_script(schema: type[JobConfig]) -> None:
+    assert f"runner.main({schema.__name__}, " in (ROOT / schema.script).read_text()

@@ -77,6 +77,13 @@ def test_the_openai_client() -> None:
         text = await ours.completions.create(model="policy", prompt="x")
         assert text.choices[0].text == "word "
         assert [model.id async for model in ours.models.list()] == ["policy", "reward", "judge"]
+        judge = await ours.chat.completions.create(
+            model="judge", messages=[{"role": "user", "content": "x"}], max_tokens=1, temperature=0, logprobs=True, top_logprobs=2
+        )
+        assert judge.model == "judge" and found.choices[0].logprobs is None and judge.choices[0].logprobs
+        (said,) = judge.choices[0].logprobs.content or []
+        assert (said.token, said.logprob, said.bytes) == ("A", -0.5, [65])
+        assert [(other.token, other.logprob) for other in said.top_logprobs] == [("A", -0.5), ("B", -1.0)]
         with pytest.raises(openai.UnprocessableEntityError, match="limit is 64"):
             await ours.chat.completions.create(model="policy", messages=[{"role": "user", "content": "x"}], n=65)
 
@@ -110,7 +117,7 @@ def test_what_openais_clients_send_without_asking_for_anything_is_taken() -> Non
     idle = {"n": None, "logprobs": False, "top_logprobs": None, "tools": None, "response_format": {"type": "text"}, "store": False}
     asked = [{"role": "developer", "content": "Be short."}, *ASKED]
     assert post(application(), "/v1/chat/completions", {"messages": asked, "metadata": {}, **idle}).status_code == 200
-    refused: list[dict[str, Any]] = [{"logprobs": True}, {"tools": [{}]}, {"response_format": {"type": "json_object"}}]
+    refused: list[dict[str, Any]] = [{"logit_bias": {"5": 1}}, {"tools": [{}]}, {"response_format": {"type": "json_object"}}]
     for more in refused:
         answer = post(application(), "/v1/chat/completions", {"messages": asked, **more})
         assert answer.status_code == 422 and next(iter(more)) in answer.text

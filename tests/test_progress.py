@@ -11,7 +11,8 @@ from rich.console import Console
 
 from pipelines.artifacts import Run, Stage
 from pipelines.policy_training import newest
-from pipelines.progress import Terminal, rate
+from pipelines.progress import Terminal, print_result, rate
+from pipelines.summary import Shown, Table
 from pipelines.watching import Pace, Progress, Watch, Watcher, iteration, title
 
 DATA = Stage("demonstrations", {})
@@ -30,6 +31,15 @@ def test_a_terminal_shows_one_live_line_with_count_rate_and_time_left(total: int
     text = out.getvalue()
     assert "demonstrations" in text and shown in text and "rows, " in text and "/s" in text and ("s left" in text) == (total is not None)
     assert "+ demonstrations  2.0 s" in text
+
+
+@pytest.mark.parametrize("width", ["100", "60", "20"])
+def test_no_word_of_a_table_is_cut(width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    rows = [["policy", "standard error", "length_controlled"], ["a policy/of-some-name", "0.250 ±0.125", "[bold] 1.5"], ["base", "", ""]]
+    print_result(Shown([Table("Title", rows)], []))
+    out = capsys.readouterr().out
+    assert rows[1][0] in out and all(word in out for row in rows for cell in row for word in cell.split())
 
 
 def test_rates_in_words() -> None:

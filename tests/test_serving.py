@@ -18,7 +18,9 @@ import torch
 from running import finish, free_ports, ours_alive, wait_until_gone
 from serving import listening, replicas_of, service
 from test_rewards import reward_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from pipelines.chat import Chat
 
 pytestmark = pytest.mark.slow
 http = httpx.Client(timeout=60)
@@ -88,6 +90,25 @@ def test_the_judge_compares_probabilities(served: tuple[str, Path]) -> None:
         f"{served[0]}/v1/judge", json={"messages": ASKED, "responses": ["12 apples", "no"], "template": "{first} {second}"}
     ).json()
     assert found["winner"] in (0, 1, "tie") and len(found["verdicts"]) == 2 and "probability" in found["explanation"]
+
+
+def test_the_judge_answers_by_its_name_with_log_probs(served: tuple[str, Path], tiny: Path) -> None:
+    client = openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none")
+    options: dict[str, Any] = {"model": "judge", "messages": ASKED, "max_tokens": 4, "temperature": 0}
+    found = client.chat.completions.create(**options, logprobs=True, top_logprobs=5).choices[0]
+    assert found.logprobs and found.logprobs.content and "".join(said.token for said in found.logprobs.content) == found.message.content
+    chat = Chat(str(tiny))
+    prompt = chat.prompt_ids(ASKED)
+    vocabulary = {chat.tokenizer.decode([token]): token for token in range(len(chat.tokenizer))}
+    said = [vocabulary[said.token] for said in found.logprobs.content]
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tiny).eval()(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
+    expected = torch.log_softmax(logits.double(), dim=-1)
+    for row, token, at in zip(expected, said, found.logprobs.content, strict=True):
+        assert at.logprob == pytest.approx(float(row[token]), abs=1e-3) and at.logprob == at.top_logprobs[0].logprob
+        assert [other.logprob for other in at.top_logprobs] == pytest.approx(row.topk(5).values.tolist(), abs=1e-3)
+    (plain,) = client.chat.completions.create(**options).choices
+    assert plain.logprobs is None and plain.message.content == found.message.content
 
 
 def test_a_stop_word_ends_a_response(served: tuple[str, Path]) -> None:

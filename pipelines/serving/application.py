@@ -142,14 +142,15 @@ class GatewayReplica:
         self.keys = keys
         aliases = {path: name for name, path in config.reward.models.items()}
         backends = {name: Remote(f"the reward model {name}", handle) for name, handle in rewards.items()}
-        self.service = Service(
-            Remote("the policy", policy) if policy else None, RewardModels(backends, config.ensemble, aliases), config.limits
-        )
+        writers = {config.policy.name: Remote("the policy", policy)} if policy else {}
         self.judge: Judge | None = None
         if config.judge.url:
             self.judge = Judge(config.judge.name, UrlWriter(config.judge), config.judge)
         elif judge:
-            self.judge = Judge(config.judge.name, LocalWriter(Remote("the judge", judge)), config.judge)
+            # Also by its name, as any OpenAI-compatible judge: tournaments ask it so.
+            writers[config.judge.name] = Remote("the judge", judge)
+            self.judge = Judge(config.judge.name, LocalWriter(writers[config.judge.name]), config.judge)
+        self.service = Service(writers, RewardModels(backends, config.ensemble, aliases))
         self.states: tuple[float, dict[str, str]] = 0.0, {}
 
     def __serve_build_asgi_app__(self) -> Any:

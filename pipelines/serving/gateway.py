@@ -15,11 +15,21 @@ from starlette.exceptions import HTTPException
 
 from pipelines.serving import protocol, reward_protocol
 from pipelines.serving.backends import together
+from pipelines.serving.completion_protocol import (
+    Answer,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionRequest,
+    Completion,
+    CompletionRequest,
+    Logprobs,
+    TextChoice,
+)
 from pipelines.serving.door import Access, Door
 from pipelines.serving.edge import BodyLimit
 from pipelines.serving.judging import Judge
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.protocol import ChatCompletionRequest, CompletionRequest, Message, as_list
+from pipelines.serving.protocol import Message, as_list
 from pipelines.serving.refusal import Refused
 from pipelines.serving.rewards import Answered
 from pipelines.serving.samples import Sample
@@ -71,7 +81,7 @@ def build(
         except TimeoutError:
             raise Refused(504, f"the request took longer than {access.timeout:g} s, and was stopped") from None
 
-    @app.post("/v1/chat/completions", response_model=protocol.ChatCompletion, tags=["OpenAI"])
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, tags=["OpenAI"])
     async def chat_completions(request: ChatCompletionRequest) -> Any:
         """A response to a conversation; the best of `best_of_n` samples by a reward model."""
         check(limits, request)
@@ -80,13 +90,13 @@ def build(
             return await _streamed(within, service, metrics, prompt, request)
         best = await within(service.best_of_n(prompt, request))
         metrics.sampled(best.usage, best.rewards)
-        choices = [
-            protocol.ChatChoice(index=i, finish_reason=_finish(s), reward=r, message=protocol.Answer(content=s.text))
-            for i, (s, r) in enumerate(zip(best.samples, best.rewards, strict=True))
-        ]
-        return protocol.ChatCompletion(model=(await service.policy_about()).name, choices=choices, usage=best.usage)
+        choices = []
+        for i, (s, r) in enumerate(zip(best.samples, best.rewards, strict=True)):
+            told = None if s.tokens is None else Logprobs.of(s.tokens)
+            choices.append(ChatChoice(index=i, finish_reason=_finish(s), reward=r, message=Answer(content=s.text), logprobs=told))
+        return ChatCompletion(model=best.model, choices=choices, usage=best.usage)
 
-    @app.post("/v1/completions", response_model=protocol.Completion, tags=["OpenAI"])
+    @app.post("/v1/completions", response_model=Completion, tags=["OpenAI"])
     async def completions(request: CompletionRequest) -> Any:
         """A continuation of bare text or tokens; the best of `best_of_n` samples by a reward model."""
         check(limits, request)
@@ -101,9 +111,9 @@ def build(
         for best in found:
             metrics.sampled(best.usage, best.rewards)
         flat = [(s, r) for best in found for s, r in zip(best.samples, best.rewards, strict=True)]
-        choices = [protocol.TextChoice(index=i, finish_reason=_finish(s), reward=r, text=s.text) for i, (s, r) in enumerate(flat)]
+        choices = [TextChoice(index=i, finish_reason=_finish(s), reward=r, text=s.text) for i, (s, r) in enumerate(flat)]
         usage = protocol.Usage.summed(best.usage for best in found)
-        return protocol.Completion(model=(await service.policy_about()).name, choices=choices, usage=usage)
+        return Completion(model=found[0].model, choices=choices, usage=usage)
 
     async def rewarded(request: Any, cut: bool = False) -> tuple[str, Any, protocol.Usage]:
         # Before the items are made: a conversation is written out once for every document.
@@ -177,8 +187,11 @@ def build(
     @app.get("/v1/models", response_model=protocol.ModelList, tags=["service"])
     async def models() -> Any:
         """All models that are served."""
-        cards = await within(service.models())
-        return protocol.ModelList(data=[*cards, *([protocol.ModelCard(id=judge.name, kind="judge")] if judge else [])])
+        cards = {card.id: card for card in await within(service.models())}
+        if judge:
+            here = cards.pop(judge.name, None)
+            cards[judge.name] = protocol.ModelCard(id=judge.name, kind="judge", max_model_len=here.max_model_len if here else None)
+        return protocol.ModelList(data=list(cards.values()))
 
     @app.get("/v1/models/{name}", response_model=protocol.ModelCard, tags=["service"])
     async def model(name: str) -> Any:
@@ -275,8 +288,8 @@ async def _streamed(
     since = asyncio.get_running_loop().time()
     pieces = service.stream(prompt, request)
     first = await within(anext(pieces), since)
-    kind = protocol.ChatCompletion if chat else protocol.Completion
-    whole = kind(model=(await service.policy_about()).name, choices=[], usage=protocol.Usage())
+    kind = ChatCompletion if chat else Completion
+    whole = kind(model=service.writer(request), choices=[], usage=protocol.Usage())
     head = whole.model_dump(include={"id", "created", "model"})
     head["object"] = "chat.completion.chunk" if chat else "text_completion"
 

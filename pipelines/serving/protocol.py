@@ -1,6 +1,6 @@
 """What goes over the wire: requests and responses in shapes that clients already speak, every field described.
 
-OpenAI's completions with Best-of-N beside them, vLLM's classify, score and rerank, OpenRLHF's get_reward, and a judge of our own.
+Here what they share; OpenAI's completions are in completion_protocol.py, rewards and verdicts in reward_protocol.py.
 """
 
 import time
@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 def _sayable(text: str) -> str:
@@ -80,146 +80,6 @@ class Usage(Body):
         return cls.of(sum(prompt for prompt, _ in counts), sum(completion for _, completion in counts))
 
 
-class StreamOptions(Body):
-    """What a stream says beside its words."""
-
-    include_usage: bool = False
-    """send one more chunk at the end, with the usage and no choices"""
-
-
-IDLE: dict[str, Any] = {"logprobs": False, "tools": [], "response_format": {"type": "text"}, "echo": False, "logit_bias": {}}
-"""fields of OpenAI's that we have not, with the values by which they ask for nothing"""
-UNUSED = {"store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
-"""fields of OpenAI's that change no response"""
-
-
-class Sampled(Body):
-    """How responses are drawn, and which of them are given back. Null asks for nothing, as with OpenAI."""
-
-    model: Text | None = Field(None, examples=["policy"])
-    """name of the policy; may be left out, there is one"""
-    temperature: float = Field(1.0, ge=0, le=2)
-    """softmax temperature; 0 takes the most likely token always"""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """nucleus: sample from the smallest set of tokens with this probability"""
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    """taken off the logit of every token that was said before"""
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    """the same, for every time that it was said"""
-    seed: int | None = Field(None, ge=0, lt=2**62, examples=[None])
-    """the same request with the same seed gives the same samples; an engine on a CPU cannot"""
-    stop: Text | Texts | None = Field(None, examples=["\n\n"])
-    """words before which a response ends, four at most"""
-    n: int = Field(1, ge=1)
-    """choices given back, the best first"""
-    best_of_n: int | None = Field(None, ge=1, examples=[16])
-    """samples drawn, from which a reward model chooses; n by default. 1 is a plain completion"""
-    reward_model: Text | None = Field(None, examples=["reward"])
-    """who chooses; by default the first reward model. Every choice then carries its reward"""
-    stream: bool = False
-    """send server-sent events; of several samples the winner's words come once it is known"""
-    stream_options: StreamOptions | None = Field(None, examples=[{"include_usage": True}])
-    """of a stream"""
-    user: Text | None = Field(None, examples=["somebody"])
-    """taken and not used"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _asked(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        idle = [key for key, value in given.items() if value is None or key in UNUSED or (key in IDLE and value == IDLE[key])]
-        return {key: value for key, value in given.items() if key not in idle or key in ("messages", "prompt")}
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Sampled":
-        if self.n > self.draws():
-            raise ValueError(f"n={self.n} choices cannot be given back from best_of_n={self.best_of_n} samples")
-        if self.stream and self.n > 1:
-            raise ValueError(f"a stream has one choice: n={self.n} must be 1")
-        if len(self.stops()) > 4 or not all(self.stops()):
-            raise ValueError("stop has up to 4 words, none of them empty")
-        if self.temperature == 0 and self.draws() > 1:
-            raise ValueError(f"temperature=0 gives the same response every time: {self.draws()} samples need a temperature above 0")
-        return self
-
-    def draws(self) -> int:
-        """Samples that are drawn."""
-        return self.best_of_n or self.n
-
-    def stops(self) -> list[str]:
-        """`stop` as a list."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-
-
-class ChatCompletionRequest(Sampled):
-    """OpenAI's chat completion, and Best-of-N."""
-
-    messages: Messages
-    """the conversation so far"""
-    max_tokens: int | None = Field(None, ge=1, examples=[64])
-    """length limit of a response; max_completion_tokens is another name for it"""
-    max_completion_tokens: int | None = Field(None, ge=1, examples=[64])
-    """length limit of a response"""
-
-    def most_tokens(self) -> int | None:
-        """The length limit, by either name."""
-        return self.max_completion_tokens or self.max_tokens
-
-
-class CompletionRequest(Sampled):
-    """OpenAI's completion of a bare text, and Best-of-N."""
-
-    prompt: Prompts = Field(examples=["2 and 3 make"])
-    """text or token ids, one prompt or several"""
-    max_tokens: int | None = Field(None, ge=1, examples=[64])
-    """length limit of a response"""
-
-    def most_tokens(self) -> int | None:
-        """The length limit."""
-        return self.max_tokens
-
-    def prompts(self) -> list[str | list[int]]:
-        """One by one."""
-        return as_list(self.prompt)
-
-
-class Answer(Body):
-    """What the assistant said."""
-
-    role: Literal["assistant"] = "assistant"
-    """who speaks"""
-    content: str = Field(examples=["2 + 3 = 5\n#### 5"])
-    """what is said"""
-
-
-class Choice(Body):
-    """A response that was chosen."""
-
-    index: int = Field(examples=[0])
-    """0 is the best"""
-    finish_reason: Literal["stop", "length"] = "stop"
-    """"length": cut at the limit"""
-    reward: float | None = Field(None, examples=[1.25])
-    """the reward model's; null where nobody was asked"""
-    logprobs: None = None
-    """not given"""
-
-
-class ChatChoice(Choice):
-    """A response to a conversation."""
-
-    message: Answer
-    """the turn"""
-
-
-class TextChoice(Choice):
-    """A continuation of a text."""
-
-    text: str = Field(examples=[" 5."])
-    """the words"""
-
-
 class Reply(Body):
     """What every answer of a model says of itself."""
 
@@ -229,28 +89,6 @@ class Reply(Body):
     """seconds since 1970"""
     model: str = Field(examples=["policy"])
     """who answered"""
-
-
-class ChatCompletion(Reply):
-    """The answer to a conversation."""
-
-    object: Literal["chat.completion"] = "chat.completion"
-    """kind of answer"""
-    choices: list[ChatChoice]
-    """the best first"""
-    usage: Usage
-    """tokens of all samples"""
-
-
-class Completion(Reply):
-    """The answer to bare texts."""
-
-    object: Literal["text_completion"] = "text_completion"
-    """kind of answer"""
-    choices: list[TextChoice]
-    """of the first prompt, the best first; then of the second ..."""
-    usage: Usage
-    """tokens of all samples"""
 
 
 class ModelCard(Body):

@@ -1,7 +1,7 @@
 """The process that holds a policy or a judge, as Ray Serve runs it: prompts in, responses out."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,6 +25,19 @@ class Draw:
     seed: int | None
     max_tokens: int | None
     """all that the context leaves room for, where it is None"""
+    top_logprobs: int | None = None
+    """give the log-probs of the tokens, and of so many others at their places; None: none"""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a response."""
+
+    text: str
+    logp: float
+    """nats, before temperature and nucleus"""
+    likeliest: tuple[tuple[str, float], ...]
+    """the likeliest tokens at its place with their log-probs"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,8 @@ class Sample:
     """"stop" or "length"; None before the end"""
     exact: bool = True
     """whether the tokens say the same as the text: words that end a response are in the one and not in the other"""
+    tokens: tuple[Token, ...] | None = None
+    """with their log-probs, where these are asked for"""
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,7 @@ class PolicyReplica:
 
         ids = await asyncio.to_thread(self._prompt_ids, prompt)
         async for output in self._outputs(ids, draw, RequestOutputKind.FINAL_ONLY):
-            return Samples(ids, [_sample(found) for found in sorted(output.outputs, key=lambda found: found.index)])
+            return Samples(ids, [_sample(found, draw) for found in sorted(output.outputs, key=lambda found: found.index)])
         raise AssertionError("an engine gives an output at the end")
 
     async def stream(self, prompt: Prompt, draw: Draw) -> AsyncIterator[Samples]:
@@ -113,7 +128,7 @@ class PolicyReplica:
 
         ids = await asyncio.to_thread(self._prompt_ids, prompt)
         async for output in self._outputs(ids, draw, RequestOutputKind.DELTA):
-            yield Samples(ids, [_sample(output.outputs[0])])
+            yield Samples(ids, [_sample(output.outputs[0], draw)])
 
     async def label_logps(self, prompt: Prompt, labels: Sequence[str]) -> Labels:
         """Log-probs of words as the start of the response, among each other, by their first tokens.
@@ -164,6 +179,7 @@ class PolicyReplica:
                 stop=list(draw.stop),
                 stop_token_ids=self.chat.stop_ids,
                 seed=draw.seed if self.takes_seeds else None,
+                logprobs=draw.top_logprobs,
                 output_kind=kind,
             )
             async for output in self.loop.outputs(ids, params):
@@ -172,5 +188,16 @@ class PolicyReplica:
             raise Refused(422, str(error)) from None
 
 
-def _sample(found: Any) -> Sample:
-    return Sample(found.text, list(found.token_ids), found.finish_reason, exact=not isinstance(found.stop_reason, str))
+def _sample(found: Any, draw: Draw) -> Sample:
+    tokens = None
+    if draw.top_logprobs is not None:
+        tokens = tuple(_token(number, at, draw.top_logprobs) for number, at in zip(found.token_ids, found.logprobs, strict=True))
+    return Sample(found.text, list(found.token_ids), found.finish_reason, not isinstance(found.stop_reason, str), tokens)
+
+
+def _token(number: int, at: Mapping[int, Any], likeliest: int) -> Token:
+    """Of vLLM's log-probs at one place, by token."""
+    # JSON has no infinity.
+    said = {token: (found.decoded_token or "", max(found.logprob, -9999.0)) for token, found in at.items()}
+    first = sorted(at, key=lambda token: at[token].rank)[:likeliest]
+    return Token(*said[number], tuple(said[token] for token in first))

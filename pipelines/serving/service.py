@@ -14,12 +14,13 @@ import numpy as np
 
 from actors.reward.best_of_n import combine
 from pipelines.serving.backends import together
+from pipelines.serving.completion_protocol import ChatCompletionRequest, CompletionRequest, Sampled
 from pipelines.serving.prompts import About, Conversation, Prompt, is_ids
-from pipelines.serving.protocol import ChatCompletionRequest, CompletionRequest, ModelCard, Sampled, Usage
+from pipelines.serving.protocol import ModelCard, Usage
 from pipelines.serving.refusal import Busy, Refused
 from pipelines.serving.rewards import Answered, Rewards
 from pipelines.serving.samples import Draw, Sample, Samples
-from pipelines.serving.settings import Ensemble, Limits
+from pipelines.serving.settings import Ensemble
 
 ABOUT_SECONDS = 5.0
 """how long a model's word on itself is believed"""
@@ -71,6 +72,8 @@ class Told:
 class Ranked:
     """Samples of one prompt, the best first."""
 
+    model: str
+    """who said them"""
     samples: list[Sample]
     rewards: list[float | None]
     usage: Usage
@@ -156,46 +159,45 @@ class Service:
     """The composition.
 
     Args:
-        policy: samples responses; None for a service without.
+        writers: models that sample responses, by name: the policy, which is asked by default, and a judge that runs here.
         rewards: the reward models.
-        limits: what a request may ask.
     """
 
-    def __init__(self, policy: Backend | None, rewards: RewardModels, limits: Limits):
-        self.policy = policy
+    def __init__(self, writers: Mapping[str, Backend], rewards: RewardModels):
+        self.writers = writers
+        self.told = {name: Told(backend) for name, backend in writers.items()}
         self.reward_models = rewards
-        self.limits = limits
-        self._policy = Told(policy) if policy else None
 
-    async def policy_about(self) -> About:
-        """The policy.
+    def writer(self, request: Sampled) -> str:
+        """Who is to respond.
 
         Raises:
-            Refused: there is none.
+            Refused: there is nobody, or nobody of that name.
         """
-        if not self._policy:
+        if not self.writers:
             raise Refused(404, "this service has no policy: it only rewards", "model")
-        return await self._policy()
+        asked = next(iter(self.writers)) if request.model is None else request.model
+        if asked not in self.writers:
+            raise Refused(404, f"there is no policy {asked!r}: there is {' and '.join(map(repr, self.writers))}", "model")
+        return asked
 
     async def best_of_n(self, prompt: Prompt, request: ChatCompletionRequest | CompletionRequest) -> Ranked:
         """Samples of a prompt, the best first by the reward model's reward; unsorted, and without, where nobody rewards."""
-        about = await self._checked(request)
-        judge = self._chooser(request)
-        found: Samples = await self.policy.call("sample", prompt, _draw(request, self.limits))  # type: ignore[union-attr]
+        name, chooser = self.writer(request), self._chooser(request)
+        found: Samples = await self.writers[name].call("sample", prompt, _draw(request))
         usage = Usage.of(len(found.prompt_ids), sum(len(sample.ids) for sample in found.samples))
-        if judge is None:
-            return Ranked(found.samples[: request.n], [None] * request.n, usage)
-        items = await self.reward_models.items(judge, about, prompt, found)
-        rewards = await self._rewards(judge, items)
+        if chooser is None:
+            return Ranked(name, found.samples[: request.n], [None] * request.n, usage)
+        items = await self.reward_models.items(chooser, await self.told[name](), prompt, found)
+        rewards = await self._rewards(chooser, items)
         order = sorted(range(len(rewards)), key=lambda number: -rewards[number])[: request.n]
-        return Ranked([found.samples[number] for number in order], [rewards[number] for number in order], usage)
+        return Ranked(name, [found.samples[number] for number in order], [rewards[number] for number in order], usage)
 
     async def stream(
         self, prompt: Prompt, request: ChatCompletionRequest | CompletionRequest
     ) -> AsyncGenerator[tuple[Sample, float | None, Usage], None]:
         """One response piece by piece: as it is sampled, or the winner of several once it is known."""
-        about = await self._checked(request)
-        judge = self._chooser(request)
+        name, chooser = self.writer(request), self._chooser(request)
         if request.draws() > 1:
             best = await self.best_of_n(prompt, request)
             (winner,), (reward,) = best.samples, best.rewards
@@ -205,40 +207,34 @@ class Service:
                 yield Sample(piece, [], winner.finish_reason if last else None), reward if last else None, best.usage
             return
         whole = Samples([], [Sample("", [], None)])
-        async for found in self.policy.stream("stream", prompt, _draw(request, self.limits)):  # type: ignore[union-attr]
+        async for found in self.writers[name].stream("stream", prompt, _draw(request)):
             (piece,), (before,) = found.samples, whole.samples
             whole = Samples(
                 found.prompt_ids,
                 [Sample(before.text + piece.text, before.ids + piece.ids, piece.finish_reason, before.exact and piece.exact)],
             )
             reward = None
-            if piece.finish_reason and judge is not None:
-                items = await self.reward_models.items(judge, about, prompt, whole)
-                (reward,) = await self._rewards(judge, items)
+            if piece.finish_reason and chooser is not None:
+                items = await self.reward_models.items(chooser, await self.told[name](), prompt, whole)
+                (reward,) = await self._rewards(chooser, items)
             yield piece, reward, Usage.of(len(found.prompt_ids), len(whole.samples[0].ids))
 
-    async def _rewards(self, judge: str, items: list[Any]) -> list[float]:
+    async def _rewards(self, chooser: str, items: list[Any]) -> list[float]:
         """Of samples that are there already: whoever waited for them waits for a place in the queue, too, up to the time of the request."""
         while True:
             try:
-                return (await self.reward_models.rewards(judge, items)).values
+                return (await self.reward_models.rewards(chooser, items)).values
             except Busy:
                 await asyncio.sleep(BUSY_SECONDS)
 
     async def models(self) -> list[ModelCard]:
         """All that are served."""
-        cards = [ModelCard(id=(about := await self.policy_about()).name, kind="policy", max_model_len=about.context)] if self.policy else []
+        cards = [ModelCard(id=name, kind="policy", max_model_len=(await told()).context) for name, told in self.told.items()]
         if self.reward_models.ensemble.name:
             cards.append(ModelCard(id=self.reward_models.ensemble.name, kind="ensemble"))
         for name in self.reward_models.backends:
             cards.append(ModelCard(id=name, kind="reward", max_model_len=(await self.reward_models.described(name)).context))
         return cards
-
-    async def _checked(self, request: Sampled) -> About:
-        about = await self.policy_about()
-        if request.model is not None and request.model != about.name:
-            raise Refused(404, f"there is no policy {request.model!r}: there is {about.name!r}", "model")
-        return about
 
     def _chooser(self, request: Sampled) -> str | None:
         """Who rewards: nobody has to where nothing is chosen."""
@@ -249,7 +245,7 @@ class Service:
         return self.reward_models.choose(request.reward_model)
 
 
-def _draw(request: ChatCompletionRequest | CompletionRequest, limits: Limits) -> Draw:
+def _draw(request: ChatCompletionRequest | CompletionRequest) -> Draw:
     return Draw(
         n=request.draws(),
         temperature=request.temperature,
@@ -259,6 +255,7 @@ def _draw(request: ChatCompletionRequest | CompletionRequest, limits: Limits) ->
         stop=tuple(request.stops()),
         seed=request.seed,
         max_tokens=request.most_tokens(),
+        top_logprobs=request.alternatives(),
     )
 
 
