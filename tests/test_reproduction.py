@@ -1,19 +1,18 @@
 """The reproduction: problems and their checker, statistics, the choice of settings, the order of many stages."""
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from training import write_pairs
 
-from actors.settings import Objective, Pool, Training
+from actors.settings import READ_BY, Objective, Pool, Training
 from jobs import reproduce
 from jobs.config import build
 from jobs.schemas import ReproduceConfig
 from pipelines import base_model, evaluation, policy_training, training_pool
-from pipelines.artifacts import Run, Stage, StageError
+from pipelines.artifacts import Run, Stage
 from pipelines.evaluation import exact_text, final_text
 from pipelines.records import write_rows
 from pipelines.reproduction import arms, order, problems, reward_table, search, statistics, tables
@@ -65,6 +64,16 @@ def test_styles_differ_in_words_and_not_in_the_answer() -> None:
     assert exact_text("no answer", "####21") is False and exact_text("####21", "none") is None
 
 
+def test_a_careless_writer_is_asked_the_same_questions() -> None:
+    right, careless = (list(problems.problems(60, "0", "train", careless=share)) for share in (0.0, 0.4))
+    assert [row["question"] for row in right] == [row["question"] for row in careless]
+    wrong = sum(final_text(a["answer"]) != final_text(b["answer"]) for a, b in zip(right, careless, strict=True))
+    assert 0.2 < wrong / 60 < 0.5
+    graph = reproduce.plan(build(ReproduceConfig, ["--scope.seeds", "1", "--scope.trials", "2"]))
+    data = {stage.name: stage.settings for stage in graph.stages() if stage.name.startswith("seed-0/data")}
+    assert data["seed-0/data/wrong-20"]["drawn"] == data["seed-0/data/demonstrations"]["drawn"] != data["seed-0/data/test"]["drawn"]
+
+
 def test_a_preference_is_a_right_sample_over_a_wrong_one() -> None:
     gold = {"id": "a", "response": "x####1", "response_ids": [1]}
     wrong, right = {"response": "y####2", "response_ids": [2]}, {"response": "z####1", "response_ids": [3]}
@@ -91,13 +100,19 @@ def test_errors_over_problems_and_corrected_p_values() -> None:
     assert statistics.holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]
 
 
-def test_every_arm_has_a_valid_objective_for_every_setting_and_as_many_of_them() -> None:
-    for arm in (*arms.GSIL, *arms.DIL):
-        assert len(arm.settings) == 8 and len(set(arm.settings)) == 8
-        for setting in arm.settings:
-            assert setting.objective(arm.preset).name == arm.preset
-        # A small budget sees two rates and more than one number.
-        assert len({setting.learning_rate for setting in arm.settings[:4]}) > 1
+@pytest.mark.parametrize("arm", (*arms.GSIL, *arms.DIL, *arms.AFD), ids=lambda arm: arm.name)
+def test_every_arm_tries_as_many_settings_that_differ_in_what_its_objective_reads(arm: arms.Arm) -> None:
+    def read(setting: arms.Setting) -> tuple[float | None, ...]:
+        objective = setting.objective(arm.preset)
+        assert objective.name == arm.preset
+        beta = None if objective.function in ("sft", "slic") else objective.beta
+        return setting.learning_rate, beta, objective.gamma if objective.function in READ_BY["gamma"] else None
+
+    assert len({read(setting) for setting in arm.settings}) == len(arm.settings) == 8
+    assert len({setting.learning_rate for setting in arm.settings}) >= 3
+    # A small budget sees two rates, and two of what the objective has beside them.
+    first = [read(setting) for setting in arm.settings[:4]]
+    assert (len({rate for rate, *_ in first}), len({tuple(rest) for _, *rest in first})) in ((4, 1), (2, 2))
 
 
 def test_the_first_of_the_best_trials_is_chosen_and_diverged_ones_never() -> None:
@@ -144,18 +159,18 @@ def test_stages_share_calls_and_what_diverged_stops_only_what_needs_it(tmp_path:
     assert order.follow(run, steps, works, "training", tolerant=("choice",)) == dead and not calls
 
 
-def test_an_arm_that_always_diverges_is_said(tmp_path: Path) -> None:
-    def fails(stages: Sequence[order.Step]) -> None:
-        works = {
-            "data": write(lambda stage: {}, []),
-            "evaluation": write(lambda stage: DONE, []),
-            "choice": search.choose,
-            "training": write(lambda stage: {"diverged": "too hot"}, []),
-        }
-        order.follow(Run(tmp_path), stages, works, "training", tolerant=("choice",))
-
-    with pytest.raises(StageError, match="choice: training diverged with every setting tried"):
-        fails(chain())
+def test_an_arm_that_always_diverges_stops_nobody_else(tmp_path: Path) -> None:
+    works = {
+        "data": write(lambda stage: {}, []),
+        "evaluation": write(lambda stage: DONE, []),
+        "choice": search.choose,
+        "training": write(lambda stage: {"diverged": "too hot"}, []),
+    }
+    run = Run(tmp_path)
+    dead = order.follow(run, chain(), works, "training", tolerant=("choice",))
+    assert dead == ["bad", "bad/evaluation", "choice", "final", "good", "good/evaluation"]
+    choice = next(step.stage for step in chain() if step.kind == "choice")
+    assert "diverged with every setting" in run.numbers(choice)["diverged"]
 
 
 def test_a_pool_trains_stages_with_their_own_settings_and_survives_one_that_diverges(local_ray: None, tiny: Path, tmp_path: Path) -> None:
@@ -197,7 +212,8 @@ def test_every_table_is_planned_and_no_search_sees_a_test_problem() -> None:
         return found
 
     choices = [stage for stage in graph.stages() if stage.name.endswith("/choice")]
-    assert len(choices) == 1 + len(arms.GSIL) + len(arms.DIL) + 3
+    # DPO stands in two tables.
+    assert len(choices) == 1 + len(arms.GSIL) + len(arms.DIL) - 1 + len(arms.AFD)
     for stage in choices:
         assert not [name for name in sources(stage) if "/data/test" in name or "seed-1" in name]
     # Changed training of one arm redoes what follows from it and nothing else.
@@ -227,7 +243,7 @@ def test_a_table_pairs_seeds_and_problems_and_leaves_out_what_diverged(tmp_path:
     assert content["rows"][1][:2] == ["sft", "37.5 ± 12.5"]
     assert content["rows"][2] == ["a", "75.0 ± 25.0", "+37.5 ± 12.5 (problems ± 19.1; p = 0.5)", "", "36.6"]
     # One seed alone: no standard error over seeds.
-    assert content["rows"][3][:3] == ["b", "0.0", "-25.0 (problems ± 25.0; p = 1)"]
+    assert content["rows"][3][:3] == ["b", "0.0 (1 of 2 seeds)", "-25.0 (problems ± 25.0; p = 1)"]
 
 
 def test_best_of_n_tables_count_wins_by_problem() -> None:

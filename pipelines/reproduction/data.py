@@ -25,17 +25,18 @@ from pipelines.settings import Demonstrations
 SHARD_ROWS = 512
 
 
-def plan(name: str, base: Stage, seed: int, splits: Mapping[str, Problems]) -> Stage:
+def plan(name: str, base: Stage, seed: int, splits: Mapping[str, Problems], drawn: str) -> Stage:
     """A stage that writes generated problems.
 
     Args:
         name: of the stage.
         base: where the tokenizer is.
-        seed: of what is drawn; the name of the stage is part of it.
+        seed: of what is drawn.
         splits: "train", "held_out" -> what is drawn.
+        drawn: tells draws of one seed apart; the same one draws the same questions, however they are answered.
     """
-    settings = {"generator": problems.VERSION, "seed": seed, "splits": {split: drawn.identity() for split, drawn in splits.items()}}
-    return Stage(name, settings, {"base": base})
+    asked = {split: given.identity() for split, given in splits.items()}
+    return Stage(name, {"generator": problems.VERSION, "seed": seed, "drawn": drawn, "splits": asked}, {"base": base})
 
 
 def write(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
@@ -52,7 +53,7 @@ def _write(name: str, settings: Mapping[str, Any], tokenizer: str, folder: Path)
     chat, counts = Chat(tokenizer), {}
     for split, given in settings["splits"].items():
         asked = Problems(**given)
-        rows, seed = [], f"{settings['seed']}:{name}:{split}"
+        rows, seed = [], f"{settings['seed']}:{settings['drawn']}:{split}"
         layout = Demonstrations(max_prompt_tokens=asked.max_prompt_tokens, max_tokens=asked.max_tokens)
         for number, style in enumerate(asked.styles):
             count = asked.count // len(asked.styles) + (number < asked.count % len(asked.styles))

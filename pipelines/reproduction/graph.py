@@ -16,10 +16,11 @@ from pipelines.reproduction import data, search, tiny
 from pipelines.reproduction.arms import SFT_SETTINGS, Arm, Setting
 from pipelines.reproduction.order import Step
 from pipelines.reproduction.settings import Problems
+from pipelines.reproduction.tables import VERSION
 from pipelines.settings import Evaluation
 
 NEW_TOKENS = 72
-"""Of a response; those of the demonstrations have 50 at most."""
+"""Of a response; demonstrations in the longest style have 69 at most."""
 METRIC = Evaluation(metric="exact_text", max_new_tokens=NEW_TOKENS)
 SAMPLED = Sampling(max_new_tokens=NEW_TOKENS)
 SEVERAL = Sampling(max_new_tokens=NEW_TOKENS, samples=4, seed=1)
@@ -61,9 +62,17 @@ class Builder:
         """Tokenizer and architecture."""
         return self.add("model", tiny.plan(self.config.model))
 
-    def problems(self, name: str, seed: int, **splits: Problems) -> Stage:
-        """Generated rows."""
-        return self.add("problems", data.plan(name, self.base, seed, splits))
+    def problems(self, name: str, seed: int, drawn: str | None = None, **splits: Problems) -> Stage:
+        """Generated rows; stages of the same `drawn`, by default their name, have the same questions."""
+        return self.add("problems", data.plan(name, self.base, seed, splits, drawn or name))
+
+    def table(self, name: str, inputs: dict[str, Stage], **settings: Any) -> Stage:
+        """The stage of a table."""
+        return self.add("tables", Stage(f"tables/{name}", settings | {"table": name}, inputs, "the driver", VERSION))
+
+    def tested(self, inputs: dict[str, Stage], seed: Seed, arm: str, policy: Stage, what: str = "1") -> None:
+        """Evaluates a policy on the test problems, greedily, for a table; the samples stand beside its training."""
+        inputs[f"{arm}:{seed.number}:{what}"] = self.evaluated(f"{policy.name.removesuffix('/training')}/test", policy, seed.test)
 
     def training(
         self, name: str, start: Stage, rows: Stage, training: Training, objective: Objective, choice: Stage | None = None, seed: int = 0
@@ -104,11 +113,12 @@ class Builder:
         return Seed(number, demonstrations, test, prompts, pretrained, sft)
 
     def demonstrations(self, number: int, name: str = "demonstrations", **given: Any) -> Stage:
-        """Demonstrations of a seed, and its validation problems."""
+        """Demonstrations of a seed, and its validation problems: always the same questions."""
         sets = self.config.problems
         train = Problems(count=sets.demonstrations, **given)
         held_out = Problems(count=sets.validation, split="validation")
-        return self.problems(f"seed-{number}/data/{name}", number, train=train, held_out=held_out)
+        stem = f"seed-{number}/data"
+        return self.problems(f"{stem}/{name}", number, f"{stem}/demonstrations", train=train, held_out=held_out)
 
     def sft_training(self) -> Training:
         """SFT takes twice as many passes as an iteration, as SFT in the papers does."""
@@ -130,10 +140,15 @@ class Builder:
             evaluations.append(self.evaluated(name, trained, validation))
         return self.add("choice", search.plan(f"search/{arm.name}/choice", tried, evaluations))
 
-    def tried(self, arm: Arm, start: Stage, rows: Stage, validation: Stage) -> Stage:
+    def tried(self, arm: Arm, start: Stage, rows: Stage, validation: Stage, training: Training | None = None) -> Stage:
         """The choice of an arm, planned once for all seeds."""
         known = self.steps.get(f"search/{arm.name}/choice")
-        return known.stage if known else self.search(arm, start, rows, validation, self.config.training)
+        return known.stage if known else self.search(arm, start, rows, validation, training or self.config.training)
+
+    def negatives(self, name: str, policy: Stage, rows: Stage, iteration: int) -> Stage:
+        """A policy's own samples; in a first iteration also for held-out pairs, whose log ratios are no memory of training."""
+        splits = ("train", "held_out") if iteration == 1 else ("train",)
+        return self.samples(f"{name}/negatives", policy, rows, SAMPLED, *splits, iteration=iteration)
 
     def rows_of(self, arm: Arm, seed: Seed, policy: Stage, name: str, iteration: int = 1) -> Stage:
         """What an arm learns from in an iteration that starts from `policy`; those of the SFT policy are shared by all arms."""
@@ -142,7 +157,7 @@ class Builder:
         if arm.data == "demonstrations":
             return seed.demonstrations
         if arm.data == "self_play":
-            negatives = self.samples(f"{name}/negatives", policy, seed.demonstrations, SAMPLED, iteration=iteration)
+            negatives = self.negatives(name, policy, seed.demonstrations, iteration)
             return self.pairs(f"{name}/pairs{kto}", seed.demonstrations, [negatives], policy, objective)
         told_apart = self.preferences(name, policy, seed.prompts, SEVERAL, iteration)
         return self.pairs(f"{name}/preference-pairs{kto}", told_apart, (), policy, objective)

@@ -1,28 +1,15 @@
 """The tables: which arms on which data, and the evaluations that each of them reads. Roles of inputs are ARM:SEED:WHAT."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from actors.settings import Objective
 from pipelines.artifacts import Stage
-from pipelines.reproduction.arms import DIL, GSIL, RATES, SFT_SETTINGS, Arm, Setting, product
+from pipelines.reproduction.arms import AFD, DIL, GSIL, RATES, Arm, Setting
 from pipelines.reproduction.beyond import beyond
 from pipelines.reproduction.graph import SAMPLED, SEVERAL, Builder, Seed
 from pipelines.reproduction.reward_plan import afd_rewards
-from pipelines.reproduction.tables import VERSION
 
 GRID_BETAS, GRID_GAMMAS = (0.1, 0.3, 1.0, 3.0), (0.0, 0.3, 1.0, 2.0)
-
-
-def table(builder: Builder, name: str, inputs: dict[str, Stage], **settings: Any) -> Stage:
-    """The stage of a table."""
-    return builder.add("tables", Stage(f"tables/{name}", settings | {"table": name}, inputs, "the driver", VERSION))
-
-
-def _tested(builder: Builder, inputs: dict[str, Stage], seed: Seed, arm: str, policy: Stage, what: str = "1") -> None:
-    """Evaluates a policy on the test problems, greedily; the samples stand beside its training."""
-    name = f"{policy.name.removesuffix('/training')}/test"
-    inputs[f"{arm}:{seed.number}:{what}"] = builder.evaluated(name, policy, seed.test)
 
 
 def gsil(builder: Builder, seeds: Sequence[Seed]) -> Stage:
@@ -30,19 +17,20 @@ def gsil(builder: Builder, seeds: Sequence[Seed]) -> Stage:
     inputs: dict[str, Stage] = {}
     arms = wanted(GSIL, builder.config.scope.arms)
     for seed in seeds:
-        _tested(builder, inputs, seed, "pre-trained", seed.pretrained, "0")
-        _tested(builder, inputs, seed, "sft", seed.sft, "0")
+        builder.tested(inputs, seed, "pre-trained", seed.pretrained, "0")
+        builder.tested(inputs, seed, "sft", seed.sft, "0")
         for arm in arms:
             for t, policy in enumerate(builder.iterated(arm, seed, builder.config.scope.iterations), start=1):
-                _tested(builder, inputs, seed, arm.name, policy, str(t))
+                builder.tested(inputs, seed, arm.name, policy, str(t))
                 inputs[f"{arm.name}:{seed.number}:training-{t}"] = policy
-    return table(builder, "gsil", inputs, arms=[arm.name for arm in arms], papers={arm.name: arm.paper for arm in arms})
+    return builder.table("gsil", inputs, arms=[arm.name for arm in arms], papers={arm.name: arm.paper for arm in arms})
 
 
 def gsil_grid(builder: Builder, seeds: Sequence[Seed]) -> Stage:
     """GSIL Fig. 7: the logistic loss over beta and gamma at one learning rate, one iteration, on validation problems."""
     inputs: dict[str, Stage] = {}
     arm = next(arm for arm in GSIL if arm.name == "gsil-logistic")
+    # A grid shows a shape: two seeds of it cost as much as four arms of the table.
     for seed in seeds[:2]:
         rows = builder.rows_of(arm, seed, seed.sft, f"seed-{seed.number}/sft")
         for beta in GRID_BETAS:
@@ -52,9 +40,8 @@ def gsil_grid(builder: Builder, seeds: Sequence[Seed]) -> Stage:
                 own = builder.config.training.model_copy(update={"learning_rate": RATES[0]})
                 policy = builder.training(f"{name}/training", seed.sft, rows, own, objective, seed=seed.number)
                 inputs[f"{beta:g}/{gamma:g}:{seed.number}:1"] = builder.evaluated(name, policy, seed.demonstrations)
-                inputs[f"{beta:g}/{gamma:g}:{seed.number}:training-1"] = policy
         inputs[f"sft:{seed.number}:0"] = builder.evaluated(f"seed-{seed.number}/sft/validation", seed.sft, seed.demonstrations)
-    return table(builder, "gsil_grid", inputs, betas=list(GRID_BETAS), gammas=list(GRID_GAMMAS), learning_rate=RATES[0])
+    return builder.table("gsil_grid", inputs, betas=list(GRID_BETAS), gammas=list(GRID_GAMMAS), learning_rate=RATES[0])
 
 
 def dil(builder: Builder, seeds: Sequence[Seed]) -> Stage:
@@ -62,20 +49,12 @@ def dil(builder: Builder, seeds: Sequence[Seed]) -> Stage:
     inputs: dict[str, Stage] = {}
     arms = wanted(DIL, builder.config.scope.arms)
     for seed in seeds:
-        _tested(builder, inputs, seed, "sft", seed.sft, "0")
+        builder.tested(inputs, seed, "sft", seed.sft, "0")
         for arm in arms:
             (policy,) = builder.iterated(arm, seed, 1)
-            _tested(builder, inputs, seed, arm.name, policy)
+            builder.tested(inputs, seed, arm.name, policy)
             inputs[f"{arm.name}:{seed.number}:training-1"] = policy
-    return table(builder, "dil", inputs, arms=[arm.name for arm in arms], papers={arm.name: arm.paper for arm in arms})
-
-
-AFD = (
-    Arm("afd-sft-chosen", "sft", "preferences", SFT_SETTINGS, "about base"),
-    Arm("afd-dpo-preference", "dpo", "preferences", product(RATES, (0.1, None), (0.5, None)), "below DPO-AfD"),
-    Arm("afd-dpo-demonstrations", "dpo", "demonstrations", product(RATES, (0.1, None), (0.5, None)), "below SFT"),
-)
-"""AfD Fig. 3: arms that start from the initial policy."""
+    return builder.table("dil", inputs, arms=[arm.name for arm in arms], papers={arm.name: arm.paper for arm in arms})
 
 
 def afd(builder: Builder, seeds: Sequence[Seed]) -> Stage:
@@ -83,19 +62,18 @@ def afd(builder: Builder, seeds: Sequence[Seed]) -> Stage:
     inputs: dict[str, Stage] = {}
     training = builder.sft_training()
     for seed in seeds:
-        _tested(builder, inputs, seed, "base", seed.pretrained, "0")
-        _tested(builder, inputs, seed, "sft", seed.sft, "0")
+        builder.tested(inputs, seed, "base", seed.pretrained, "0")
+        builder.tested(inputs, seed, "sft", seed.sft, "0")
         name = f"seed-{seed.number}/pretraining"
         for arm in AFD:
             rows = _afd_rows(builder, arm, seed, name)
-            known = builder.steps.get(f"search/{arm.name}/choice")
-            choice = known.stage if known else builder.search(arm, seed.pretrained, rows, seed.demonstrations, training)
+            choice = builder.tried(arm, seed.pretrained, rows, seed.demonstrations, training)
             preset = arm.settings[0].objective(arm.preset)
             trained = f"seed-{seed.number}/{arm.name}/training"
             policy = builder.training(trained, seed.pretrained, rows, training, preset, choice, seed.number)
-            _tested(builder, inputs, seed, arm.name, policy)
+            builder.tested(inputs, seed, arm.name, policy)
             inputs[f"{arm.name}:{seed.number}:training-1"] = policy
-    return table(builder, "afd", inputs, arms=[arm.name for arm in AFD], papers={arm.name: arm.paper for arm in AFD})
+    return builder.table("afd", inputs, arms=[arm.name for arm in AFD], papers={arm.name: arm.paper for arm in AFD})
 
 
 def _afd_rows(builder: Builder, arm: Arm, seed: Seed, name: str) -> Stage:

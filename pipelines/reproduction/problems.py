@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-VERSION = 1
+VERSION = 2
 MARKER = "####"
 """Before the answer, as in GSM8K."""
 LETTERS = "bcdfghklmnpt"
@@ -141,7 +141,7 @@ def _drawn(draw: random.Random, family: Callable[[random.Random, int, Wrong], So
     """A problem with the right solution, or with a wrong one where some step can go wrong: a sum may have nothing to carry."""
     state = draw.getstate()
     right = family(draw, length, lambda: False)
-    after, errs = draw.getstate(), random.Random(draw.random())
+    errs, after = random.Random(draw.random()), draw.getstate()
     for _ in range(MISTAKES if careless else 0):
         # The same question: what is drawn for it does not depend on how it is answered.
         draw.setstate(state)

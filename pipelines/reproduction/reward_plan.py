@@ -11,7 +11,6 @@ from pipelines import best_of_n, policy_training, reward_training, scoring
 from pipelines.artifacts import Stage
 from pipelines.reproduction.graph import METRIC, NEW_TOKENS, SEVERAL, Builder, Seed
 from pipelines.reproduction.settings import Problems
-from pipelines.reproduction.tables import VERSION
 from pipelines.settings import Combination
 
 KINDS = ("init-sft", "init-demo", "sft-demo", "bt")
@@ -25,7 +24,7 @@ def afd_rewards(builder: Builder, seeds: Sequence[Seed]) -> Stage:
     inputs: dict[str, Stage] = {}
     for seed in seeds:
         inputs[f"results:{seed.number}:1"] = _results(builder, seed, f"seed-{seed.number}/rewards")
-    return builder.add("tables", Stage("tables/afd_rewards", {"table": "afd_rewards", "kinds": list(KINDS)}, inputs, "the driver", VERSION))
+    return builder.table("afd_rewards", inputs, kinds=list(KINDS))
 
 
 def _results(builder: Builder, seed: Seed, name: str) -> Stage:

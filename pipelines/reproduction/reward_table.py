@@ -1,4 +1,4 @@
-"""The table of reward models: win rate and golden score of the best of N over seeds, and a tournament of what they choose.
+"""The table of reward models: win rate and right answers of the best of N over seeds, and a tournament of what they choose.
 
 INPUT  seed-K/rewards/results: report.json and all samples with their scores
 """
@@ -22,7 +22,7 @@ SHOWN = (4, 32)
 
 
 def rewards(run: Run, stage: Stage, figure: Any) -> dict[str, Any]:
-    """The content of the table; the figure is golden score against N."""
+    """The content of the table; the figure is the share of right answers against N."""
     results = [given for given in stage.inputs.values() if run.manifest(given)]
     reports = [report for given in results if (report := read_json(run.directory(given) / "report.json"))]
     sizes = reports[0]["sizes"]
@@ -32,7 +32,7 @@ def rewards(run: Run, stage: Stage, figure: Any) -> dict[str, Any]:
     greedy = [report["golden"]["greedy"] for report in reports]
     figures.best_of_n(figure, sizes, {name: line["golden"] for name, line in lines.items()}, float(np.mean(greedy)))
     places = [sizes.index(n) for n in SHOWN if n in sizes]
-    header = ["chosen by", *(f"golden score, N = {sizes[k]}" for k in places), *(f"wins against greedy, N = {sizes[k]}" for k in places)]
+    header = ["chosen by", *(f"right, N = {sizes[k]}" for k in places), *(f"win + tie / 2 against greedy, N = {sizes[k]}" for k in places)]
     rows = [[*header, "paper"]]
     for name, line in lines.items():
         cells = [_cell([values[k] for values in line[key]]) for key in ("golden", "win_rate") for k in places]

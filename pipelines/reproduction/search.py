@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.settings import Objective, Training
-from pipelines.artifacts import Run, Stage, StageError, write_json
+from pipelines.artifacts import Run, Stage, write_json
 from pipelines.reproduction.arms import Setting, described
 
 CHOSEN = "chosen"
@@ -28,11 +28,13 @@ def choose(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
     found = {}
     for stage in stages:
         accuracies = [(run.numbers(s)["accuracy"] if run.manifest(s) else None) for s in stage.inputs.values()]
+        trials = [setting | {"accuracy": accuracy} for setting, accuracy in zip(stage.settings["settings"], accuracies, strict=True)]
         place = best(accuracies)
         if place is None:
-            raise StageError(f"{stage.name}: training diverged with every setting tried: give the arm a lower learning rate")
-        trials = [setting | {"accuracy": accuracy} for setting, accuracy in zip(stage.settings["settings"], accuracies, strict=True)]
-        found[stage.name] = {"chosen": stage.settings["settings"][place], "accuracy": accuracies[place], "trials": trials}
+            # The other arms go on.
+            found[stage.name] = {"diverged": "training diverged with every setting tried: give the arm lower rates", "trials": trials}
+        else:
+            found[stage.name] = {"chosen": stage.settings["settings"][place], "accuracy": accuracies[place], "trials": trials}
         write_json(run.directory(stage) / "trials.json", found[stage.name])
     return found
 

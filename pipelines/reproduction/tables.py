@@ -10,13 +10,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from actors.settings import READ_BY, Objective
 from pipelines.artifacts import Run, Stage, StageError, write_json
 from pipelines.reproduction import figures
 from pipelines.reproduction.reward_table import rewards
 from pipelines.reproduction.statistics import holm, mean_and_error, paired, stratified
 from pipelines.summary import ruled
 
-VERSION = 2
+VERSION = 3
 Scores = dict[int, list[float]]
 """By seed, of every test problem."""
 
@@ -35,6 +36,10 @@ class Found:
         self.chosen: dict[str, dict[str, Any]] = {}
         self.units: dict[str, str] = {}
         """of an arm's log ratios"""
+        self.functions: dict[str, str] = {}
+        """of an arm's objective"""
+        self.held_out: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+        """metrics of its held-out pairs"""
         for role, given in stage.inputs.items():
             arm, seed, what = role.split(":")
             manifest = run.manifest(given)
@@ -44,7 +49,11 @@ class Found:
                 lines = (run.directory(given) / "metrics.jsonl").read_text().splitlines()
                 self.curves.setdefault(arm, {}).setdefault(what, {})[int(seed)] = [json.loads(line) for line in lines]
                 self.chosen[arm] = manifest["numbers"]["chosen"]
-                self.units[arm] = "nats a token" if manifest["settings"]["objective"]["length_normalised"] else "nats"
+                objective = Objective(**manifest["settings"]["objective"])
+                self.functions[arm] = objective.function
+                self.units[arm] = "nats a token" if objective.length_normalised else "nats"
+                if told := manifest["numbers"].get("held_out"):
+                    self.held_out.setdefault(arm, {}).setdefault(what, {})[int(seed)] = told
             else:
                 scores = pq.read_table(run.directory(given) / "scores.parquet")["score"].to_pylist()
                 self.scores.setdefault(arm, {}).setdefault(what, {})[int(seed)] = scores
@@ -52,6 +61,15 @@ class Found:
     def accuracies(self, arm: str, what: str) -> list[float]:
         """By seed, in order."""
         return [sum(values) / len(values) for _, values in sorted(self.scores.get(arm, {}).get(what, {}).items())]
+
+    def seeds(self) -> int:
+        """How many there are, whatever arms diverged."""
+        return len({seed for whats in self.scores.values() for by_seed in whats.values() for seed in by_seed})
+
+    def accuracy(self, arm: str, what: str) -> str:
+        """Its cell: the mean over seeds, and of how many, where it diverged on some."""
+        values = self.accuracies(arm, what)
+        return shown(values) + ("" if len(values) in (0, self.seeds()) else f" ({len(values)} of {self.seeds()} seeds)")
 
     def last(self, arm: str) -> str:
         """The last iteration of an arm that came to an end for some seed."""
@@ -91,11 +109,15 @@ def compared(found: Found, arm: str, other: str) -> dict[str, Any] | None:
     }
 
 
+def _short(numbers: Mapping[str, Any]) -> str:
+    error = "" if numbers["stderr"] is None else f" ± {100 * numbers['stderr']:.1f}"
+    return f"{100 * numbers['difference']:+.1f}{error}"
+
+
 def _difference(numbers: Mapping[str, Any] | None) -> str:
     if numbers is None:
         return ""
-    error = "" if numbers["stderr"] is None else f" ± {100 * numbers['stderr']:.1f}"
-    return f"{100 * numbers['difference']:+.1f}{error} (problems ± {100 * numbers['stderr_problems']:.1f}; p = {numbers['p']:.2g})"
+    return f"{_short(numbers)} (problems ± {100 * numbers['stderr_problems']:.1f}; p = {numbers['p']:.2g})"
 
 
 def accuracy(found: Found, first: Sequence[str], arms: Sequence[str], papers: Mapping[str, str], against: Sequence[str]) -> dict[str, Any]:
@@ -119,9 +141,9 @@ def accuracy(found: Found, first: Sequence[str], arms: Sequence[str], papers: Ma
             comparisons[arm][other] = numbers | {"p_holm": p}
     rows = [["arm", *(f"after {t}" for t in iterations), *(f"against {other}" for other in against), "setting", "paper"]]
     for name in first:
-        rows.append([name, shown(found.accuracies(name, "0")), *[""] * (len(iterations) - 1 + len(against)), "", ""])
+        rows.append([name, found.accuracy(name, "0"), *[""] * (len(iterations) - 1 + len(against)), "", ""])
     for arm in arms:
-        cells = [shown(found.accuracies(arm, t)) for t in iterations]
+        cells = [found.accuracy(arm, t) for t in iterations]
         rows.append([arm, *cells, *(_difference(comparisons[arm].get(o)) for o in against), _setting(found, arm), papers.get(arm, "")])
     return {"rows": rows, "comparisons": comparisons}
 
@@ -129,9 +151,13 @@ def accuracy(found: Found, first: Sequence[str], arms: Sequence[str], papers: Ma
 def _setting(found: Found, arm: str) -> str:
     if arm not in found.chosen:
         return ""
-    names = {"learning_rate": "lr", "beta": "beta", "gamma": "gamma"}
-    wanted = ["learning_rate"] if "sft" in arm else list(names)
-    return ", ".join(f"{names[key]} {found.chosen[arm][key]:g}" for key in wanted if found.chosen[arm].get(key) is not None)
+    chosen, function = found.chosen[arm], found.functions[arm]
+    told = [f"lr {chosen['learning_rate']:g}"]
+    if function not in ("sft", "slic"):
+        told.append(f"beta {chosen['beta']:g}")
+    if function in READ_BY["gamma"]:
+        told.append(f"gamma {chosen['gamma']:g}")
+    return ", ".join(told)
 
 
 def rho(found: Found, arm: str, what: str, side: str) -> list[list[float]]:
@@ -148,12 +174,24 @@ def gsil(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[str, An
     curves = {arm: {side: rho(found, arm, "training-1", side) for side in ("real", "generated")} for arm in arms if _classifies(found, arm)}
     figures.rewards(figure, {arm: sides for arm, sides in curves.items() if "spin" in arm or "gsil" in arm})
     rows = [["arm", "rho of real responses, last quarter of iteration 1, nats", "of generated ones"]]
-    rows += [[arm, *(shown([_tail(line) for line in lines], 1, 2) for lines in sides.values())] for arm, sides in curves.items()]
+    rows[0] += ["held out: rho of real", "of generated", "pairs told apart"]
+    for arm, sides in curves.items():
+        rows.append([arm, *(shown([_tail(line) for line in lines], 1, 2) for lines in sides.values()), *_held_out(found, arm)])
     return content | {"rewards": {"rows": rows}}
 
 
+def _held_out(found: Found, arm: str) -> list[str]:
+    """Cells: log ratios of both sides of held-out pairs after the first iteration, and the share of these that it tells apart."""
+    by_seed = found.held_out.get(arm, {}).get("training-1", {})
+    if not by_seed:
+        return ["", "", ""]
+    beta = found.chosen[arm]["beta"]
+    ratios = [shown([told[f"reward_{side}"] / beta for told in by_seed.values()], 1, 2) for side in ("real", "generated")]
+    return [*ratios, shown([told["accuracy"] for told in by_seed.values()], 1, 2)]
+
+
 def _classifies(found: Found, arm: str) -> bool:
-    return "training-1" in found.curves.get(arm, {}) and "sft" not in arm
+    return "training-1" in found.curves.get(arm, {}) and found.functions[arm] != "sft"
 
 
 def gsil_grid(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[str, Any]:
@@ -165,7 +203,9 @@ def gsil_grid(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[st
     }
     rows = [["beta \\ gamma", *(f"{gamma:g}" for gamma in settings["gammas"])]]
     for beta in settings["betas"]:
-        rows.append([f"{beta:g}", *(shown(found.accuracies(f"{beta:g}/{gamma:g}", "1")) for gamma in settings["gammas"])])
+        # Against the SFT policy of the same seed: seeds differ by more than settings.
+        cells = [compared(found, f"{beta:g}/{gamma:g}", "sft") for gamma in settings["gammas"]]
+        rows.append([f"{beta:g}", *("diverged" if cell is None else _short(cell) for cell in cells)])
     before = found.accuracies("sft", "0")
     figures.grid(figure, settings["betas"], settings["gammas"], means, sum(before) / len(before))
     return {"rows": rows, "sft": before, "learning_rate": settings["learning_rate"]}
@@ -174,7 +214,7 @@ def gsil_grid(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[st
 def dil(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[str, Any]:
     """DIL Tables 2 and 4; the figure is its Fig. 2."""
     arms = settings["arms"]
-    against = [name for name in ("sft", "pref-dpo", "simpo") if name in found.scores]
+    against = [name for name in ("sft", "dpo", "simpo") if name in found.scores]
     content = accuracy(found, ["sft"], arms, settings["papers"], against)
     curves = {arm: rho(found, arm, "training-1", "real") for arm in arms if _classifies(found, arm)}
     figures.likelihood(figure, curves, found.units)
@@ -187,7 +227,7 @@ def dil(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[str, Any
 
 def afd(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[str, Any]:
     """AfD Fig. 3: the golden score is the share of right answers, base 0 and demonstrations 1."""
-    content = accuracy(found, ["base", "sft"], settings["arms"], settings["papers"], ["sft"])
+    content = accuracy(found, ["base", "sft"], settings["arms"], settings["papers"], ["sft", "afd-dpo-preference"])
     base = found.accuracies("base", "0")
     normalised = {
         arm: [(a - b) / (1 - b) for a, b in zip(found.accuracies(arm, what), base, strict=True)]
@@ -206,7 +246,7 @@ def beyond(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[str, 
         if variant in found.scores:
             comparisons[variant] = compared(found, variant, other) if other else None
             values[variant] = found.accuracies(variant, found.last(variant))
-            rows.append([variant, shown(values[variant]), other or "", _difference(comparisons[variant])])
+            rows.append([variant, found.accuracy(variant, found.last(variant)), other or "", _difference(comparisons[variant])])
     figures.bars(figure, values, "share of right answers")
     return {"rows": rows, "comparisons": comparisons}
 
