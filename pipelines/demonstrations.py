@@ -226,7 +226,9 @@ class _Writer:
 
     def take(self, source_split: str, rows: Iterable[dict[str, Any]]) -> None:
         """Takes the rows of one source until all splits that it feeds are full."""
-        fed = SPLITS if self._cuts(source_split) else (source_split,)
+        # Said once: to know it, the files are looked for, which may be thousands in a store.
+        cuts = self._cuts(source_split)
+        fed = SPLITS if cuts else (source_split,)
         for row in rows:
             if all(self._full(split) for split in fed) or len(self.rejected) == self.read == HOPELESS:
                 break
@@ -239,8 +241,8 @@ class _Writer:
             if key in self.ids:
                 self._reject(row, "the same prompt and response stand in an earlier row")
                 continue
-            split = self._split(source_split, record["id"])
-            if split == "held_out" and self._cuts(source_split) and self._full(split):
+            split = self._drawn(record["id"]) if cuts else source_split
+            if cuts and split == "held_out" and self._full(split):
                 # Enough are held out: the others are there to learn from.
                 split = "train"
             if not self._full(split):
@@ -268,9 +270,8 @@ class _Writer:
         """Whether held-out rows are cut from this source."""
         return source_split == "train" and self.settings.held_out_fraction > 0 and _origin(self.settings, "held_out") is None
 
-    def _split(self, source_split: str, row_id: str) -> str:
-        if not self._cuts(source_split):
-            return source_split
+    def _drawn(self, row_id: str) -> str:
+        """The split of a row, where one source feeds both."""
         # Chosen by content: the same rows stay held out when data is added.
         draw = hashlib.sha256(f"{self.settings.seed}:{row_id}".encode()).digest()
         return "held_out" if int.from_bytes(draw[:8], "big") < self.settings.held_out_fraction * 2**64 else "train"

@@ -248,6 +248,19 @@ def test_columns_system_prompt_cut_responses_and_limits(tiny: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_files_are_not_looked_for_again_at_every_row(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, find = list[str](), sources.find
+
+    def counted(path: str, *args: Any, **named: Any) -> list[str]:
+        looked.append(path)
+        return find(path, *args, **named)
+
+    monkeypatch.setattr(sources, "find", counted)
+    _, _, numbers = prepare(tmp_path, tiny, path=str(write(tmp_path / "a.jsonl", ROWS)))
+    assert numbers["train"] + numbers["held_out"] == len(ROWS) and 0 < len(looked) < 10
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_no_row_is_lost_between_the_splits(tiny: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
     _, _, numbers = prepare(tmp_path / "limited", tiny, path=str(path), held_out_fraction=0.5, held_out_limit=3)
