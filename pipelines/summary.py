@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,17 +106,26 @@ def show(content: dict[str, Any], root: Path) -> Shown:
     stopped = [f"stopped early: {content['stopped']}"] if content["stopped"] else []
     warnings = [f"warning: {text}" for text in content["warnings"]]
     places = [f"final policy: {content['final']}, {root / 'final'}", f"summary: {root / 'summary.json'}"]
-    rows = table(content["policies"], content["iterations"])
+    rows = table(content["policies"], _by_policy(content))
     return Shown([Table(f"{content['run']}: held-out prompts", rows, content["final"])], [*stopped, *warnings, *places])
 
 
-def table(policies: dict[str, dict[str, Any]], iterations: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows of the final table, the header first; accuracy has columns where something was measured."""
+def _by_policy(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The `iterations` of a summary, each under the policy that it made."""
+    return dict(zip([name for name in content["policies"] if name not in ("base", "sft")], content["iterations"], strict=True))
+
+
+def table(policies: dict[str, dict[str, Any]], iterations: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+    """Rows of the final table, the header first; accuracy has columns where something was measured.
+
+    Args:
+        policies: numbers of the evaluation by policy.
+        iterations: `iteration_numbers` by policy, of those that were trained to tell pairs apart.
+    """
     measured = any(numbers["n"] for numbers in policies.values())
     rows = [["policy", *(["accuracy", "±", "n"] if measured else []), "reward real", "generated", "pairs told apart"]]
-    trained_on_pairs = dict(zip([name for name in policies if name not in ("base", "sft")], iterations, strict=True))
     for name, numbers in policies.items():
-        trained = trained_on_pairs.get(name, {})
+        trained = iterations.get(name, {})
         cells = [_cell(numbers["accuracy"]), _cell(numbers["stderr"]), str(numbers["n"])] if measured else []
         apart = _cell(trained.get("classification_accuracy"))
         told = f"{apart} of {trained['held_out_pairs']}" if apart else ""
@@ -188,7 +197,7 @@ def write_final(run: Run, name: str, policy: Stage, card: str) -> None:
 
 def model_card(config: dict[str, Any], summary: dict[str, Any]) -> str:
     """README.md of final/: what it was made from, how, and what it scored."""
-    results = ruled(table(summary["policies"], summary["iterations"]))
+    results = ruled(table(summary["policies"], _by_policy(summary)))
     software = "\n".join(f"- {package} {version}" for package, version in versions().items())
     sections = ("sft", "iterations", "objective", "training", "negatives")
     hyper = json.dumps({key: config[key] for key in sections if key in config}, indent=1)

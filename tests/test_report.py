@@ -196,6 +196,16 @@ def test_a_report_that_cannot_be_written_costs_no_stage(
     assert run.manifest(DATA) and "disk full" in caplog.text
 
 
+def test_an_objective_without_a_generated_side_is_reported_too(ended: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = ended / "iteration-1" / "training" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["numbers"] = {"last": {"loss": 1.0, "logps_real": -2.0}}
+    manifest.write_text(json.dumps(content))
+    Reporter(ended, graph())()
+    assert "| iteration-1 | 0.250 | 0.050 | 100 |  |  |  |" in (ended / "report.md").read_text()
+    assert compare.main([str(ended), "--output", str(ended / "compare.html")]) == 0 and "iteration-1" in capsys.readouterr().out
+
+
 def test_scores_of_another_command_are_not_shown(ended: Path) -> None:
     write_rows(ended / "sft" / "evaluation" / "00000.parquet", [{"id": str(k), "score": 1.0} for k in range(4)], SCORES)
     assert {row.answers["sft"][1] for row in gather(ended, graph()).rows} == {1.0}

@@ -73,7 +73,7 @@ def policy_table(facts: Facts) -> list[list[str]]:
     """Accuracy, and what training on pairs came to, of every policy so far."""
     trained = facts.trained()
     names = list(dict.fromkeys(s.policy for s in facts.stages if s.policy in facts.evaluations() or s.policy in trained))
-    iterations = [summary.iteration_numbers({"train": {}}, {"rows": 0}, dict(trained[name])) for name in names if name in trained]
+    iterations = {name: summary.iteration_numbers({"train": {}}, {"rows": 0}, dict(numbers)) for name, numbers in trained.items()}
     unknown = {"accuracy": None, "stderr": None, "n": 0}
     return summary.table({name: dict(facts.evaluations().get(name, unknown)) for name in names}, iterations)
 
