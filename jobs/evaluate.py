@@ -162,8 +162,13 @@ def _measured(config: EvaluateConfig, policy: Evaluated, reference: Evaluated | 
     return replace(policy, scores=scores, draws=draws, divergence=(own, other), measures=summed)
 
 
+def _judge(config: EvaluateConfig) -> Model:
+    """The model that judges here."""
+    return Model(path=config.judge.path or "", trust_remote_code=config.model.trust_remote_code)
+
+
 def _judged(config: EvaluateConfig, everybody: tuple[Evaluated, ...]) -> Graph:
-    judge = base_model.plan(Model(path=config.judge.path), "evaluation/judge/model") if config.judge.path else None
+    judge = base_model.plan(_judge(config), "evaluation/judge/model") if config.judge.path else None
     graph = Graph(everybody, judge)
     if config.tournament.contestants:
         samples = {policy.name: policy.answers for policy in everybody if policy.answers}
@@ -203,7 +208,7 @@ def evaluate(config: EvaluateConfig, graph: Graph, run: Run) -> dict[str, Any]:
             run.do(measures.measure, policy.measures)
     run.do(tasks.evaluate(config.tasks, config.engine, trust), *(stage for policy in graph.policies for stage in policy.tasks.values()))
     if graph.judge:
-        run.do(base_model.prepare(Model(path=config.judge.path or "")), graph.judge)
+        run.do(base_model.prepare(_judge(config)), graph.judge)
     ask = judging.ask(config.judge, trust)
     if graph.tournament:
         asked, answers, games = graph.tournament

@@ -197,6 +197,14 @@ def test_what_cannot_be_evaluated(flags: list[str], said: str) -> None:
         build(EvaluateConfig, flags)
 
 
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_of_a_judges_model_runs_where_that_was_allowed(trust: bool, tiny: Path, tmp_path: Path) -> None:
+    asked = ["--run.root", str(tmp_path), "--prompts.path", "arithmetic", "--policies.paths", f"{{a: {tiny}}}", "--judge.path", str(tiny)]
+    config = build(EvaluateConfig, [*asked, "--tournament.contestants", "[a, demonstrations]", "--model.trust_remote_code", str(trust)])
+    judge = plan(config).judge
+    assert judge and judge.settings["trust_remote_code"] is trust
+
+
 def test_who_cannot_be_evaluated(tiny: Path, tmp_path: Path) -> None:
     asked = ["--run.root", str(tmp_path), "--answers.measures", "[exact_answer]"]
     with pytest.raises(StageError, match="is no run directory"):
