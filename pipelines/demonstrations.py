@@ -41,7 +41,11 @@ def plan(settings: Demonstrations, base: Stage, name: str | None = None) -> Stag
     # Where the data lies is not what it is.
     del identity["path"], identity["held_out_path"]
     return Stage(
-        name or settings.section, identity | {"pairs": isinstance(settings, Preferences)}, {"base": base}, "1 task (1 CPU, 0 GPU) a file"
+        name or settings.section,
+        identity | {"pairs": isinstance(settings, Preferences)},
+        {"base": base},
+        "1 task (1 CPU, 0 GPU) a file",
+        version=2,
     )
 
 

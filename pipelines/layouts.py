@@ -29,7 +29,7 @@ class RowError(ValueError):
 def detect(row: Mapping[str, Any]) -> str | None:
     """The layout of a row by its columns; None if no layout fits."""
     names = {name for name, value in row.items() if value is not None}
-    if "chosen" in names and "prompt" not in names and isinstance(row["chosen"], str):
+    if "chosen" in names and not names & {"prompt", "conversations"} and isinstance(row["chosen"], str):
         return "hh"
     rules = [
         ("preference", {"chosen"}),
@@ -146,15 +146,16 @@ def _preference(row: Mapping[str, Any]) -> Turns:
     if isinstance(chosen, Mapping):
         chosen = [chosen]
     if isinstance(chosen, str):
-        before = _conversation(row, "conversations") if row.get("conversations") else _prompt(row, "prompt")
-        return before, chosen
+        return _before(row), chosen
     answer = _conversation({"chosen": chosen}, "chosen")
-    context = "prompt" if isinstance(row.get("prompt"), Sequence) else "conversations"
-    if len(answer) > 1:
-        # The whole conversation stands in `chosen`; `prompt` repeats its start.
-        return _split(answer)
-    before = _conversation(row, "conversations") if context == "conversations" else _prompt(row, "prompt")
-    return _split([*before, *answer])
+    # The whole conversation may stand in `chosen`; `prompt` repeats its start.
+    return _split(answer if len(answer) > 1 else [*_before(row), *answer])
+
+
+def _before(row: Mapping[str, Any]) -> list[Message]:
+    """What both responses of a pair follow: `prompt`, or `conversations` where that alone is filled."""
+    alone = row.get("prompt") is None and row.get("conversations") is not None
+    return _conversation(row, "conversations") if alone else _prompt(row, "prompt")
 
 
 LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Turns]] = {
