@@ -29,12 +29,13 @@ class Cache:
         self.file.seek(0)
         whole = True
         for line in self.file:
+            # Cut off when a job was killed, maybe right before the end of the line.
+            whole = line.endswith("\n")
             try:
                 entry = json.loads(line)
                 self.answers[entry.pop("key")] = entry
             except (ValueError, KeyError, AttributeError, TypeError):
-                # Cut off when a job was killed.
-                whole = line.endswith("\n")
+                continue
         if not whole:
             self.file.write("\n")
 

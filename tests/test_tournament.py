@@ -12,6 +12,7 @@ from judges import always_a, completion, endpoint, longer
 
 from pipelines import judging, tournament
 from pipelines.artifacts import Run, Stage, StageError
+from pipelines.judge_answers import Cache
 from pipelines.judge_endpoint import seconds
 from pipelines.judging_settings import Judge, Tournament
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
@@ -131,6 +132,17 @@ def test_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
         assert len(asked) == 36 and found["asking"]["cached"] == 10 and found["asking"]["asked"] == 26
         again = Played(tmp_path / "c").play(url=url, cache=str(tmp_path / "cache.jsonl"))
         assert len(asked) == 36 and again["pairs"] == found["pairs"]
+
+
+def test_an_answer_before_which_a_job_was_killed_is_not_glued_to_the_last(tmp_path: Path) -> None:
+    for key, known in (("a", 0), ("b", 1), ("c", 2)):
+        cache = Cache(tmp_path / "cache.jsonl")
+        assert len(cache.answers) == known
+        cache.take(key, {"text": key})
+        cache.close()
+        # Killed before the end of the line.
+        (tmp_path / "cache.jsonl").write_text((tmp_path / "cache.jsonl").read_text().removesuffix("\n"))
+    assert Cache(tmp_path / "cache.jsonl").answers == {key: {"text": key} for key in "abc"}
 
 
 def test_a_limit_of_cost(tmp_path: Path) -> None:
