@@ -60,7 +60,9 @@ def plan(name: str, questions: Stage, judge: Judge, model: Stage | None) -> Stag
         model: the stage of its weights, where it judges here.
     """
     inputs = {"questions": questions} | ({"model": model} if model else {})
-    return Stage(name, _identity(judge), inputs, demand="the driver" if judge.url else judge.demand(), version=2)
+    # More room answers questions that were too long before; what was answered stays in the cache.
+    room = {"max_model_len": judge.max_model_len} if model else {}
+    return Stage(name, _identity(judge) | room, inputs, demand="the driver" if judge.url else judge.demand(), version=2)
 
 
 def _identity(judge: Judge) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def ask(judge: Judge, trust_remote_code: bool) -> Any:
 
 def _answer(run: Run, stage: Stage, judge: Judge, trust_remote_code: bool) -> dict[str, Any]:
     rows = [row for path in shards(run.directory(stage.inputs["questions"])) for row in pq.read_table(path).to_pylist()]
-    who = [stage.settings, stage.inputs["model"].fingerprint if "model" in stage.inputs else None]
+    who = [_identity(judge), stage.inputs["model"].fingerprint if "model" in stage.inputs else None]
     cache = Cache(Path(judge.cache) if judge.cache else run.root / "judge_answers.jsonl")
     keys = [cache.key(who, row) for row in rows]
     known = len(cache.answers.keys() & set(keys))

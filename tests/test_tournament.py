@@ -145,6 +145,33 @@ def test_an_answer_before_which_a_job_was_killed_is_not_glued_to_the_last(tmp_pa
     assert Cache(tmp_path / "cache.jsonl").answers == {key: {"text": key} for key in "abc"}
 
 
+def test_a_judge_with_more_room_is_asked_what_was_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, questions, model = Run(tmp_path), Stage("questions", {}), Stage("model", {})
+    run.directory(questions).mkdir(parents=True)
+    rows = [{"id": text, "first": "a", "second": "b", "part": 0, "kind": "text", "question": text} for text in ("short", "so long" * 99)]
+    write_rows(run.directory(questions) / "00000.parquet", rows, judging.QUESTION)
+    asked: list[list[str]] = []
+
+    def here(run: Run, stage: Stage, judge: Judge, cache: Cache, missing: dict[str, Any], trust_remote_code: bool) -> dict[str, str]:
+        asked.append([row["question"] for row in missing.values()])
+        fitting = [key for key, row in missing.items() if len(row["question"]) <= judge.max_model_len]
+        for key in fitting:
+            cache.take(key, {"text": "[[A]]", "logps": None, "cut": False, "read": 1, "written": 1})
+        return {key: "too long" for key in missing if key not in fitting}
+
+    # An engine would take a minute to say the same.
+    monkeypatch.setattr(judging, "_ask_here", here)
+    failed = []
+    for room in (300, 3000, 3000):
+        judge = Judge(path="m", max_model_len=room, max_failed_fraction=0.5)
+        stage = judging.plan("answers", questions, judge, model)
+        run.do(judging.ask(judge, False), stage)
+        failed.append(run.numbers(stage)["failed"])
+    assert failed == [1, 0, 0] and asked == [["short", "so long" * 99], ["so long" * 99]]
+    elsewhere = [judging.plan("answers", questions, Judge(url="http://x/v1", url_model="m", max_model_len=k), None) for k in (300, 3000)]
+    assert elsewhere[0].fingerprint == elsewhere[1].fingerprint, "an endpoint has room of its own"
+
+
 def test_a_limit_of_cost(tmp_path: Path) -> None:
     with endpoint(longer) as (url, asked):
         # A question costs 100 x 1 + 10 x 5 millionths.
