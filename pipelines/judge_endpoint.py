@@ -19,12 +19,14 @@ class EndpointError(Exception):
         text: why.
         hopeless: asked again it would say the same.
         retry_after: seconds after which it wants to be asked again.
+        denied: it wants another key, whatever is asked.
     """
 
-    def __init__(self, text: str, hopeless: bool = False, retry_after: float | None = None):
+    def __init__(self, text: str, hopeless: bool = False, retry_after: float | None = None, denied: bool = False):
         super().__init__(text)
         self.hopeless = hopeless
         self.retry_after = retry_after
+        self.denied = denied
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Endpoint:
             async with asyncio.timeout(self.timeout):
                 found = await self.client.chat.completions.create(model=self.model, messages=asked, temperature=0, seed=0, **options)
         except AuthenticationError:
-            raise EndpointError(f"the judge's endpoint refuses the key in {self.key_env}", hopeless=True) from None
+            raise EndpointError(f"the judge's endpoint refuses the key in {self.key_env}", hopeless=True, denied=True) from None
         except APIStatusError as error:
             again = error.status_code in (408, 409, 429) or error.status_code >= 500
             why = f"the judge's endpoint answers {error.status_code}: {error.message[:200]}"

@@ -188,7 +188,7 @@ class Asking:
                     if not said.text.strip():
                         raise EndpointError("the judge's endpoint answers with no word")
             except EndpointError as error:
-                if "refuses the key" in str(error):
+                if error.denied:
                     raise Stopped(f"{error}: set that variable where the job runs") from None
                 if error.hopeless or attempt == self.judge.retries:
                     raise
