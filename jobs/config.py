@@ -21,6 +21,8 @@ from pydantic import BaseModel, ValidationError
 from actors.settings import Settings
 
 C = TypeVar("C", bound=Settings)
+NULL = ("null", "~", "")
+"""No value, on the command line."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def build(schema: type[C], argv: Sequence[str]) -> C:
             _check_keys(schema, layer := _read_yaml(value), where=value)
             _merge(merged, layer)
         else:
-            overrides.append((flag, value if _is_text(schema, flag) else _scalar(value)))
+            overrides.append((flag, _read_value(schema, flag, value)))
     for dotted, value in overrides:
         layer = value
         for key in reversed(dotted.split(".")):
@@ -119,11 +121,14 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
-def _is_text(schema: type[BaseModel], dotted: str) -> bool:
-    """Whether a key holds text, which YAML must not take for a number or a date; "null" is no text."""
+def _read_value(schema: type[BaseModel], dotted: str, value: str) -> Any:
+    """A value as its key wants it: text stays text, which YAML might take for a number or a date, a list or a comment."""
     section, _, key = dotted.partition(".")
     found = _section(schema.model_fields[section].annotation) if section in schema.model_fields else None
-    return found is not None and key in found.model_fields and found.model_fields[key].annotation is str
+    annotation = found.model_fields[key].annotation if found and key in found.model_fields else None
+    if annotation == str | None:
+        return None if value in NULL else value
+    return value if annotation is str else _scalar(value)
 
 
 def _scalar(text: str) -> Any:

@@ -51,7 +51,10 @@ def test_overrides_win_over_files_and_numbers_are_read_as_people_write_them(tmp_
     config = build(GsilConfig, ["--training.learning_rate", "5e-7", "--config", str(tmp_path / "a.yaml"), "--iterations.count=5"])
     assert (config.training.learning_rate, config.training.epochs, config.iterations.count) == (5e-7, 3, 5)
     assert build(GsilConfig, ["--run.name", "2026-05-01"]).run.name == "2026-05-01", "text stays text"
-    assert build(GsilConfig, ["--ray.address", "null", "--demonstrations.subset", "main"]).ray.address is None
+    prompted = ["--demonstrations.system_prompt", "# Rules: [x]"]
+    config = build(GsilConfig, ["--ray.address", "null", "--tracking.wandb_project", "2026", *prompted])
+    assert (config.ray.address, config.tracking.wandb_project, config.demonstrations.system_prompt) == (None, "2026", "# Rules: [x]")
+    assert build(EvaluateConfig, ["--policies.run", "2026-01-05", "--tasks.names", "[mbpp]"]).policies.run == "2026-01-05"
 
 
 @pytest.mark.parametrize(
