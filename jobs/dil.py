@@ -70,6 +70,8 @@ def align(config: DilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     run.do(base_model.prepare(config.model), graph.base_model)
     base_model.check(run, graph.base_model, config.longest(), {"sft": config.sft, "training": config.training})
     run.do(demonstrations.prepare(config.demonstrations, trust), graph.demonstrations)
+    if config.evaluation.metric != "none":
+        evaluation.check_answers(run, graph.demonstrations, "evaluation.metric", config.evaluation.metric, "set evaluation.metric=none")
     if graph.sft:
         run.do(policy_training.train(config.sft, config.tracking, longest, trust), graph.sft)
     run.do(reference.score(config.scoring, config.training.precision, longest, trust), graph.pairs)

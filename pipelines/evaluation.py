@@ -53,7 +53,7 @@ def _evaluate(run: Run, stage: Stage) -> dict[str, Any]:
     if unscored:
         why = f"{stage.name}: {len(unscored)} demonstrations have no answer after '####', the first is {unscored[0]}"
         if not scores:
-            raise StageError(f"{why}: set evaluation.metric=none and iterations.stop_when_worse=false")
+            raise StageError(f"{why}: set evaluation.metric=none")
         log.warning("%s: they are not in the accuracy of the other %d", why, len(scores))
     write_rows(run.directory(stage) / "scores.parquet", scores, SCORES)
     mean, error = mean_and_error([row["score"] for row in scores])

@@ -14,9 +14,12 @@ from training import train, write_pairs
 
 from actors.presets import PRESETS
 from actors.settings import Objective
+from jobs import dil as job
 from jobs.config import ConfigError, build
 from jobs.schemas import DilConfig, GsilConfig
+from pipelines.artifacts import Run, Stage, StageError
 from pipelines.layouts import RowError, detect, rejected, turns
+from pipelines.records import DEMONSTRATION, write_rows
 from pipelines.reference import mismatched
 
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (("user", "Hi?"), ("assistant", "Hello!"), ("assistant", "Go away.")))
@@ -137,6 +140,26 @@ def test_the_job_on_preference_pairs(tiny: Path, preferences: Path, tmp_path: Pa
     assert steps[0]["loss"] == pytest.approx(-0.5, abs=1e-3), "-exp(0) + exp(0) / 2 at the reference"
 
 
+def test_pairs_without_answers_stop_the_job_before_anything_is_trained(preferences: Path, tmp_path: Path) -> None:
+    config = build(DilConfig, ["--demonstrations.path", str(preferences), "--evaluation.metric", "exact_answer"])
+    graph, run = job.plan(config), Run(tmp_path)
+    usual = {"stop_ids": [1], "context": None, "modules": [], "shares_prompt": True, "window": None}
+
+    def give(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        (run.directory(stages[0]) / "made").touch()
+        if stages[0] is graph.demonstrations:
+            for split in ("train", "held_out"):
+                (run.directory(stages[0]) / split).mkdir()
+                write_rows(run.directory(stages[0]) / split / "00000.parquet", [{"id": "a", "response": "so 3"}], DEMONSTRATION)
+        return {stages[0].name: usual if stages[0] is graph.base_model else {}}
+
+    for stage in graph.stages():
+        run.do(give, stage)
+    said = r"^evaluation\.metric=exact_answer, but no demonstration \(train\) has a number after '####': set evaluation\.metric=none$"
+    with pytest.raises(StageError, match=said):
+        job.align(config, graph, Run(tmp_path))
+
+
 @pytest.mark.slow
 def test_kto_wants_a_third_response_so_its_pairs_are_made_anew(tiny: Path, preferences: Path, tmp_path: Path) -> None:
     run = tmp_path / "dil"
@@ -179,9 +202,6 @@ def test_the_policies_of_the_job_are_evaluated(tiny: Path, preferences: Path, tm
 def test_every_preset_from_data_to_policy(
     name: str, one_ray: None, tiny: Path, preferences: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from jobs import dil as job
-    from pipelines.artifacts import Run
-
     root = tmp_path_factory.getbasetemp() / "presets"
     config = build(DilConfig, dil(tiny, preferences, root, "--objective.name", name))
     summary = job.align(config, job.plan(config), Run(root / "dil"))

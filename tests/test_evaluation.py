@@ -59,7 +59,7 @@ def test_a_demonstration_without_an_answer_is_counted_apart(tmp_path: Path, capl
     found = run.numbers(stage)
     assert (found["accuracy"], found["n"], found["unscored"]) == (0.5, 2, 1) and "the first is data.jsonl row 1" in caplog.text
     write("no number")
-    with pytest.raises(StageError, match=r"the first is data\.jsonl row 0: set evaluation\.metric=none"):
+    with pytest.raises(StageError, match=r"the first is data\.jsonl row 0: set evaluation\.metric=none$"):
         Run(tmp_path).do(evaluation.evaluate, evaluation.plan("other/evaluation", samples, data, Evaluation()))
 
 
