@@ -34,7 +34,7 @@ def connected(settings: RaySettings) -> Iterator[str]:
         where the logs of Ray, vLLM and DeepSpeed are.
 
     Raises:
-        StageError: no cluster answers at the address.
+        StageError: no cluster answers at the address, or the local instance does not start.
     """
     import ray.data
 
@@ -44,14 +44,13 @@ def connected(settings: RaySettings) -> Iterator[str]:
     options = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address:
         _check_answers(address)
-    try:
-        if address:
+    if address:
+        try:
             ray.init(address=address, **options)
-        else:
-            local = {"num_cpus": settings.num_cpus, "include_dashboard": False, "_metrics_export_port": settings.metrics_port}
-            ray.init(address="local", **local, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise StageError(f"no Ray cluster answers at {address!r}: {error}") from None
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise StageError(f"no Ray cluster answers at {address!r}: {error}") from None
+    else:
+        _start_here(settings, options)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         _to_files_only("ray.data", "ray.train")
@@ -59,6 +58,22 @@ def connected(settings: RaySettings) -> Iterator[str]:
             yield str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs")
     finally:
         ray.shutdown()
+
+
+def _start_here(settings: RaySettings, options: dict[str, Any]) -> None:
+    """Starts a local instance."""
+    import ray
+    from ray._common.utils import get_default_ray_temp_dir
+
+    local = {"num_cpus": settings.num_cpus, "include_dashboard": False, "_metrics_export_port": settings.metrics_port}
+    try:
+        ray.init(address="local", **local, **options)
+    except Exception as error:
+        # Of any type: a process of Ray's that does not come up is an Exception without a name.
+        raise StageError(
+            f"a local Ray instance does not start: {error}. Its files and logs are in {get_default_ray_temp_dir()} (another place: "
+            "RAY_TMPDIR, a short path on a disk with room); or name a running cluster with ray.address"
+        ) from error
 
 
 @contextlib.contextmanager

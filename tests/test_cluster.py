@@ -1,7 +1,12 @@
-"""Connecting to a cluster that is not there."""
+"""Connecting to a cluster that is not there, or cannot be."""
 
+import os
+import re
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +27,16 @@ def test_an_address_where_nobody_listens_is_told_at_once(scheme: str) -> None:
     ):
         pass
     assert time.monotonic() - started < 5
+
+
+def test_a_local_instance_that_does_not_start_says_why_and_what_to_do(tmp_path: Path) -> None:
+    probe = (
+        "from pipelines import cluster; from pipelines.artifacts import StageError; from pipelines.settings import RaySettings\n"
+        "try:\n    with cluster.connected(RaySettings(num_cpus=1)): print('it runs')\n"
+        "except StageError as error: print(error)\n"
+    )
+    folder = tmp_path / ("long" * 30)
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
+    said = re.escape(f"Its files and logs are in {folder}/ray (another place: RAY_TMPDIR")
+    assert re.search(f"^a local Ray instance does not start: .*107 bytes.*{said}.*ray.address$", done.stdout), done.stdout + done.stderr
