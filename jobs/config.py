@@ -219,7 +219,9 @@ def _type_name(annotation: Any) -> str:
     if origin is typing.Literal:
         return " | ".join(str(choice) for choice in typing.get_args(annotation))
     if origin in (typing.Union, types.UnionType):
-        return " | ".join("null" if part is type(None) else _type_name(part) for part in typing.get_args(annotation))
+        return " | ".join(_type_name(part) for part in typing.get_args(annotation))
+    if annotation is type(None):
+        return "null"
     if origin in (list, tuple):
         return f"[{_type_name(typing.get_args(annotation)[0])}, ...]"
     return str(annotation) if origin else annotation.__name__

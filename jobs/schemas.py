@@ -32,6 +32,7 @@ from pipelines.settings import (
     Responses,
     Rewards,
     RunSettings,
+    SelfPlayEvaluation,
 )
 from pipelines.task_settings import Tasks
 
@@ -79,7 +80,7 @@ class GsilConfig(ModelJobConfig):
     objective: Objective = Objective()
     training: Training = Training()
     negatives: Negatives = Negatives()
-    evaluation: Evaluation = Evaluation()
+    evaluation: SelfPlayEvaluation = SelfPlayEvaluation()
     engine: Engine = Engine()
     scoring: Scoring = Scoring()
     tracking: Tracking = Tracking()

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -39,8 +39,21 @@ class Prompts(Demonstrations):
     path: str = ""
     """file, directory, glob or URI of jsonl, json, parquet, arrow or csv; a hub id; "arithmetic": generated word problems; by default
     the held-out demonstrations of the run; "none": no prompts"""
+    held_out_path: None = None
+    """not used here: all rows are prompts"""
+    held_out_split: None = None
+    """not used here: all rows are prompts"""
     held_out_fraction: float = Field(0.0, ge=0, le=0)
-    """all rows are prompts"""
+    """not used here: all rows are prompts"""
+    held_out_limit: None = None
+    """not used here: all rows are prompts"""
+
+    @field_validator("held_out_path", "held_out_split", "held_out_fraction", "held_out_limit", mode="before")
+    @classmethod
+    def _none_is_held_out(cls, given: Any) -> Any:
+        if given:
+            raise ValueError(f"{given!r} is not used here, as all rows are prompts: leave it out")
+        return given
 
 
 class Answers(Sampling):
@@ -67,6 +80,8 @@ class Answers(Sampling):
 class JudgeModel(Engine):
     """Which model judges, and how it is asked."""
 
+    backend: Literal["vllm"] = "vllm"
+    """a judge here is always a vLLM engine"""
     url: str | None = None
     """an OpenAI-compatible endpoint instead ("https://HOST/v1")"""
     url_model: str = ""

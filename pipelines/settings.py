@@ -285,9 +285,13 @@ class Evaluation(Settings):
     max_new_tokens: int = Field(256, ge=1)
     """length limit of an answer"""
 
-    pairs: int = Field(256, ge=0)
-    """held-out prompts for which every iteration draws a negative too, to measure whether pairs can still be told apart"""
-
     def sampling(self) -> Sampling:
         """Greedy answers."""
         return Sampling(greedy=True, max_new_tokens=self.max_new_tokens)
+
+
+class SelfPlayEvaluation(Evaluation):
+    """Held-out prompts, answered greedily by every policy."""
+
+    pairs: int = Field(256, ge=0)
+    """held-out prompts for which every iteration draws a negative too, to measure whether pairs can still be told apart"""

@@ -18,6 +18,24 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("schema", "key", "value", "said"),
+    [
+        (EvaluateConfig, "judge.backend", "transformers", "judge.backend='transformers': did you mean 'vllm'?"),
+        (ServeConfig, "judge.backend", "transformers", "judge.backend='transformers': did you mean 'vllm'?"),
+        (EvaluateConfig, "prompts.held_out_path", "a.jsonl", "prompts.held_out_path: 'a.jsonl' is not used here, as all rows are prompts"),
+        (EvaluateConfig, "prompts.held_out_limit", "4", "prompts.held_out_limit: 4 is not used here"),
+        (EvaluateConfig, "prompts.held_out_fraction", "0.1", "prompts.held_out_fraction: 0.1 is not used here"),
+        (DilConfig, "evaluation.pairs", "9", "there is no 'evaluation.pairs'"),
+    ],
+)
+def test_a_key_that_a_job_does_not_use_is_refused(schema: type[Settings], key: str, value: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(schema, [f"--{key}", value])
+    assert said in str(error.value)
+    assert "--prompts.held_out_path  null, default null\n      not used here" in help_text(EvaluateConfig, "")
+
+
 def refused(*argv: str) -> str:
     with pytest.raises(ConfigError) as error:
         build(GsilConfig, argv)
@@ -89,7 +107,7 @@ def test_mistakes_are_named(argv: list[str], words: list[str]) -> None:
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("schema", [GsilConfig, DilConfig, IrlConfig, ServeConfig])
+@pytest.mark.parametrize("schema", [GsilConfig, DilConfig, IrlConfig, EvaluateConfig, ReproduceConfig, ServeConfig])
 def test_help_names_every_key_with_its_meaning(schema: type[Settings]) -> None:
     text = help_text(schema, "usage")
     for section, field in schema.model_fields.items():
