@@ -11,6 +11,7 @@ from actors.settings import (
     Pool,
     RewardScoring,
     RewardTraining,
+    Sampling,
     Scoring,
     Settings,
     SftTraining,
@@ -45,6 +46,16 @@ class JobConfig(Settings):
     script: ClassVar[str]
     """that reads it"""
     prefix: ClassVar[str] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _partly(cls, given: Any) -> Any:
+        # A section that is given in part keeps this job's defaults for the rest; of an objective its name, as the rest is the preset's.
+        if not isinstance(given, dict):
+            return given
+        own = {name: field.default for name, field in cls.model_fields.items() if isinstance(given.get(name), dict)}
+        kept = {name: {"name"} if isinstance(default, Objective) else None for name, default in own.items()}
+        return given | {name: own[name].model_dump(exclude_unset=True, include=kept[name]) | given[name] for name in own}
 
     def demands(self) -> dict[str, tuple[float, float]]:
         """Least (CPUs, GPUs) that must be free at one time, by the section that asks."""
@@ -97,13 +108,14 @@ class GsilConfig(ModelJobConfig):
 
     def max_model_len(self) -> int:
         """Longest prompt and response that an engine sees, tokens."""
-        return self.demonstrations.max_prompt_tokens + max(self.negatives.max_new_tokens, self.evaluation.max_new_tokens)
+        return max(self._sampled().values())
+
+    def _sampled(self) -> dict[str, int]:
+        return longest_sampled(self.demonstrations, negatives=self.negatives, evaluation=self.evaluation)
 
     def longest(self) -> dict[str, int]:
         """Longest sequences that the model meets, tokens, by the settings that ask for them."""
-        longer = "negatives" if self.negatives.max_new_tokens >= self.evaluation.max_new_tokens else "evaluation"
-        sampled = {f"demonstrations.max_prompt_tokens + {longer}.max_new_tokens": self.max_model_len()}
-        return sampled | longest_given(self.demonstrations, self.objective)
+        return self._sampled() | longest_given(self.demonstrations, self.objective)
 
 
 class DilConfig(ModelJobConfig):
@@ -120,15 +132,6 @@ class DilConfig(ModelJobConfig):
     scoring: Scoring = Scoring()
     tracking: Tracking = Tracking()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, given: Any) -> Any:
-        # A section that is given in part keeps this job's defaults for the rest.
-        if not isinstance(given, dict):
-            return given
-        defaults = {"run": {"name": "dil"}, "objective": {"name": "dil_lsif"}, "evaluation": {"metric": "none"}}
-        return given | {key: value | given[key] for key, value in defaults.items() if isinstance(given.get(key), dict)}
-
     @model_validator(mode="after")
     def _needs_pairs(self) -> "DilConfig":
         if self.demonstrations.sft_first and not self.sft.epochs:
@@ -139,8 +142,7 @@ class DilConfig(ModelJobConfig):
 
     def longest(self) -> dict[str, int]:
         """Longest sequences that the model meets, tokens, by the settings that ask for them."""
-        answers = self.demonstrations.max_prompt_tokens + self.evaluation.max_new_tokens
-        answered = {"demonstrations.max_prompt_tokens + evaluation.max_new_tokens": answers} if self.evaluation.metric != "none" else {}
+        answered = longest_sampled(self.demonstrations, evaluation=self.evaluation) if self.evaluation.metric != "none" else {}
         return answered | longest_given(self.demonstrations, self.objective)
 
 
@@ -195,10 +197,8 @@ class IrlConfig(ModelJobConfig):
         preferences = {"preferences.max_tokens": self.preferences.max_tokens} if self.given_preferences() else {}
         if not self.needs_policy():
             return preferences
-        longer = "responses" if self.responses.max_new_tokens >= self.best_of_n.max_new_tokens else "best_of_n"
-        sampled = self.demonstrations.max_prompt_tokens + max(self.responses.max_new_tokens, self.best_of_n.max_new_tokens)
-        given = {"demonstrations.max_tokens": self.demonstrations.max_tokens}
-        return {f"demonstrations.max_prompt_tokens + {longer}.max_new_tokens": sampled} | given | preferences
+        sampled = longest_sampled(self.demonstrations, responses=self.responses, best_of_n=self.best_of_n)
+        return sampled | {"demonstrations.max_tokens": self.demonstrations.max_tokens} | preferences
 
 
 class EvaluateConfig(ModelJobConfig):
@@ -217,13 +217,6 @@ class EvaluateConfig(ModelJobConfig):
     engine: Engine = Engine()
     scoring: RewardScoring = RewardScoring()
     tracking: Tracking = Tracking()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, given: Any) -> Any:
-        # A section that is given in part keeps this job's defaults for the rest.
-        partly = isinstance(given, dict) and isinstance(given.get("run"), dict)
-        return given | {"run": {"name": "evaluation"} | given["run"]} if partly else given
 
     @model_validator(mode="after")
     def _consistent(self) -> "EvaluateConfig":
@@ -270,20 +263,18 @@ class ReproduceConfig(JobConfig):
     scoring: RewardScoring = SCORING
     workers: Pool = WORKERS
 
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, given: Any) -> Any:
-        # A section that is given in part keeps this job's defaults for the rest.
-        if not isinstance(given, dict):
-            return given
-        own = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Settings)}
-        return given | {key: own[key].model_dump() | value for key, value in given.items() if key in own and isinstance(value, dict)}
-
 
 class ServeConfig(ServiceConfig):
     """Everything that `jobs/serve_bon.py` reads."""
 
     ray: RaySettings = RaySettings()
+
+
+def longest_sampled(data: Demonstrations, **sections: Sampling | Evaluation | BestOfN) -> dict[str, int]:
+    """Longest prompt with a response that one of the sections asks for, by the settings that say so."""
+    longer = max(sections, key=lambda name: sections[name].max_new_tokens)
+    name = f"{data.section}.max_prompt_tokens + {longer}.max_new_tokens"
+    return {name: data.max_prompt_tokens + sections[longer].max_new_tokens}
 
 
 def longest_given(data: Demonstrations, objective: Objective) -> dict[str, int]:

@@ -18,6 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 
 
+@pytest.mark.parametrize("schema", [GsilConfig, IrlConfig, ReproduceConfig])
+def test_a_section_that_is_given_in_part_keeps_the_jobs_defaults(schema: type[JobConfig]) -> None:
+    default = schema()
+    for name, section in default:
+        key, value = next(iter(section))
+        assert getattr(schema.model_validate({name: {key: value}}), name) == section
+
+
 @pytest.mark.parametrize(
     ("schema", "key", "value", "said"),
     [

@@ -61,6 +61,8 @@ def test_the_config_keeps_its_own_defaults_beside_what_is_given() -> None:
     config = build(DilConfig, ["--demonstrations.path", "pairs.jsonl", "--objective.beta", "0.5", "--evaluation.max_new_tokens", "9"])
     assert (config.objective.name, config.objective.beta, config.objective.length_normalised) == ("dil_lsif", 0.5, True)
     assert config.evaluation.metric == "none" and config.run.name == "dil"
+    other = build(DilConfig, ["--demonstrations.path", "pairs.jsonl", "--objective.name", "dpo", "--run.root", "elsewhere"])
+    assert (other.objective.beta, other.objective.length_normalised, other.run.name) == (0.1, False, "dil")
     with pytest.raises(ConfigError, match=r"demonstrations\.path must name preference pairs"):
         build(DilConfig, [])
     with pytest.raises(ConfigError, match=r"objective\.name='dil_lsiv'.*dil_lsif"):
