@@ -3,7 +3,8 @@
 The same verb as `actors.generator.Generator`: token ids in, token ids out. Prompts are sorted by length and padded on the left; the
 random numbers of a response depend on the seed and its place alone, not on what it is batched with.
 
-Shapes: B responses of a batch, P positions of the padded prompts, V vocabulary.
+Shapes: B responses of a batch, P positions of the padded prompts, N new tokens at most, L positions of prompts and responses, T positions
+of them up to a step, S positions that a step adds (P, then 1), V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,43 +55,43 @@ class Sampler:
         numbers = [k % sampling.samples for k in range(len(rows))]
         for start in range(0, len(rows), self.at_once):
             batch = rows[start : start + self.at_once]
-            draws_BT = None
+            draws_BN = None
             if not sampling.greedy:
                 places = zip(batch, numbers[start : start + self.at_once], strict=True)
-                draws_BT = np.stack([uniform(seed, row, number, sampling.max_new_tokens) for row, number in places])
-            for row, response in zip(batch, self._batch([prompts[row] for row in batch], sampling, draws_BT), strict=True):
+                draws_BN = np.stack([uniform(seed, row, number, sampling.max_new_tokens) for row, number in places])
+            for row, response in zip(batch, self._batch([prompts[row] for row in batch], sampling, draws_BN), strict=True):
                 found[row].append(response)
             if tell:
                 tell(start + len(batch))
         return found
 
     @torch.inference_mode()
-    def _batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling, draws_BT: np.ndarray | None) -> list[Response]:
+    def _batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling, draws_BN: np.ndarray | None) -> list[Response]:
         """Decodes a batch to its end."""
         longest = max(len(ids) for ids in prompts)
         limit = min(sampling.max_new_tokens, self.max_model_len - longest)
         if limit < 1:
             raise ValueError(f"a prompt of {longest} tokens leaves no room for a response in max_model_len={self.max_model_len}")
         ids_BP = torch.zeros((len(prompts), longest), dtype=torch.long)
-        mask_BP = torch.zeros((len(prompts), longest + limit), dtype=torch.long)
+        mask_BL = torch.zeros((len(prompts), longest + limit), dtype=torch.long)
         for row, ids in enumerate(prompts):
             ids_BP[row, longest - len(ids) :] = torch.tensor(ids)
-            mask_BP[row, longest - len(ids) :] = 1
-        input_BT, mask_BP = ids_BP.to(self.device), mask_BP.to(self.device)
-        positions_BT = (mask_BP[:, :longest].cumsum(1) - 1).clamp(min=0)
+            mask_BL[row, longest - len(ids) :] = 1
+        input_BS, mask_BL = ids_BP.to(self.device), mask_BL.to(self.device)
+        positions_BS = (mask_BL[:, :longest].cumsum(1) - 1).clamp(min=0)
         stops = torch.tensor(self.stop_ids, device=self.device)
         ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         tokens, cache = [], None
         for step in range(limit):
-            mask_BT = mask_BP[:, : longest + step]
-            out = self.model(input_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True)
+            mask_BT = mask_BL[:, : longest + step]
+            out = self.model(input_BS, attention_mask=mask_BT, position_ids=positions_BS, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            token_B = choose(out.logits[:, -1].float(), sampling, None if draws_BT is None else torch.from_numpy(draws_BT[:, step]))
+            token_B = choose(out.logits[:, -1].float(), sampling, None if draws_BN is None else torch.from_numpy(draws_BN[:, step]))
             tokens.append(token_B)
             ended_B |= torch.isin(token_B, stops)
             if ended_B.all():
                 break
-            input_BT, positions_BT = token_B[:, None], positions_BT[:, -1:] + 1
+            input_BS, positions_BS = token_B[:, None], positions_BS[:, -1:] + 1
         return [self._cut(row) for row in torch.stack(tokens, dim=1).tolist()]
 
     def _cut(self, ids: list[int]) -> Response:

@@ -109,17 +109,18 @@ def collate(examples: Sequence[Example], pad_id: int, share_prompt: bool) -> Bat
         width = max(map(len, sequences))
         places = [number * width + np.arange(len(ids)) for number, ids in enumerate(sequences)]
         shape, branches = (len(sequences), width), None
-    ids_T, positions_T, mask_T = np.full(shape, pad_id).ravel(), np.zeros(shape, dtype=np.int64).ravel(), np.zeros(shape, dtype=np.int64)
+    ids_BT, positions_BT, mask_BT = np.full(shape, pad_id), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for place, ids in zip(places, sequences, strict=True):
-        ids_T[place], positions_T[place], mask_T.ravel()[place] = ids, np.arange(len(ids)), 1
+        # Places are flat indices into B * T.
+        ids_BT.ravel()[place], positions_BT.ravel()[place], mask_BT.ravel()[place] = ids, np.arange(len(ids)), 1
     lengths = [len(ids) - prompt for ids, prompt in zip(sequences, prompts, strict=True)]
     fractions = [1 - np.arange(length, dtype=np.float32) / max(1, length) for length in lengths]
     # The first token of a response is predicted by the prompt's last, the others by the one before.
     sources = [place[prompt - 1 : -1] for place, prompt in zip(places, prompts, strict=True)]
     return Batch(
-        input_ids_BT=torch.from_numpy(ids_T.reshape(shape)),
-        positions_BT=torch.from_numpy(positions_T.reshape(shape)),
-        attention_mask=None if share_prompt else torch.from_numpy(mask_T),
+        input_ids_BT=torch.from_numpy(ids_BT),
+        positions_BT=torch.from_numpy(positions_BT),
+        attention_mask=None if share_prompt else torch.from_numpy(mask_BT),
         branches=branches,
         sources_N=torch.from_numpy(np.concatenate(sources)),
         targets_N=torch.from_numpy(np.concatenate([ids[prompt:] for ids, prompt in zip(sequences, prompts, strict=True)])),
@@ -127,7 +128,7 @@ def collate(examples: Sequence[Example], pad_id: int, share_prompt: bool) -> Bat
         occupancy_N=torch.from_numpy(np.concatenate(fractions)),
         ends_R=torch.tensor([place[-1] for place in places]),
         responses=len(sequences),
-        tokens=sum(example.tokens for example in examples) if share_prompt else int(mask_T.sum()),
+        tokens=sum(example.tokens for example in examples) if share_prompt else int(mask_BT.sum()),
     )
 
 

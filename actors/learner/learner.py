@@ -3,7 +3,8 @@
 Nothing is divided before the end: losses are summed over micro-batches and workers and divided once by the rows of the global
 batch, so that any number of workers and any size of micro-batches take the same steps.
 
-Shapes: B rows of a micro-batch, S responses of a row (1: demonstration, 2: pair).
+Shapes: B rows of a micro-batch, S responses of a row (1: demonstration, 2: pair), C kinds of value that the engine gives of a response
+(log-prob and occupancy-weighted log-prob; of a reward model its reward alone).
 """
 
 import json
