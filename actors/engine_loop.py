@@ -8,6 +8,8 @@ lives and dies with the process that serves.
 
 import asyncio
 import contextlib
+import logging
+import os
 import queue
 import threading
 import uuid
@@ -15,6 +17,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,24 @@ class EngineDead(RuntimeError):
     """A step of the engine failed: the process has to be started anew."""
 
 
+def end_process(failure: EngineDead) -> None:
+    """Of a process that is nothing without its engine: it would answer faster than those that work, and so be asked the most."""
+    log.critical("this process ends: %s", failure)
+    logging.shutdown()
+    os._exit(1)
+
+
 class EngineLoop:
     """Steps an engine in a thread of its own.
 
     Args:
         engine: a `vllm.v1.engine.llm_engine.LLMEngine` whose core is in this process.
+        died: called when a step has failed and every caller is told.
     """
 
-    def __init__(self, engine: Any):
+    def __init__(self, engine: Any, died: Callable[[EngineDead], None] = lambda failure: None):
         self.engine = engine
+        self.died = died
         self.commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.callers: dict[str, Caller] = {}
         self.names: dict[str, str] = {}
@@ -116,6 +129,7 @@ class EngineLoop:
                 self.failure = EngineDead(f"the engine failed: {type(error).__name__}: {error}")
         while self.callers:
             self.callers.popitem()[1].tell(self.failure)
+        self.died(self.failure)
         while True:
             # Who asks between the failure and the end of the process is told.
             self.commands.get()()

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from actors.engine_loop import EngineDead
 from actors.generator import cache, counted
 from actors.learner import policy
 from actors.learner.batches import Example
@@ -70,6 +71,7 @@ class RewardEngine:
         from vllm import LLM, PoolingParams
 
         self.raw = PoolingParams(use_activation=False)
+        self.failure: EngineDead | None = None
         self.llm = LLM(
             model=weights,
             runner="pooling",
@@ -93,9 +95,25 @@ class RewardEngine:
 
         Returns:
             the reward of every response of every row, in the order given.
+
+        Raises:
+            EngineDead: the engine failed, in this call or in one before.
         """
         prompts: list[Any] = [{"prompt_token_ids": [*row.prompt_ids, *response]} for row in examples for response in row.responses]
-        # Cached prefixes change rounding: every call starts alike.
-        self.llm.reset_prefix_cache()
-        outputs = iter(self.llm.classify(prompts, pooling_params=self.raw, use_tqdm=counted(tell)))
-        return [[next(outputs).outputs.probs[0] for _ in row.responses] for row in examples]
+        found = iter(self._classified(prompts, tell))
+        return [[next(found).outputs.probs[0] for _ in row.responses] for row in examples]
+
+    def _classified(self, prompts: list[Any], tell: Callable[[int], None] | None) -> list[Any]:
+        # What a step that failed leaves in the engine comes out of the next call, before what that one asks for.
+        if self.failure:
+            raise self.failure
+        try:
+            # Cached prefixes change rounding: every call starts alike.
+            self.llm.reset_prefix_cache()
+            outputs = self.llm.classify(prompts, pooling_params=self.raw, use_tqdm=counted(tell))
+            if len(outputs) != len(prompts):
+                raise RuntimeError(f"{len(outputs)} rewards of {len(prompts)} sequences")
+        except Exception as error:
+            self.failure = EngineDead(f"the engine failed: {type(error).__name__}: {error}")
+            raise self.failure from error
+        return outputs

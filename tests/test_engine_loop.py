@@ -24,7 +24,8 @@ def counted():
     steps += 1
     return step()
 llm.llm_engine.step = counted
-loop = EngineLoop(llm.llm_engine)
+died = []
+loop = EngineLoop(llm.llm_engine, died.append)
 
 def params(tokens, kind=RequestOutputKind.FINAL_ONLY, **more):
     return SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, output_kind=kind, **more)
@@ -67,6 +68,7 @@ async def work():
             assert "no room" in str(error)
         else:
             raise AssertionError("alive")
+    assert [str(failure) for failure in died] == ["the engine failed: MemoryError: no room"], died
 
 asyncio.run(work())
 print("served")

@@ -14,11 +14,14 @@ from models import write_tiny
 from training import assert_same_steps, train, write_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from actors.engine_loop import EngineDead
 from actors.generator import environment
 from actors.learner import policy
 from actors.learner.batches import Example, collate, shares_prompt
+from actors.reward_engine import RewardEngine
 from actors.scorer import Scorer
 from actors.settings import Objective, RewardScoring, Scoring
+from pipelines.serving import rewards as serving_rewards
 from pipelines.serving.rewards import RewardReplica, alike
 
 FAMILIES = ["llama", "gpt2", "qwen2", "mistral_window"]
@@ -126,6 +129,37 @@ def test_a_served_reward_is_the_same_in_company(tmp_path: Path) -> None:
     assert replica._values(sequences) == pytest.approx([replica._values([ids])[0] for ids in sequences], abs=1e-5)
 
 
+class Leftover:
+    """An engine whose step fails once: the next call has more outputs than it asked for."""
+
+    def __init__(self, outputs: int):
+        self.outputs: list[Any] = [None] * outputs
+
+    def reset_prefix_cache(self) -> None:
+        pass
+
+    def classify(self, prompts: list[Any], **_: Any) -> list[Any]:
+        if not self.outputs:
+            raise MemoryError("no room")
+        return self.outputs
+
+
+@pytest.mark.parametrize("outputs", [0, 3, 5])
+def test_an_engine_that_failed_once_gives_no_reward_any_more(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = RewardEngine.__new__(RewardEngine)
+    engine.llm, engine.raw, engine.failure = Leftover(outputs), None, None
+    ended: list[EngineDead] = []
+    monkeypatch.setattr(serving_rewards, "end_process", ended.append)
+    replica = RewardReplica.__new__(RewardReplica)
+    replica.model, replica.failures = engine, 0
+    with pytest.raises(EngineDead, match="no room" if outputs == 0 else f"{outputs} rewards of 4 sequences"):
+        replica._values([(1,), (2,), (3,), (4,)])
+    engine.llm = Leftover(4)
+    with pytest.raises(EngineDead):
+        engine(EXAMPLES)
+    assert len(ended) == 1, "the process ends at the first failure"
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_reward_bench_reads_the_same_rewards(family: str, pairs: Path, tmp_path: Path) -> None:
     """As reward-bench 0.1.4 does it (rewardbench/rewardbench.py): conversations as text in the model's chat template, padded on the left,
@@ -147,7 +181,7 @@ def test_reward_bench_reads_the_same_rewards(family: str, pairs: Path, tmp_path:
 ENGINE = """
 import json, sys
 from actors import reward_engine
-from actors.learner.batches import Example
+from actors.engine_loop import EngineDead
 from actors.settings import RewardScoring
 from test_rewards import EXAMPLES
 
@@ -158,6 +192,18 @@ for directory in sys.argv[1:]:
     told = []
     print("RESULT", json.dumps([model(EXAMPLES, told.append), model(EXAMPLES)]), flush=True)
     assert told == [1, 2, 3, 4], told
+    step = model.llm.llm_engine.step
+    def broken():
+        raise MemoryError("no room")
+    model.llm.llm_engine.step = broken
+    for _ in range(2):
+        try:
+            model(EXAMPLES)
+        except EngineDead as error:
+            assert "no room" in str(error), error
+        else:
+            raise AssertionError("alive")
+        model.llm.llm_engine.step = step
     del model
 """
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from actors.batching import Batcher, common
+from actors.engine_loop import EngineDead, end_process
 from actors.loading import loading
 from actors.settings import RewardScoring
 from pipelines.chat import Chat
@@ -15,7 +16,7 @@ from pipelines.serving.refusal import Refused
 SHARED = 16
 """tokens that sequences have to begin with alike to be computed together"""
 BROKEN = 3
-"""batches that fail one after the other before a replica is started anew"""
+"""batches that fail one after the other in transformers before a replica is started anew; an engine's first one ends it"""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ class RewardReplica:
         examples = [Example("", prefix, tuple(sequences[k][len(prefix) :] for k in members)) for prefix, members in groups]
         try:
             found = self.model(examples)
+        except EngineDead as error:
+            end_process(error)
+            raise
         except Exception:
             self.failures += 1
             raise

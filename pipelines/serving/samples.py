@@ -86,13 +86,13 @@ class PolicyReplica:
 
     @loading()
     def __init__(self, name: str, weights: str, engine: Engine, max_model_len: int, max_new_tokens: int, trust_remote_code: bool = False):
-        from actors.engine_loop import EngineLoop
+        from actors.engine_loop import EngineLoop, end_process
         from actors.generator import policy_engine
 
         self.chat = Chat(weights, trust_remote_code)
         llm = policy_engine(weights, engine, max_model_len, trust_remote_code, text=True)
         self.vocabulary = llm.llm_engine.model_config.get_vocab_size()
-        self.loop = EngineLoop(llm.llm_engine)
+        self.loop = EngineLoop(llm.llm_engine, died=end_process)
         self.takes_seeds = engine.num_gpus > 0
         self.max_new_tokens = max_new_tokens
         self._about = About(name, max_model_len, identity(self.chat))
