@@ -1,8 +1,10 @@
-"""Batches out of requests that come one by one: whoever is waiting when the model is free goes together, up to a number of tokens."""
+"""Batches out of requests that come one by one: whoever is waiting when the model is free goes together, up to a number of tokens; and who
+may not go together."""
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Sequence
+import contextlib
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -81,3 +83,30 @@ class Batcher:
             batch.append(self.waiting.popleft())
             tokens += len(item.ids)
         return sorted(batch, key=lambda item: len(item.ids))
+
+
+class Turns:
+    """Keeps kinds of requests apart that may not be under way together: one kind goes when the other is through, first come, first served."""
+
+    def __init__(self) -> None:
+        self.next = asyncio.Lock()
+        self.under_way: Counter[str] = Counter()
+        self.through = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def of(self, kind: str | None) -> AsyncIterator[None]:
+        """For the length of a request; None goes with everybody."""
+        if kind is None:
+            yield
+            return
+        # Whoever waits for his turn holds back those who come later, also of the kind that is under way.
+        async with self.next:
+            while self.under_way.total() > self.under_way[kind]:
+                self.through.clear()
+                await self.through.wait()
+            self.under_way[kind] += 1
+        try:
+            yield
+        finally:
+            self.under_way[kind] -= 1
+            self.through.set()

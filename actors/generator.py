@@ -86,7 +86,7 @@ def policy_engine(
         engine: settings.
         max_model_len: longest prompt and response together, tokens.
         trust_remote_code: run Python code that comes with the model.
-        text: responses are wanted as text, too, and log-probs among the allowed tokens.
+        text: responses are wanted as text, too.
         tokenizer: its directory, if it is not that of the weights.
     """
     from vllm import LLM
@@ -95,7 +95,8 @@ def policy_engine(
         model=weights,
         tokenizer=tokenizer,
         skip_tokenizer_init=not text,
-        logprobs_mode="processed_logprobs" if text else "raw_logprobs",
+        # Before temperature and nucleus; of processed ones vLLM computes every row in every step, asked for or not.
+        logprobs_mode="raw_logprobs",
         max_model_len=max_model_len,
         trust_remote_code=trust_remote_code,
         **of_engine(engine),

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from actors.batching import Batcher
+from actors.batching import Batcher, Turns
 
 
 def lengths(sequences: list[tuple[int, ...]]) -> list[float]:
@@ -65,3 +65,29 @@ def test_a_batch_that_fails_is_told_to_its_callers_and_to_nobody_else() -> None:
         assert await good == [1]
 
     asyncio.run(work())
+
+
+def test_two_kinds_take_turns_and_neither_waits_for_ever() -> None:
+    now: list[str] = []
+    begun: list[str] = []
+
+    async def one(turns: Turns, kind: str) -> None:
+        async with turns.of(kind):
+            now.append(kind)
+            begun.append(kind)
+            assert len(set(now)) == 1, now
+            await asyncio.sleep(0.01)
+            now.remove(kind)
+
+    async def work() -> None:
+        turns = Turns()
+        tasks = [asyncio.create_task(one(turns, kind)) for kind in "aabaab"]
+        await asyncio.sleep(0.001)
+        gone = asyncio.create_task(one(turns, "b"))
+        await asyncio.sleep(0)
+        gone.cancel()
+        async with turns.of(None):
+            await asyncio.gather(*tasks)
+
+    asyncio.run(work())
+    assert begun == list("aabaab")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from serving import listening, replicas_of, service
 from test_rewards import reward_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from actors.judge import prompts
 from pipelines.chat import Chat
 
 pytestmark = pytest.mark.slow
@@ -85,30 +87,46 @@ def test_best_of_n_is_the_best_by_the_reward_model(served: tuple[str, Path]) -> 
         client.chat.completions.create(model="policy", messages=ASKED, seed=1)  # type: ignore[arg-type]
 
 
-def test_the_judge_compares_probabilities(served: tuple[str, Path]) -> None:
+def test_the_judge_compares_probabilities(served: tuple[str, Path], tiny: Path) -> None:
     found = http.post(
         f"{served[0]}/v1/judge", json={"messages": ASKED, "responses": ["12 apples", "no"], "template": "{first} {second}"}
     ).json()
-    assert found["winner"] in (0, 1, "tie") and len(found["verdicts"]) == 2 and "probability" in found["explanation"]
+    assert found["winner"] in (0, 1, "tie") and len(found["verdicts"]) == 2
+    chat, model = Chat(str(tiny)), AutoModelForCausalLM.from_pretrained(tiny).eval()
+    labels = [chat.tokenizer(label, add_special_tokens=False).input_ids[0] for label in ("A", "B")]
+    shares = []
+    for order in (["12 apples", "no"], ["no", "12 apples"]):
+        question = prompts.fill("{first} {second}", ASKED, order, "logprob")
+        with torch.no_grad():
+            logits = model(torch.tensor([chat.prompt_ids([{"role": "user", "content": question}])])).logits[0, -1]
+        shares.append(float(logits[labels].double().softmax(-1)[0]))
+    told = [float(word.strip(";")) for word in re.findall(r"0\.\d+;?", found["explanation"])]
+    assert told == pytest.approx([shares[0], 1 - shares[1]], abs=1e-3), found
 
 
 def test_the_judge_answers_by_its_name_with_log_probs(served: tuple[str, Path], tiny: Path) -> None:
     client = openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none")
-    options: dict[str, Any] = {"model": "judge", "messages": ASKED, "max_tokens": 4, "temperature": 0}
-    found = client.chat.completions.create(**options, logprobs=True, top_logprobs=5).choices[0]
-    assert found.logprobs and found.logprobs.content and "".join(said.token for said in found.logprobs.content) == found.message.content
+    options: dict[str, Any] = {"model": "judge", "messages": ASKED, "max_tokens": 4}
     chat = Chat(str(tiny))
     prompt = chat.prompt_ids(ASKED)
     vocabulary = {chat.tokenizer.decode([token]): token for token in range(len(chat.tokenizer))}
-    said = [vocabulary[said.token] for said in found.logprobs.content]
-    with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(tiny).eval()(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
-    expected = torch.log_softmax(logits.double(), dim=-1)
-    for row, token, at in zip(expected, said, found.logprobs.content, strict=True):
-        assert at.logprob == pytest.approx(float(row[token]), abs=1e-3) and at.logprob == at.top_logprobs[0].logprob
-        assert [other.logprob for other in at.top_logprobs] == pytest.approx(row.topk(5).values.tolist(), abs=1e-3)
-    (plain,) = client.chat.completions.create(**options).choices
-    assert plain.logprobs is None and plain.message.content == found.message.content
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    # However they are drawn, log-probs are those of the model itself.
+    for how in ({"temperature": 0.0}, {"temperature": 1.7, "top_p": 0.5}):
+        found = client.chat.completions.create(**options, **how, logprobs=True, top_logprobs=5).choices[0]
+        content = (found.logprobs and found.logprobs.content) or []
+        assert content and "".join(said.token for said in content) == found.message.content
+        said = [vocabulary[said.token] for said in content]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits.double(), dim=-1)
+        for row, token, at in zip(expected, said, content, strict=True):
+            assert at.logprob == pytest.approx(float(row[token]), abs=1e-3)
+            assert [other.logprob for other in at.top_logprobs] == pytest.approx(row.topk(5).values.tolist(), abs=1e-3)
+        if not how["temperature"]:
+            assert all(at.logprob == at.top_logprobs[0].logprob for at in content)
+            (plain,) = client.chat.completions.create(**options, **how).choices
+            assert plain.logprobs is None and plain.message.content == found.message.content
 
 
 def test_a_stop_word_ends_a_response(served: tuple[str, Path]) -> None:

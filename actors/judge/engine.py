@@ -1,5 +1,6 @@
 """A judge in a vLLM engine of its own: questions as token ids in, words or probabilities of labels out."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,18 @@ class Words:
 
 
 def label_params(firsts: Sequence[int]) -> Any:
-    """vLLM's sampling parameters for the probabilities of labels by their first tokens; the engine must give processed log-probs."""
+    """vLLM's sampling parameters for the log-probs of labels by their first tokens."""
     from vllm import SamplingParams
 
-    return SamplingParams(max_tokens=1, temperature=1.0, allowed_token_ids=list(firsts), logprobs=len(firsts), detokenize=False)
+    return SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=list(firsts), detokenize=False)
+
+
+def label_logps(found: Any, firsts: Sequence[int]) -> list[float]:
+    """Log-probs of labels among each other, nats, of what `label_params` gives: vLLM's are among all tokens."""
+    logps = [found.logprobs[0][token].logprob for token in firsts]
+    most = max(logps)
+    total = most + math.log(sum(math.exp(logp - most) for logp in logps))
+    return [logp - total for logp in logps]
 
 
 class JudgeEngine:
@@ -65,5 +74,5 @@ class JudgeEngine:
         return [self._words(output.outputs[0], labels) for output in outputs]
 
     def _words(self, found: Any, labels: Sequence[int]) -> Words:
-        logps = [found.logprobs[0][token].logprob for token in labels] if labels else None
+        logps = label_logps(found, labels) if labels else None
         return Words(found.text, len(found.token_ids), logps, cut=not labels and found.finish_reason == "length")

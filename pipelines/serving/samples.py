@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from actors.batching import Turns
 from actors.loading import loading
 from actors.settings import Engine
 from pipelines.chat import Chat
@@ -93,6 +94,8 @@ class PolicyReplica:
         llm = policy_engine(weights, engine, max_model_len, trust_remote_code, text=True)
         self.vocabulary = llm.llm_engine.model_config.get_vocab_size()
         self.loop = EngineLoop(llm.llm_engine, died=end_process)
+        # In a step with log-probs of labels vLLM's runner on CPUs forgets what others asked for: the likeliest tokens.
+        self.turns = Turns()
         self.takes_seeds = engine.num_gpus > 0
         self.max_new_tokens = max_new_tokens
         self._about = About(name, max_model_len, identity(self.chat))
@@ -114,8 +117,9 @@ class PolicyReplica:
         from vllm.sampling_params import RequestOutputKind
 
         ids = await asyncio.to_thread(self._prompt_ids, prompt)
-        async for output in self._outputs(ids, draw, RequestOutputKind.FINAL_ONLY):
-            return Samples(ids, [_sample(found, draw) for found in sorted(output.outputs, key=lambda found: found.index)])
+        async with self.turns.of("likeliest" if draw.top_logprobs else None):
+            async for output in self._outputs(ids, draw, RequestOutputKind.FINAL_ONLY):
+                return Samples(ids, [_sample(found, draw) for found in sorted(output.outputs, key=lambda found: found.index)])
         raise AssertionError("an engine gives an output at the end")
 
     async def stream(self, prompt: Prompt, draw: Draw) -> AsyncIterator[Samples]:
@@ -136,15 +140,15 @@ class PolicyReplica:
         Raises:
             Refused: the prompt is too long, or two words start with the same token.
         """
-        from actors.judge.engine import label_params
+        from actors.judge.engine import label_logps, label_params
 
         ids = await asyncio.to_thread(self._prompt_ids, prompt)
         firsts = [self.chat.tokenizer(label, add_special_tokens=False).input_ids[0] for label in labels]
         if len(set(firsts)) < len(firsts):
             raise Refused(422, f"the labels {', '.join(labels)} start with the same token of this judge: use mode=text", "mode")
-        async for output in self.loop.outputs(ids, label_params(firsts)):
-            (found,) = output.outputs[0].logprobs
-            return Labels(ids, [found[token].logprob for token in firsts])
+        async with self.turns.of("labels"):
+            async for output in self.loop.outputs(ids, label_params(firsts)):
+                return Labels(ids, label_logps(output.outputs[0], firsts))
         raise AssertionError("an engine gives an output at the end")
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
