@@ -86,7 +86,7 @@ class Batcher:
 
 
 class Turns:
-    """Keeps kinds of requests apart that may not be under way together: one kind goes when the other is through, first come, first served."""
+    """Keeps kinds of requests apart that may not be under way together: one goes when the other is through, first come, first served."""
 
     def __init__(self) -> None:
         self.next = asyncio.Lock()

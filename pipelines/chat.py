@@ -45,7 +45,7 @@ class Chat:
     def response_ids(self, messages: Sequence[Message], response: str) -> list[int]:
         """The assistant's turn as the template writes it after `prompt_ids(messages)`, up to and with the end of the turn."""
         prompt = self._render(messages, add_generation_prompt=True)
-        whole = self._render([*messages, {"role": "assistant", "content": response}], add_generation_prompt=False)
+        whole = self.read_text(messages, response)
         if whole.startswith(prompt):
             prompt_ids, whole_ids = self._encode(prompt), self._encode(whole)
             if whole_ids[: len(prompt_ids)] == prompt_ids and self.end_id in whole_ids[len(prompt_ids) :]:
@@ -62,8 +62,16 @@ class Chat:
             response: the last turn.
             ended: whether that turn came to its end; else everything from the token that ends it on is left out.
         """
-        ids = self._encode(self._render([*messages, {"role": "assistant", "content": response}], add_generation_prompt=False))
+        ids = self._encode(self.read_text(messages, response))
         return ids if ended or self.end_id not in ids else ids[: len(ids) - 1 - ids[::-1].index(self.end_id)]
+
+    def left_text(self, messages: Sequence[Message], response: str) -> str:
+        """A conversation with a response in the words in which a policy leaves it, up to and with the token that ends the response."""
+        return self._render(messages, add_generation_prompt=True) + response + self.tokenizer.convert_ids_to_tokens(self.end_id)
+
+    def read_text(self, messages: Sequence[Message], response: str) -> str:
+        """A whole conversation in the words in which published reward models read one."""
+        return self._render([*messages, {"role": "assistant", "content": response}], add_generation_prompt=False)
 
     def text_ids(self, text: str) -> list[int]:
         """A text, or a conversation in the words of the template: what stands in it for a special token is one, and BOS is there once."""

@@ -47,13 +47,22 @@ def ids_of(given: Any) -> list[int]:
 class StubReward:
     """The longer, the better."""
 
-    def __init__(self, name: str = "reward", factor: float = 0.1, centre: tuple[float, float] | None = (1.0, 2.0)):
-        self.name, self.factor, self.centre = name, factor, centre
+    def __init__(
+        self,
+        name: str = "reward",
+        factor: float = 0.1,
+        centre: tuple[float, float] | None = (1.0, 2.0),
+        tokenizer: str = "bytes",
+        chat: str = "",
+    ):
+        self.name, self.factor, self.centre, self.tokenizer, self.chat = name, factor, centre, tokenizer, chat
+        self.seen: list[Any] = []
 
     async def about(self) -> About:
-        return About(self.name, CONTEXT, "bytes", self.centre)
+        return About(self.name, CONTEXT, self.tokenizer, self.centre, self.chat)
 
     async def rewards(self, items: Sequence[Any]) -> Rewards:
+        self.seen += items
         rows = [checked(ids_of(item), number, CONTEXT, 256) for number, item in enumerate(items)]
         return Rewards([self.factor * len(row) for row in rows], [len(row) for row in rows])
 
@@ -63,12 +72,14 @@ class StubPolicy:
 
     def __init__(self) -> None:
         self.cancelled = 0
+        self.asked = 0
         self.pause = 0.0
 
     async def about(self) -> About:
         return About("policy", CONTEXT, "bytes")
 
     async def sample(self, prompt: Any, draw: Draw) -> Samples:
+        self.asked += 1
         try:
             await asyncio.sleep(self.pause)
         except asyncio.CancelledError:

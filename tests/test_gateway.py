@@ -12,8 +12,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from stub_service import StubReward, application, client, post
+from stub_service import StubPolicy, StubReward, application, client, post
 
+from pipelines.serving.rewards import Answered
 from pipelines.serving.settings import Ensemble
 
 ASKED = [{"role": "user", "content": "How many?"}]
@@ -43,6 +44,27 @@ def test_completions_of_several_prompts() -> None:
     assert [choice["index"] for choice in found["choices"]] == [0, 1] and found["usage"]["prompt_tokens"] == 5
     found = post(application(), "/v1/completions", {"prompt": [97, 98]}).json()
     assert found["usage"]["prompt_tokens"] == 2
+
+
+@pytest.mark.parametrize(("tokenizer", "chat"), [("bytes", ""), ("bytes", "other"), ("other", "")])
+def test_tokens_are_rewarded_where_they_mean_the_same(tokenizer: str, chat: str) -> None:
+    policy, reward = StubPolicy(), StubReward(tokenizer=tokenizer, chat=chat)
+    app = application(policy=policy, rewards=(reward,))
+    options = {"best_of_n": 2, "max_tokens": 4}
+    assert post(app, "/v1/chat/completions", {"messages": ASKED, **options}).status_code == 200
+    assert post(app, "/v1/completions", {"prompt": "ab", **options}).status_code == 200
+    spoken, text = reward.seen[0], reward.seen[-1]
+    assert spoken == (list(b"How many?word ") if (tokenizer, chat) == ("bytes", "") else Answered(ASKED, "word "))
+    assert text == (list(b"abword word word ") if tokenizer == "bytes" else "abword word word ")
+    for stream in ({}, {"stream": True}):
+        for more in ({}, {"stop": "x"}):
+            asked = policy.asked
+            answer = post(app, "/v1/completions", {"prompt": [97, 98], **options, **stream, **more})
+            if tokenizer == "bytes" and not more:
+                assert answer.status_code == 200 and reward.seen[-1] == list(b"abword word word ")
+                continue
+            assert answer.status_code == 422 and policy.asked == asked, "nothing is sampled for nothing"
+            assert answer.json()["error"]["param"] == ("stop" if tokenizer == "bytes" else "prompt")
 
 
 def lines(answer: httpx.Response) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import tokenizer as model_tokenizer
 from models import write_tiny
 from training import assert_same_steps, train, write_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -21,6 +22,8 @@ from actors.learner.batches import Example, collate, shares_prompt
 from actors.reward_engine import RewardEngine
 from actors.scorer import Scorer
 from actors.settings import Objective, RewardScoring, Scoring
+from pipelines.chat import Chat
+from pipelines.serving import prompts
 from pipelines.serving import rewards as serving_rewards
 from pipelines.serving.rewards import RewardReplica, alike
 
@@ -104,6 +107,9 @@ def test_transformers_reads_the_same_rewards_whatever_the_padding_side(
     (source / "config.json").write_text(json.dumps(config))
     trained(source, pairs, tmp_path / "out", 1, "gsil_logistic", lora_r=lora_r)
     directory = tmp_path / "out" / "reward"
+    ours, its = Chat(str(source)), Chat(str(directory))
+    assert prompts.identity(its) == prompts.identity(ours), "the service passes tokens on"
+    assert prompts.conversations(its, reward=True) == prompts.conversations(ours)
     want = Scorer(str(directory), Scoring(), "float32", kind="reward")(EXAMPLES)
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side=side)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.chat_template
@@ -250,6 +256,39 @@ def test_a_published_encoder_is_read_in_its_own_way(tmp_path: Path) -> None:
         want = [model(torch.tensor([[*e.prompt_ids, *r]])).logits.item() for e in EXAMPLES for r in e.responses]
     scored = Scorer(str(tmp_path), Scoring(), "float32", kind="reward")(EXAMPLES)
     assert [value for row in scored for value in row] == pytest.approx(want, abs=1e-4)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\nTHINK{% endif %}"
+)
+
+
+def worded(folder: Path, template: str, pad: str | None = None) -> Chat:
+    words = model_tokenizer(template)
+    words.add_special_tokens(
+        {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]} | ({"pad_token": pad} if pad else {})
+    )
+    words.save_pretrained(folder)
+    return Chat(str(folder))
+
+
+@pytest.mark.parametrize("thinks", ["", "<think>\n"])
+def test_a_reward_model_reads_what_a_policy_leaves_or_what_was_published(thinks: str, tmp_path: Path) -> None:
+    template = CHATML.replace("THINK", thinks)
+    ours = worded(tmp_path / "policy", template)
+    published = worded(tmp_path / "published", template)
+    trained_here = worded(tmp_path / "trained", policy.ends_with_its_turn(template), pad=policy.PAD)
+    of_others = worded(tmp_path / "others", policy.ends_with_its_turn(template.replace("im_start|>", "im_start|> ")))
+    assert {prompts.identity(its) for its in (published, trained_here, of_others)} == {prompts.identity(ours)}
+    left = prompts.conversations(ours)
+    assert prompts.conversations(trained_here, reward=True) == left
+    assert prompts.conversations(published, reward=True) != left, "it reads the reward at the newline behind the turn"
+    assert prompts.conversations(of_others, reward=True) != left
+    other = model_tokenizer(template)
+    other.add_special_tokens({"eos_token": "<|im_start|>", "additional_special_tokens": ["<|im_end|>"]})
+    other.save_pretrained(tmp_path / "turned")
+    assert prompts.identity(Chat(str(tmp_path / "turned"))) != prompts.identity(ours)
 
 
 def test_a_padding_token_that_ends_a_turn_is_replaced(tmp_path: Path) -> None:

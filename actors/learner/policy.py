@@ -45,6 +45,11 @@ KINDS = {
 """A policy gives log-probs of responses, a reward model one scalar each. The trained one is written to a directory of that name."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+PAD = "<|pad|>"
+"""the token that tokenizers of reward models get where they have none to spare for padding"""
+WHOLE = "{%- set whole +%}"
+"""what chat templates of reward models begin with, see `ends_with_its_turn`"""
+
 
 def load(weights: str, precision: str, longest: int | None, trust_remote_code: bool, kind: str = "policy") -> PreTrainedModel:
     """Loads a model to train it or to score with it. Dropout stays off: log ratios must start at 0.
@@ -212,7 +217,7 @@ def ends_with_its_turn(template: str) -> str:
     reward where it was trained, at the token that ends the response."""
     # The plus signs, and the newline that Jinja drops at the end of a template, keep its own white space as it was.
     body = template.removesuffix("\n")
-    return f"{{%- set whole +%}}{body}{{%+ endset %}}{{{{ whole if add_generation_prompt else whole.rstrip() }}}}"
+    return f"{WHOLE}{body}{{%+ endset %}}{{{{ whole if add_generation_prompt else whole.rstrip() }}}}"
 
 
 def _pad_apart(model: PreTrainedModel, tokenizer: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -227,7 +232,7 @@ def _pad_apart(model: PreTrainedModel, tokenizer: Any, state: dict[str, torch.Te
     template = str(tokenizer.chat_template or "")
     if tokenizer.pad_token is None or tokenizer.pad_token in taken or tokenizer.pad_token in template:
         spare = [token for token in tokenizer.all_special_tokens if token not in taken and token not in template]
-        tokenizer.add_special_tokens({"pad_token": spare[0] if spare else "<|pad|>"})
+        tokenizer.add_special_tokens({"pad_token": spare[0] if spare else PAD})
     missing = len(tokenizer) - text.vocab_size
     if missing > 0:
         table = model.get_input_embeddings().weight

@@ -12,6 +12,13 @@ Conversation = list[dict[str, str]]
 Prompt = Conversation | str | list[int]
 """messages, a bare text, or token ids"""
 
+PROBES = (
+    (("user", "2 and 3?"),),
+    (("system", "Be short."), ("user", " 2 and 3?\n")),
+    (("user", "2 and 3?"), ("assistant", "What of them?\n"), ("user", "Added.")),
+)
+"""conversations that tell chat templates apart"""
+
 
 @dataclass(frozen=True)
 class About:
@@ -21,9 +28,11 @@ class About:
     context: int
     """tokens"""
     tokenizer: str
-    """the same for models that read the same tokens by the same template"""
+    """the same for models whose token ids mean the same"""
     centre: tuple[float, float] | None = None
     """mean and standard deviation of a reward model's rewards, where they are stored"""
+    chat: str = ""
+    """the same for a policy and a reward model that reads conversations as the policy leaves them, at the end of its response"""
 
 
 def is_ids(given: Any) -> bool:
@@ -59,7 +68,29 @@ def checked(ids: list[int], number: int, most: int, vocabulary: int) -> list[int
 
 
 def identity(chat: Chat) -> str:
-    """Equal for tokenizers that make the same tokens of a conversation."""
-    backend = chat.tokenizer.backend_tokenizer.to_str() if hasattr(chat.tokenizer, "backend_tokenizer") else chat.tokenizer.name_or_path
-    parts = [json.loads(backend)["model"] if backend.startswith("{") else backend, chat.tokenizer.chat_template, chat.bos_id, chat.end_id]
+    """Equal for tokenizers whose ids mean the same, and that begin a text alike."""
+    from actors.learner.policy import PAD
+
+    # Which nobody says; reward models that are trained here may have one more token for it.
+    said = {token: number for token, number in chat.tokenizer.get_vocab().items() if token != PAD}
+    return _digest([said, chat.bos_id])
+
+
+def conversations(chat: Chat, reward: bool = False) -> str:
+    """Equal for a policy and a reward model, where the one leaves conversations as the other reads them."""
+    from actors.learner.policy import WHOLE
+
+    # A reward model of ours was trained on what policies leave, not on what the template makes of a whole conversation.
+    render = chat.read_text if reward and not str(chat.tokenizer.chat_template).startswith(WHOLE) else chat.left_text
+    told: list[str | None] = []
+    for messages in PROBES:
+        try:
+            told.append(render([{"role": role, "content": words} for role, words in messages], "Five, I think."))
+        except Exception:  # noqa: BLE001
+            # Many templates want no system's turn.
+            told.append(None)
+    return _digest(told)
+
+
+def _digest(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ from actors.engine_loop import EngineDead, end_process
 from actors.loading import loading
 from actors.settings import RewardScoring
 from pipelines.chat import Chat
-from pipelines.serving.prompts import About, Conversation, Prompt, checked, identity, is_ids, templated
+from pipelines.serving.prompts import About, Conversation, Prompt, checked, conversations, identity, is_ids, templated
 from pipelines.serving.refusal import Refused
 
 SHARED = 16
@@ -81,7 +81,7 @@ class RewardReplica:
         config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
         self.vocabulary = config.get_text_config().vocab_size
         centre = (config.reward_mean, config.reward_std or 1.0) if hasattr(config, "reward_mean") else None
-        self._about = About(name, min(context, longest), identity(self.chat), centre)
+        self._about = About(name, min(context, longest), identity(self.chat), centre, conversations(self.chat, reward=True))
         self.batcher = Batcher(self._values, scoring.max_batch_tokens)
         self.failures = 0
 

@@ -9,7 +9,7 @@ from actors.batching import Turns
 from actors.loading import loading
 from actors.settings import Engine
 from pipelines.chat import Chat
-from pipelines.serving.prompts import About, Conversation, Prompt, checked, identity, is_ids, templated
+from pipelines.serving.prompts import About, Conversation, Prompt, checked, conversations, identity, is_ids, templated
 from pipelines.serving.refusal import Refused
 
 
@@ -98,7 +98,7 @@ class PolicyReplica:
         self.turns = Turns()
         self.takes_seeds = engine.num_gpus > 0
         self.max_new_tokens = max_new_tokens
-        self._about = About(name, max_model_len, identity(self.chat))
+        self._about = About(name, max_model_len, identity(self.chat), chat=conversations(self.chat))
 
     async def about(self) -> About:
         """The model."""

@@ -138,20 +138,29 @@ class RewardModels:
             raise Refused(422, f"normalize: the reward model {name} stores no mean and deviation (reward_mean in its config)", "normalize")
         return centre
 
-    async def items(self, name: str, policy: About, prompt: Prompt, given: Samples) -> list[Any]:
-        """Samples as a reward model reads them: the policy's own tokens, where both have the same tokenizer, else words."""
-        members = list(self.backends) if name == self.ensemble.name else [name]
-        same = {(await self.described(member)).tokenizer for member in members} == {policy.tokenizer}
-        return [_item(prompt, given.prompt_ids, sample, same) for sample in given.samples]
+    async def reads_tokens(self, name: str, policy: About, prompt: Prompt, request: Sampled) -> bool:
+        """Whether a reward model is given the policy's own tokens: theirs mean the same, and a conversation is read as the policy leaves
+        it. Else it is given words.
+
+        Raises:
+            Refused: there would be no words of it; nothing has to be sampled for nothing.
+        """
+        told = [await self.described(member) for member in (self.backends if name == self.ensemble.name else [name])]
+        same = {about.tokenizer for about in told} == {policy.tokenizer}
+        if is_ids(prompt):
+            if not same:
+                raise Refused(422, f"a prompt of token ids: the tokens of the reward model {name} are others, give text", "prompt")
+            if request.stops():
+                raise Refused(422, "stop: a response that ends before a word is rewarded as text, a prompt of token ids is none", "stop")
+        return same and (not isinstance(prompt, list) or is_ids(prompt) or {about.chat for about in told} == {policy.chat})
 
 
 def _item(prompt: Prompt, prompt_ids: list[int], sample: Sample, same: bool) -> Any:
-    if same and sample.exact and sample.ids:
+    """A sample as a reward model reads it."""
+    if is_ids(prompt) or (same and sample.exact and sample.ids):
         return [*prompt_ids, *sample.ids]
     if isinstance(prompt, str):
         return prompt + sample.text
-    if is_ids(prompt):
-        raise Refused(422, "a prompt of token ids is only rewarded by a reward model with the policy's own tokenizer", "prompt")
     return Answered(cast(Conversation, prompt), sample.text or " ", ended=sample.finish_reason == "stop")
 
 
@@ -184,12 +193,12 @@ class Service:
     async def best_of_n(self, prompt: Prompt, request: ChatCompletionRequest | CompletionRequest) -> Ranked:
         """Samples of a prompt, the best first by the reward model's reward; unsorted, and without, where nobody rewards."""
         name, chooser = self.writer(request), self._chooser(request)
+        same = chooser is not None and await self.reward_models.reads_tokens(chooser, await self.told[name](), prompt, request)
         found: Samples = await self.writers[name].call("sample", prompt, _draw(request))
         usage = Usage.of(len(found.prompt_ids), sum(len(sample.ids) for sample in found.samples))
         if chooser is None:
             return Ranked(name, found.samples[: request.n], [None] * request.n, usage)
-        items = await self.reward_models.items(chooser, await self.told[name](), prompt, found)
-        rewards = await self._rewards(chooser, items)
+        rewards = await self._rewards(chooser, [_item(prompt, found.prompt_ids, sample, same) for sample in found.samples])
         order = sorted(range(len(rewards)), key=lambda number: -rewards[number])[: request.n]
         return Ranked(name, [found.samples[number] for number in order], [rewards[number] for number in order], usage)
 
@@ -206,6 +215,7 @@ class Service:
                 last = number == len(pieces)
                 yield Sample(piece, [], winner.finish_reason if last else None), reward if last else None, best.usage
             return
+        same = chooser is not None and await self.reward_models.reads_tokens(chooser, await self.told[name](), prompt, request)
         whole = Samples([], [Sample("", [], None)])
         async for found in self.writers[name].stream("stream", prompt, _draw(request)):
             (piece,), (before,) = found.samples, whole.samples
@@ -215,8 +225,7 @@ class Service:
             )
             reward = None
             if piece.finish_reason and chooser is not None:
-                items = await self.reward_models.items(chooser, await self.told[name](), prompt, whole)
-                (reward,) = await self._rewards(chooser, items)
+                (reward,) = await self._rewards(chooser, [_item(prompt, whole.prompt_ids, whole.samples[0], same)])
             yield piece, reward, Usage.of(len(found.prompt_ids), len(whole.samples[0].ids))
 
     async def _rewards(self, chooser: str, items: list[Any]) -> list[float]:
