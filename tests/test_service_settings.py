@@ -12,7 +12,7 @@ from models import write_tiny
 from jobs import serve_bon
 from pipelines.artifacts import StageError
 from pipelines.serving import application, models, start
-from pipelines.serving.settings import JudgeService, RewardService, Server, ServiceConfig
+from pipelines.serving.settings import JudgeService, PolicyService, RewardService, Server, ServiceConfig
 
 
 def test_an_address_that_others_reach_needs_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +32,21 @@ def test_an_address_that_others_reach_needs_keys(tmp_path: Path, monkeypatch: py
         application.digests(Server(api_keys_file=str(keys)))
     with pytest.raises(StageError, match="No such file"):
         application.digests(Server(api_keys_file=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize(("host", "opens"), [("0.0.0.0", False), ("10.0.0.7", False), ("127.0.0.1", True), (None, True)])
+def test_where_ray_serve_listens_counts_whatever_the_config_says(host: str | None, opens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(application, "listening", lambda: host)
+    # Under what Ray Serve makes of it.
+    plain = next(kind for kind in application.GatewayReplica.__mro__ if "__serve_build_asgi_app__" in vars(kind))
+    config = ServiceConfig(policy=PolicyService(path="none"))
+    if opens:
+        plain(config, (), {}, None, None)
+    else:
+        with pytest.raises(StageError, match=f"{host} can be reached.*GSIL_API_KEYS"):
+            plain(config, (), {}, None, None)
+    plain(config, ("digest",), {}, None, None)
+    plain(config.model_copy(update={"server": Server(no_auth=True)}), (), {}, None, None)
 
 
 def test_weights_are_in_safetensors_unless_others_are_allowed(tmp_path: Path) -> None:

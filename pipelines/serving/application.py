@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from huggingface_hub import list_repo_files, try_to_load_from_cache
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from actors.generator import environment
 from pipelines import base_model
@@ -131,6 +132,9 @@ class GatewayReplica:
         rewards: handles by name.
         policy: a handle.
         judge: a handle; None where there is none, or it has a URL.
+
+    Raises:
+        StageError: Ray Serve listens where others reach it, whatever the config says, and there are no keys.
     """
 
     def __init__(self, config: ServiceConfig, keys: tuple[str, ...], rewards: dict[str, Any], policy: Any, judge: Any):
@@ -138,6 +142,7 @@ class GatewayReplica:
         from pipelines.serving.judging import Judge, LocalWriter, UrlWriter
         from pipelines.serving.service import RewardModels, Service
 
+        check_closed(listening(), keys, config.server)
         self.config = config
         self.keys = keys
         aliases = {path: name for name, path in config.reward.models.items()}
@@ -198,12 +203,32 @@ def digests(server: Server) -> tuple[str, ...]:
             raise StageError(f"server.api_keys_file={server.api_keys_file!r}: {error.strerror}") from None
     if server.api_keys_file and not words:
         raise StageError(f"server.api_keys_file={server.api_keys_file!r} holds no key")
-    if not words and server.host not in LOOPBACK and not server.no_auth:
+    keys = tuple(digest(word) for word in words)
+    check_closed(server.host, keys, server)
+    return keys
+
+
+def check_closed(host: str | None, keys: tuple[str, ...], server: Server) -> None:
+    """Lets nobody in from elsewhere without a key.
+
+    Args:
+        host: address that is listened at; None: at none.
+        keys: digests of the API keys.
+        server: says no_auth where everybody is welcome.
+
+    Raises:
+        StageError: there are none, and the address can be reached from other machines.
+    """
+    if not keys and host not in (None, *LOOPBACK) and not server.no_auth:
         raise StageError(
-            f"server.host={server.host} can be reached from other machines: set API keys in the environment variable "
+            f"the address {host} can be reached from other machines: set API keys in the environment variable "
             f"{server.api_keys_env} or in server.api_keys_file, or say --no-auth"
         )
-    return tuple(digest(word) for word in words)
+
+
+def listening() -> str | None:
+    """The address at which the proxies of this cluster listen: with `serve deploy` that is not in our config."""
+    return _get_global_client().http_config.host
 
 
 def digest(key: str) -> str:
