@@ -222,3 +222,17 @@ def test_a_models_last_word_counts_while_it_is_busy(monkeypatch: pytest.MonkeyPa
     assert asyncio.run(told()) is about
     with pytest.raises(Busy):
         asyncio.run(Told(Local(reward))())
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"), 400), (ValueError("no"), 503), (MemoryError("no room"), 503), (None, 503)],
+)
+def test_what_a_proxy_fails_over_is_tried_again_unless_the_client_is_to_blame(raised: Exception | None, status: int) -> None:
+    async def proxy(*_: Any) -> None:
+        if raised:
+            raise raised
+
+    answer = post(edge.DeadGateway(proxy), "/classify", {})
+    assert answer.status_code == status and ("retry-after" in answer.headers) == (status == 503), answer.text
+    assert answer.json()["error"]["code"] == status

@@ -5,12 +5,14 @@ Ray Serve's proxy loads `middlewares` by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PA
 
 import asyncio
 import json
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
 from pipelines.serving.refusal import Refused
 
+log = logging.getLogger("ray.serve")
 CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipelines.serving.edge:middlewares"}
 """environment of the processes of a cluster whose proxies load the edge"""
 LIMIT = "GSIL_BODY_BYTES"
@@ -116,11 +118,16 @@ class DeadGateway:
 
         try:
             await self.app(scope, receive, pass_on)
-        except Exception:
-            # Ray Serve's proxy fails over headers that are no UTF-8.
+        except Exception as error:
             if started:
                 raise
-            await answer(send, Refused(400, "the request cannot be read"))
+            # Ray Serve's proxy fails over headers that are no UTF-8; whatever else it fails over is not the client's.
+            if isinstance(error, UnicodeDecodeError):
+                refused = Refused(400, "a header of the request is no UTF-8")
+            else:
+                log.exception("the proxy failed over %s", scope["path"])
+                refused = Refused(503, "the proxy failed: try again", retry_after=1)
+            await answer(send, refused)
             return
         if not started:
             # That is how the proxy ends a request whose gateway died.
