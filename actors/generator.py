@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from actors.allocator import GENERATION
 from actors.settings import Engine, EnginePool, Sampling
 
+log = logging.getLogger(__name__)
 BLOCK = 32
 """Tokens a block of the key-value cache on a CPU, the least its attention is made for. Whole blocks are what the samples of a prompt share,
 and vLLM's own 128 are longer than many prompts: 64 samples of 12 prompts of 43 to 59 tokens came at 758 tokens/s instead of 557."""
@@ -43,6 +45,19 @@ def cache(pool: EnginePool) -> dict[str, Any]:
     if pool.num_gpus:
         return {"gpu_memory_utilization": pool.gpu_memory_utilization}
     return {"block_size": BLOCK, "kv_cache_memory_bytes": int(pool.kv_cache_gib * 2**30)}
+
+
+def room(config: Any, asked: int) -> int:
+    """How many tokens an engine can have room for.
+
+    Args:
+        config: of the model.
+        asked: how many there should be; the log has a line where the model has fewer.
+    """
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or asked
+    if asked > most:
+        log.warning("%s has a context of %s tokens: %s are not to be had", type(config).__name__.removesuffix("Config"), most, asked)
+    return min(asked, most)
 
 
 def of_engine(engine: Engine) -> dict[str, Any]:

@@ -72,7 +72,9 @@ class AsyncClient:
         """
         options = {"model": model, "normalize": normalize, "use_activation": False}
         # A conversation goes alone in this shape, texts and tokens together.
-        spoken = [number for number, given in enumerate(conversations) if not isinstance(given, str) and isinstance(given[0], Mapping)]
+        spoken = [
+            number for number, given in enumerate(conversations) if given and not isinstance(given, str) and isinstance(given[0], Mapping)
+        ]
         told = set(spoken)
         bare = [number for number in range(len(conversations)) if number not in told]
         kinds = [[number for number in bare if isinstance(conversations[number], str) == text] for text in (True, False)]

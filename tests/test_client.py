@@ -74,8 +74,9 @@ def test_full_queues_and_broken_connections_are_tried_again(no_waiting: list[flo
 
 
 def test_what_is_wrong_is_said_once(no_waiting: list[float]) -> None:
-    with pytest.raises(ServiceError, match=r"/classify answers 422: input 0 is empty"):
-        asyncio.run(against(httpx.ASGITransport(application())).rewards([""]))
+    for empty in ("", []):
+        with pytest.raises(ServiceError, match=r"/classify answers 422: input 0 is empty"):
+            asyncio.run(against(httpx.ASGITransport(application())).rewards([empty]))
     assert not no_waiting
     with pytest.raises(ServiceError, match="does not answer, tried 3 times: full"):
         asyncio.run(

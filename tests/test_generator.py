@@ -10,9 +10,9 @@ import pytest
 import torch
 from models import write_tiny
 from running import ROOT
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 
-from actors.generator import environment
+from actors.generator import environment, room
 from actors.settings import Engine
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11] * 3, [40, 41]]
@@ -71,3 +71,10 @@ def test_another_policy_is_read_in_place(family: str, tie: bool, tmp_path: Path)
 def test_in_bfloat16_too_as_a_new_engine_samples(tmp_path: Path) -> None:
     first, second = (tied(write_tiny(tmp_path / str(seed), std=0.2, seed=seed)) for seed in (0, 1))
     assert samples("bfloat16", first, second)[1] == samples("bfloat16", second)[0]
+
+
+def test_a_model_has_no_more_room_than_it_has_positions(caplog: pytest.LogCaptureFixture) -> None:
+    assert room(GPT2Config(), 512) == 512 and not caplog.messages
+    assert room(GPT2Config(), 2048) == 1024
+    assert "GPT2 has a context of 1024 tokens: 2048 are not to be had" in caplog.text
+    assert room(BloomConfig(), 2048) == 2048, "no positions, no end"

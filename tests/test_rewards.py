@@ -13,7 +13,7 @@ import torch
 from models import tokenizer as model_tokenizer
 from models import write_tiny
 from training import assert_same_steps, train, write_pairs
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, pipeline
 
 from actors.engine_loop import EngineDead
 from actors.generator import environment
@@ -133,6 +133,20 @@ def test_a_served_reward_is_the_same_in_company(tmp_path: Path) -> None:
     groups = alike(sequences)
     assert [members for _, members in groups] == [[1], [5], [3, 2, 0, 4, 6]] and groups[-1][0] == prompt[:-1]
     assert replica._values(sequences) == pytest.approx([replica._values([ids])[0] for ids in sequences], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("facts", "found"),
+    [
+        ({}, None),
+        ({"reward_mean": None, "reward_std": None}, None),
+        ({"reward_mean": 0.5}, (0.5, 1.0)),
+        ({"reward_mean": 0.5, "reward_std": 0.0}, (0.5, 1.0)),
+        ({"reward_mean": 0.0, "reward_std": 2.0}, (0.0, 2.0)),
+    ],
+)
+def test_a_config_may_say_nothing_of_mean_and_deviation(facts: dict[str, Any], found: Any) -> None:
+    assert serving_rewards.centre(LlamaConfig(**facts)) == found
 
 
 class Leftover:

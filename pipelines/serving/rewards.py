@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from actors.batching import Batcher, common
 from actors.engine_loop import EngineDead, end_process
@@ -58,6 +58,12 @@ def alike(sequences: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], l
     return groups
 
 
+def centre(config: Any) -> tuple[float, float] | None:
+    """Mean and standard deviation of a reward model's rewards, where its config has them; they may be there and null."""
+    mean, std = getattr(config, "reward_mean", None), getattr(config, "reward_std", None)
+    return None if mean is None else (mean, std or 1.0)
+
+
 class RewardReplica:
     """A reward model.
 
@@ -80,8 +86,7 @@ class RewardReplica:
         self.chat = Chat(weights, trust_remote_code)
         config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
         self.vocabulary = config.get_text_config().vocab_size
-        centre = (config.reward_mean, config.reward_std or 1.0) if hasattr(config, "reward_mean") else None
-        self._about = About(name, min(context, longest), identity(self.chat), centre, conversations(self.chat, reward=True))
+        self._about = About(name, min(context, longest), identity(self.chat), centre(config), conversations(self.chat, reward=True))
         self.batcher = Batcher(self._values, scoring.max_batch_tokens)
         self.failures = 0
 

@@ -80,16 +80,19 @@ class PolicyReplica:
         name: in requests.
         weights: its directory or hub id.
         engine: settings.
-        max_model_len: longest prompt and response together, tokens.
+        max_model_len: longest prompt and response together, tokens; less where the model has less.
         max_new_tokens: of a response whose request names no limit, at most.
         trust_remote_code: run Python code that comes with the model.
     """
 
     @loading()
     def __init__(self, name: str, weights: str, engine: Engine, max_model_len: int, max_new_tokens: int, trust_remote_code: bool = False):
-        from actors.engine_loop import EngineLoop, end_process
-        from actors.generator import policy_engine
+        from transformers import AutoConfig
 
+        from actors.engine_loop import EngineLoop, end_process
+        from actors.generator import policy_engine, room
+
+        max_model_len = room(AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code), max_model_len)
         self.chat = Chat(weights, trust_remote_code)
         llm = policy_engine(weights, engine, max_model_len, trust_remote_code, text=True)
         self.vocabulary = llm.llm_engine.model_config.get_vocab_size()
