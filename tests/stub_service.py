@@ -10,7 +10,7 @@ from pipelines.serving.door import Access
 from pipelines.serving.gateway import build
 from pipelines.serving.judging import Judge, LocalWriter
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.prompts import About, checked
+from pipelines.serving.prompts import About, checked, field_of
 from pipelines.serving.rewards import Answered, Rewards
 from pipelines.serving.samples import Draw, Labels, Sample, Samples, Token
 from pipelines.serving.service import RewardModels, Service
@@ -63,7 +63,7 @@ class StubReward:
 
     async def rewards(self, items: Sequence[Any]) -> Rewards:
         self.seen += items
-        rows = [checked(ids_of(item), number, CONTEXT, 256) for number, item in enumerate(items)]
+        rows = [checked(ids_of(item), f"input {number}", "input", CONTEXT, 256) for number, item in enumerate(items)]
         return Rewards([self.factor * len(row) for row in rows], [len(row) for row in rows])
 
 
@@ -85,7 +85,7 @@ class StubPolicy:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        prompt_ids = checked(ids_of(prompt), 0, 10 * CONTEXT, 256)
+        prompt_ids = checked(ids_of(prompt), "the prompt", field_of(prompt), 10 * CONTEXT, 256)
         # The longest in the middle, so that the best is not the first.
         texts = ["word " * (1 + (number * 7) % 5) for number in range(draw.n)]
         if "[[A]]" in str(prompt):

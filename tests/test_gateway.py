@@ -139,6 +139,14 @@ def test_what_openais_clients_send_without_asking_for_anything_is_taken() -> Non
     idle = {"n": None, "logprobs": False, "top_logprobs": None, "tools": None, "response_format": {"type": "text"}, "store": False}
     asked = [{"role": "developer", "content": "Be short."}, *ASKED]
     assert post(application(), "/v1/chat/completions", {"messages": asked, "metadata": {}, **idle}).status_code == 200
+    turn = openai.types.chat.ChatCompletionMessage(role="assistant", content="Five.", annotations=[]).model_dump()
+    assert turn.keys() > {"refusal", "annotations", "tool_calls"}
+    for given in (turn, turn | {"name": "somebody"}):
+        assert post(application(), "/v1/chat/completions", {"messages": [*ASKED, given, *ASKED]}).status_code == 200
+        assert post(application(), "/classify", {"messages": [*ASKED, given]}).status_code == 200
+    for some in ({"tool_calls": [{}]}, {"refusal": "no"}, {"else": 1}):
+        answer = post(application(), "/v1/chat/completions", {"messages": [*ASKED, turn | some]})
+        assert answer.status_code == 422 and answer.json()["error"]["param"] == f"messages.1.{next(iter(some))}"
     refused: list[dict[str, Any]] = [{"logit_bias": {"5": 1}}, {"tools": [{}]}, {"response_format": {"type": "json_object"}}]
     for more in refused:
         answer = post(application(), "/v1/chat/completions", {"messages": asked, **more})

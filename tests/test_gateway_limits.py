@@ -21,6 +21,45 @@ ANSWERED = [*ASKED, {"role": "assistant", "content": "Five."}]
 TOKENS = len("How many?Five.")
 
 
+LONG = "a" * 201
+FIELDS: list[tuple[str, Any, str]] = [
+    ("/classify", {"input": []}, "input"),
+    ("/classify", {"input": [], "continue_final_message": True}, "input"),
+    ("/classify", {"input": [[]], "continue_final_message": True}, "input"),
+    ("/classify", {"input": [[]]}, "input"),
+    ("/classify", {"input": [LONG]}, "input"),
+    ("/classify", {"messages": [{"role": "user", "content": LONG}, ANSWERED[1]]}, "messages"),
+    ("/score", {"queries": "a", "documents": ["a", LONG]}, "documents"),
+    ("/score", {"queries": "a", "documents": ["a"] * 257}, "documents"),
+    ("/score", {"queries": ASKED * 257, "documents": ["a"]}, "queries"),
+    ("/rerank", {"query": "a", "documents": [LONG]}, "documents"),
+    ("/rerank", {"query": ASKED * 257, "documents": ["a"]}, "query"),
+    ("/get_reward", {"query": ["a", LONG]}, "query"),
+    ("/get_reward", {"query": ["a"] * 257}, "query"),
+    ("/get_reward", {"query": ["a", ""]}, "query"),
+    ("/v1/completions", {"prompt": "a" * 2001}, "prompt"),
+    ("/v1/completions", {"prompt": [97] * 2001}, "prompt"),
+    ("/v1/completions", {"prompt": LONG, "best_of_n": 2}, "prompt"),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 1025}, "max_tokens"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 2001}]}, "messages"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}], "best_of_n": 2}, "messages"),
+    ("/v1/chat/completions", {"messages": ASKED, "max_completion_tokens": 1025}, "max_completion_tokens"),
+    ("/v1/chat/completions", {"messages": ASKED, "max_tokens": 1025}, "max_tokens"),
+    ("/v1/chat/completions", {"messages": ASKED, "best_of_n": 2, "reward_model": "other"}, "reward_model"),
+    ("/v1/judge", {"messages": ASKED, "responses": ["a", ""]}, "responses.1"),
+    ("/v1/judge", {"messages": ASKED, "responses": [""]}, "responses.0"),
+    ("/v1/judge", {"messages": ASKED * 257, "responses": ["a", "b"]}, "messages"),
+    ("/v1/judge", {"batch": [{"messages": ASKED * k, "responses": ["a", "b"]} for k in (1, 257)]}, "batch.1.messages"),
+    ("/v1/judge", {"batch": [{"messages": ASKED, "responses": ["", ""]}]}, "batch.0.responses.0"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "field"), FIELDS, ids=[f"{path[1:]}-{number}" for number, (path, *_) in enumerate(FIELDS)])
+def test_the_field_that_is_wrong_is_named(path: str, body: Any, field: str) -> None:
+    answer = post(application(), path, body)
+    assert answer.json()["error"]["param"] == field and answer.status_code in (404, 422), answer.text
+
+
 BAD: list[tuple[str, Any, int, str]] = [
     ("/v1/chat/completions", "{", 400, ""),
     ("/v1/chat/completions", b"\xff\xfe", 400, ""),

@@ -111,6 +111,10 @@ class ChatCompletionRequest(Sampled):
         """The length limit, by either name."""
         return self.max_completion_tokens or self.max_tokens
 
+    def limit_name(self) -> str:
+        """Its name."""
+        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
+
     def alternatives(self) -> int | None:
         """Likeliest tokens at every place; None: no log-probs at all."""
         return self.top_logprobs if self.logprobs else None
@@ -127,6 +131,10 @@ class CompletionRequest(Sampled):
     def most_tokens(self) -> int | None:
         """The length limit."""
         return self.max_tokens
+
+    def limit_name(self) -> str:
+        """Its name."""
+        return "max_tokens"
 
     def prompts(self) -> list[str | list[int]]:
         """One by one."""

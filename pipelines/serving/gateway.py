@@ -117,14 +117,21 @@ def build(
 
     async def rewarded(request: Any, cut: bool = False) -> tuple[str, Any, protocol.Usage]:
         # Before the items are made: a conversation is written out once for every document.
-        inputs, turns = request.size()
-        most(limits.batch, inputs, "inputs", "input")
-        most(limits.messages, turns, "turns", "messages")
+        (inputs, turns), (field, spoken) = request.size(), request.fields()
+        if not inputs:
+            raise Refused(422, f"{field} is empty", field)
+        most(limits.batch, inputs, "inputs", field)
+        most(limits.messages, turns, "turns", spoken)
         name = service.reward_models.choose(request.model)
         items = request.items()
-        if cut and isinstance(items[0], list) and isinstance(items[0][-1], dict) and items[0][-1]["role"] == "assistant":
+        if cut and turns and items[0][-1]["role"] == "assistant":
             items = [Answered(item[:-1], item[-1]["content"], ended=False) for item in items]
-        found = await within(service.reward_models.rewards(name, items, request.normalize))
+        try:
+            found = await within(service.reward_models.rewards(name, items, request.normalize))
+        except Refused as refused:
+            # A reward model does not know where the request has what it is given.
+            refused.param = {"input": field, "messages": spoken}.get(refused.param or "", refused.param)
+            raise
         usage = protocol.Usage.of(sum(found.tokens))
         metrics.sampled(usage, found.values)
         return name, found, usage
@@ -173,8 +180,8 @@ def build(
         """Which of two responses is better, asked in both orders; or a grade from 1 to 10."""
         questions = request.questions()
         most(limits.judge_batch, len(questions), "questions", "batch")
-        for question in questions:
-            most(limits.messages, len(question.messages), "turns", "messages")
+        for number, question in enumerate(questions):
+            most(limits.messages, len(question.messages), "turns", f"batch.{number}.messages" if request.batch else "messages")
         if not judge:
             raise Refused(404, "this service has no judge", "model")
         found = await within(judge(request))
@@ -264,7 +271,7 @@ def most(limit: int, given: int, what: str, field: str) -> None:
 def check(limits: Limits, request: ChatCompletionRequest | CompletionRequest) -> None:
     """Raises Refused where a request to the policy asks for more than it may."""
     most(limits.n, request.draws(), "samples", "best_of_n" if request.best_of_n else "n")
-    most(limits.max_new_tokens, request.most_tokens() or 0, "tokens", "max_tokens")
+    most(limits.max_new_tokens, request.most_tokens() or 0, "tokens", request.limit_name())
     if isinstance(request, ChatCompletionRequest):
         most(limits.messages, len(request.messages), "turns", "messages")
     else:

@@ -40,6 +40,11 @@ def is_ids(given: Any) -> bool:
     return isinstance(given, list) and (not given or isinstance(given[0], int))
 
 
+def field_of(prompt: Prompt) -> str:
+    """Where it stands in a request for samples."""
+    return "prompt" if isinstance(prompt, str) or is_ids(prompt) else "messages"
+
+
 def templated(render: Any) -> list[int]:
     """What a chat template makes of a conversation.
 
@@ -52,18 +57,18 @@ def templated(render: Any) -> list[int]:
         raise Refused(422, f"the chat template refuses the conversation: {error}", "messages") from None
 
 
-def checked(ids: list[int], number: int, most: int, vocabulary: int) -> list[int]:
+def checked(ids: list[int], what: str, field: str, most: int, vocabulary: int) -> list[int]:
     """Token ids that a model can read.
 
     Raises:
         Refused: there are none, too many, or some that are not in the vocabulary.
     """
     if not ids:
-        raise Refused(422, f"input {number} is empty", "input")
+        raise Refused(422, f"{what} is empty", field)
     if len(ids) > most:
-        raise Refused(422, f"input {number} has {len(ids)} tokens, the limit of this model is {most}", "input")
+        raise Refused(422, f"{what} has {len(ids)} tokens, the limit of this model is {most}", field)
     if max(ids) >= vocabulary:
-        raise Refused(422, f"input {number}: token {max(ids)} is not in the vocabulary of {vocabulary}", "input")
+        raise Refused(422, f"{what}: token {max(ids)} is not in the vocabulary of {vocabulary}", field)
     return ids
 
 

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 def _sayable(text: str) -> str:
@@ -48,6 +48,14 @@ class Message(Body):
     """who speaks; developer is OpenAI's newer word for system"""
     content: Text | Annotated[list[Part], Field(fail_fast=True)] = Field(examples=["What is 2 and 3?"])
     """what is said"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given_back(cls, given: Any) -> Any:
+        """Without what OpenAI's client writes into a turn that it was given and sends back, where it says nothing."""
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if key in cls.model_fields or not (value in (None, []) or key == "name")}
 
     def plain(self) -> dict[str, str]:
         """As chat templates read it."""

@@ -8,6 +8,10 @@ from pipelines.serving.protocol import Body, Ids, Message, Messages, Prompts, Re
 
 Spoken = Text | Messages
 """a text, which is one turn, or a conversation"""
+Said = Annotated[Text, Field(min_length=1)]
+"""a response: an empty one is none"""
+Fields = tuple[str, str]
+"""names of a request's fields"""
 
 
 class Rewarded(Body):
@@ -41,6 +45,10 @@ class ClassifyRequest(Rewarded):
         if (self.input is None) == (self.messages is None):
             raise ValueError("give either input or messages")
         return self
+
+    def fields(self) -> Fields:
+        """Where inputs stand, and the conversation."""
+        return ("messages", "messages") if self.messages else ("input", "input")
 
     def size(self) -> tuple[int, int]:
         """Inputs, and turns of a conversation."""
@@ -92,6 +100,10 @@ class ScoreRequest(Rewarded):
             raise ValueError(f"{queries} queries and {documents} documents make no pairs: give one query, or as many as documents")
         return self
 
+    def fields(self) -> Fields:
+        """Where inputs stand, and the conversation."""
+        return "documents", "queries"
+
     def size(self) -> tuple[int, int]:
         """Inputs, and turns of a conversation."""
         return len(as_list(self.documents)), turns(self.queries)
@@ -135,6 +147,10 @@ class RerankRequest(Rewarded):
     """what was answered"""
     top_n: int = Field(0, ge=0)
     """how many are given back; 0: all"""
+
+    def fields(self) -> Fields:
+        """Where inputs stand, and the conversation."""
+        return "documents", "query"
 
     def size(self) -> tuple[int, int]:
         """Inputs, and turns of a conversation."""
@@ -187,6 +203,10 @@ class GetRewardRequest(Body):
     normalize: bool = False
     """centre and scale by the mean and the standard deviation that are stored with the model"""
 
+    def fields(self) -> Fields:
+        """Where inputs stand, and the conversation."""
+        return "query", "query"
+
     def size(self) -> tuple[int, int]:
         """Inputs, and turns of a conversation."""
         return len(self.query), 0
@@ -212,7 +232,7 @@ class Question(Body):
 
     messages: Messages
     """the conversation so far"""
-    responses: Annotated[list[Text], Field(min_length=1, max_length=2)] = Field(examples=[["It is 5.", "It is 6."]])
+    responses: Annotated[list[Said], Field(min_length=1, max_length=2)] = Field(examples=[["It is 5.", "It is 6."]])
     """two to compare, one to grade from 1 to 10"""
 
 
@@ -221,7 +241,7 @@ class JudgeRequest(Body):
 
     messages: Messages | None = Field(None, examples=[[{"role": "user", "content": "What is 2 and 3?"}]])
     """the conversation so far"""
-    responses: Annotated[list[Text], Field(min_length=1, max_length=2)] | None = Field(None, examples=[["It is 5.", "It is 6."]])
+    responses: Annotated[list[Said], Field(min_length=1, max_length=2)] | None = Field(None, examples=[["It is 5.", "It is 6."]])
     """two to compare, one to grade from 1 to 10"""
     batch: Annotated[list[Question], Field(min_length=1, fail_fast=True)] | None = Field(None, examples=[None])
     """several questions, in place of messages and responses"""

@@ -129,7 +129,10 @@ class RewardReplica:
         return [values[k] for k in range(len(sequences))]
 
     def _tokenize(self, items: Sequence[Answered | Prompt]) -> list[list[int]]:
-        return [checked(self._ids(item, number), number, self._about.context, self.vocabulary) for number, item in enumerate(items)]
+        return [
+            checked(self._ids(item, number), f"input {number}", "input", self._about.context, self.vocabulary)
+            for number, item in enumerate(items)
+        ]
 
     def _ids(self, item: Answered | Prompt, number: int) -> list[int]:
         if isinstance(item, str):
@@ -142,5 +145,5 @@ class RewardReplica:
                 raise Refused(422, f"input {number} ends in the {last['role']}'s turn, a reward is for the assistant's", "messages")
             item = Answered(before, last["content"])
         if not item.response:
-            raise Refused(422, f"input {number}: the response is empty", "messages")
+            raise Refused(422, f"input {number}: the response is empty", "input")
         return templated(lambda: self.chat.conversation_ids(item.messages, item.response, item.ended))

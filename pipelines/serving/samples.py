@@ -9,7 +9,7 @@ from actors.batching import Turns
 from actors.loading import loading
 from actors.settings import Engine
 from pipelines.chat import Chat
-from pipelines.serving.prompts import About, Conversation, Prompt, checked, conversations, identity, is_ids, templated
+from pipelines.serving.prompts import About, Conversation, Prompt, checked, conversations, field_of, identity, is_ids, templated
 from pipelines.serving.refusal import Refused
 
 
@@ -26,6 +26,8 @@ class Draw:
     seed: int | None
     max_tokens: int | None
     """all that the context leaves room for, where it is None"""
+    limit: str = "max_tokens"
+    """what the request calls it"""
     top_logprobs: int | None = None
     """give the log-probs of the tokens, and of so many others at their places; None: none"""
 
@@ -162,7 +164,7 @@ class PolicyReplica:
         else:
             ids = templated(lambda: self.chat.prompt_ids(cast(Conversation, prompt)))
         # One token is left for the response.
-        return checked(ids, 0, self._about.context - 1, self.vocabulary)
+        return checked(ids, "the prompt", field_of(prompt), self._about.context - 1, self.vocabulary)
 
     async def _outputs(self, ids: list[int], draw: Draw, kind: Any) -> AsyncIterator[Any]:
         from vllm import SamplingParams
@@ -171,7 +173,7 @@ class PolicyReplica:
         room = self._about.context - len(ids)
         if draw.max_tokens and draw.max_tokens > room:
             raise Refused(
-                422, f"max_tokens={draw.max_tokens}: the prompt's {len(ids)} tokens leave {room} of {self._about.context}", "max_tokens"
+                422, f"{draw.limit}={draw.max_tokens}: the prompt's {len(ids)} tokens leave {room} of {self._about.context}", draw.limit
             )
         if draw.seed is not None and draw.temperature and not self.takes_seeds:
             raise Refused(422, "seed: this engine runs on a CPU and cannot take a seed a request: leave it out", "seed")

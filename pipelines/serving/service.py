@@ -15,7 +15,7 @@ import numpy as np
 from actors.reward.best_of_n import combine
 from pipelines.serving.backends import together
 from pipelines.serving.completion_protocol import ChatCompletionRequest, CompletionRequest, Sampled
-from pipelines.serving.prompts import About, Conversation, Prompt, is_ids
+from pipelines.serving.prompts import About, Conversation, Prompt, field_of, is_ids
 from pipelines.serving.protocol import ModelCard, Usage
 from pipelines.serving.refusal import Busy, Refused
 from pipelines.serving.rewards import Answered, Rewards
@@ -95,8 +95,12 @@ class RewardModels:
         """As requests call them, the default first: the ensemble, if there is one."""
         return [*([self.ensemble.name] if self.ensemble.name else []), *self.backends]
 
-    def choose(self, asked: str | None) -> str:
+    def choose(self, asked: str | None, field: str = "model") -> str:
         """The name asked for, or the default.
+
+        Args:
+            asked: a name.
+            field: of the request, where it stands.
 
         Raises:
             Refused: there is none.
@@ -104,9 +108,9 @@ class RewardModels:
         names = self.names()
         asked = self.aliases.get(asked, asked) if asked else asked
         if not names:
-            raise Refused(404, "this service has no reward model", "model")
+            raise Refused(404, "this service has no reward model", field)
         if asked is not None and asked not in names:
-            raise Refused(404, f"there is no reward model {asked!r}: there are {', '.join(names)}", "model")
+            raise Refused(404, f"there is no reward model {asked!r}: there are {', '.join(names)}", field)
         return asked or names[0]
 
     async def rewards(self, name: str, items: Sequence[Any], normalize: bool = False) -> Rewards:
@@ -198,7 +202,7 @@ class Service:
         usage = Usage.of(len(found.prompt_ids), sum(len(sample.ids) for sample in found.samples))
         if chooser is None:
             return Ranked(name, found.samples[: request.n], [None] * request.n, usage)
-        rewards = await self._rewards(chooser, [_item(prompt, found.prompt_ids, sample, same) for sample in found.samples])
+        rewards = await self._rewards(chooser, prompt, [_item(prompt, found.prompt_ids, sample, same) for sample in found.samples])
         order = sorted(range(len(rewards)), key=lambda number: -rewards[number])[: request.n]
         return Ranked(name, [found.samples[number] for number in order], [rewards[number] for number in order], usage)
 
@@ -225,16 +229,21 @@ class Service:
             )
             reward = None
             if piece.finish_reason and chooser is not None:
-                (reward,) = await self._rewards(chooser, [_item(prompt, whole.prompt_ids, whole.samples[0], same)])
+                (reward,) = await self._rewards(chooser, prompt, [_item(prompt, whole.prompt_ids, whole.samples[0], same)])
             yield piece, reward, Usage.of(len(found.prompt_ids), len(whole.samples[0].ids))
 
-    async def _rewards(self, chooser: str, items: list[Any]) -> list[float]:
+    async def _rewards(self, chooser: str, prompt: Prompt, items: list[Any]) -> list[float]:
         """Of samples that are there already: whoever waited for them waits for a place in the queue, too, up to the time of the request."""
         while True:
             try:
                 return (await self.reward_models.rewards(chooser, items)).values
             except Busy:
                 await asyncio.sleep(BUSY_SECONDS)
+            except Refused as refused:
+                if refused.status != 422:
+                    raise
+                why = f"the reward model {chooser} cannot read a sample: {refused.message}"
+                raise Refused(422, why, field_of(prompt)) from None
 
     async def models(self) -> list[ModelCard]:
         """All that are served."""
@@ -251,7 +260,7 @@ class Service:
             if request.draws() > request.n:
                 raise Refused(422, "best_of_n: this service has no reward model that could choose", "best_of_n")
             return None
-        return self.reward_models.choose(request.reward_model)
+        return self.reward_models.choose(request.reward_model, "reward_model")
 
 
 def _draw(request: ChatCompletionRequest | CompletionRequest) -> Draw:
@@ -264,6 +273,7 @@ def _draw(request: ChatCompletionRequest | CompletionRequest) -> Draw:
         stop=tuple(request.stops()),
         seed=request.seed,
         max_tokens=request.most_tokens(),
+        limit=request.limit_name(),
         top_logprobs=request.alternatives(),
     )
 
