@@ -72,6 +72,11 @@ def of_engine(engine: Engine) -> dict[str, Any]:
     }
 
 
+def load_format(safetensors_only: bool) -> str:
+    """What vLLM takes for weights in safetensors alone, or in whatever format they are."""
+    return "safetensors" if safetensors_only else "auto"
+
+
 class Count(tqdm):
     """A bar that shows nothing and tells how many responses are finished."""
 
@@ -92,7 +97,13 @@ def counted(tell: Callable[[int], None] | None) -> Any:
 
 
 def policy_engine(
-    weights: str, engine: Engine, max_model_len: int, trust_remote_code: bool = False, text: bool = False, tokenizer: str | None = None
+    weights: str,
+    engine: Engine,
+    max_model_len: int,
+    trust_remote_code: bool = False,
+    text: bool = False,
+    tokenizer: str | None = None,
+    safetensors_only: bool = False,
 ) -> Any:
     """A `vllm.LLM` with a policy.
 
@@ -103,6 +114,7 @@ def policy_engine(
         trust_remote_code: run Python code that comes with the model.
         text: responses are wanted as text, too.
         tokenizer: its directory, if it is not that of the weights.
+        safetensors_only: read no weights in other formats.
     """
     from vllm import LLM
 
@@ -114,6 +126,7 @@ def policy_engine(
         logprobs_mode="raw_logprobs",
         max_model_len=max_model_len,
         trust_remote_code=trust_remote_code,
+        load_format=load_format(safetensors_only),
         **of_engine(engine),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from actors.engine_loop import EngineDead
-from actors.generator import cache, counted
+from actors.generator import cache, counted, load_format
 from actors.learner import policy
 from actors.learner.batches import Example
 from actors.scorer import Scorer
@@ -15,7 +15,7 @@ from actors.settings import RewardScoring
 
 
 def load(
-    weights: str, scoring: RewardScoring, precision: str, longest: int, trust_remote_code: bool = False
+    weights: str, scoring: RewardScoring, precision: str, longest: int, trust_remote_code: bool = False, safetensors_only: bool = False
 ) -> "tuple[RewardEngine | Scorer, int]":
     """Loads a reward model into what runs it faster: vLLM where it knows the model (benchmarks/reward.py), else transformers.
 
@@ -25,6 +25,7 @@ def load(
         precision: of the forward pass, "float32" or "bfloat16".
         longest: no conversation is longer, tokens.
         trust_remote_code: run Python code that comes with the model.
+        safetensors_only: read no weights in other formats.
 
     Returns:
         the model, and how many tokens a conversation may have.
@@ -39,13 +40,13 @@ def load(
         if knows(config.architectures[0]):
             context = min(limit, longest)
             try:
-                return RewardEngine(weights, scoring, precision, context, trust_remote_code), context
+                return RewardEngine(weights, scoring, precision, context, trust_remote_code, safetensors_only), context
             except Exception as error:
                 # Head sizes, memory, kernels: an engine has many ways to refuse a model that transformers takes.
                 raise ValueError(f"vLLM cannot load {weights} (scoring.backend=transformers may): {error}") from error
         if scoring.backend == "vllm":
             raise ValueError(f"vLLM does not know {config.architectures[0]}: set scoring.backend=transformers")
-    return Scorer(weights, scoring, precision, longest, trust_remote_code, "reward"), limit
+    return Scorer(weights, scoring, precision, longest, trust_remote_code, "reward", safetensors_only), limit
 
 
 def knows(architecture: str) -> bool:
@@ -65,9 +66,12 @@ class RewardEngine:
         precision: of the forward pass, "float32" or "bfloat16".
         context: no conversation is longer, tokens.
         trust_remote_code: run Python code that comes with the model.
+        safetensors_only: read no weights in other formats.
     """
 
-    def __init__(self, weights: str, scoring: RewardScoring, precision: str, context: int, trust_remote_code: bool):
+    def __init__(
+        self, weights: str, scoring: RewardScoring, precision: str, context: int, trust_remote_code: bool, safetensors_only: bool = False
+    ):
         from vllm import LLM, PoolingParams
 
         self.raw = PoolingParams(use_activation=False)
@@ -82,6 +86,7 @@ class RewardEngine:
             tensor_parallel_size=scoring.tensor_parallel,
             enforce_eager=True,
             trust_remote_code=trust_remote_code,
+            load_format=load_format(safetensors_only),
             disable_log_stats=True,
             **cache(scoring),
         )

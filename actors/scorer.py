@@ -25,6 +25,7 @@ class Scorer:
         longest: no prompt with one of its responses is longer, tokens.
         trust_remote_code: run Python code that comes with the model.
         kind: "policy" for log-probs, "reward" for rewards.
+        safetensors_only: read no weights in other formats.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Scorer:
         longest: int | None = None,
         trust_remote_code: bool = False,
         kind: str = "policy",
+        safetensors_only: bool = False,
     ):
         self.max_batch_tokens = scoring.max_batch_tokens
         self.device = "cuda" if scoring.num_gpus else "cpu"
@@ -42,7 +44,7 @@ class Scorer:
             torch.set_num_threads(max(1, int(scoring.num_cpus)))
         if kind == "reward" and not policy.is_classifier(AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)):
             raise ValueError(f"{weights} is no reward model: its config names no class for sequence classification")
-        model = policy.load(weights, precision, longest, trust_remote_code, kind)
+        model = policy.load(weights, precision, longest, trust_remote_code, kind, safetensors_only)
         own_way = kind == "reward" and model.config.num_labels == 1 and not reads_its_last_token(model)
         module = ClassifierRewards(model) if own_way else policy.KINDS[kind].module(model)
         self.module = module.to(self.device).eval()

@@ -12,9 +12,11 @@ import pytest
 import torch
 from models import tokenizer as model_tokenizer
 from models import write_tiny
+from safetensors.torch import load_file
 from training import assert_same_steps, train, write_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, pipeline
 
+from actors import reward_engine
 from actors.engine_loop import EngineDead
 from actors.generator import environment
 from actors.learner import policy
@@ -147,6 +149,16 @@ def test_a_served_reward_is_the_same_in_company(tmp_path: Path) -> None:
 )
 def test_a_config_may_say_nothing_of_mean_and_deviation(facts: dict[str, Any], found: Any) -> None:
     assert serving_rewards.centre(LlamaConfig(**facts)) == found
+
+
+def test_weights_in_another_format_are_read_only_where_they_may_be(tmp_path: Path) -> None:
+    directory = reward_model(tmp_path, "llama")
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    scoring = RewardScoring(backend="transformers")
+    reward_engine.load(str(directory), scoring, "float32", 64)
+    with pytest.raises(OSError, match="safetensors"):
+        reward_engine.load(str(directory), scoring, "float32", 64, safetensors_only=True)
 
 
 class Leftover:

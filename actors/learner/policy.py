@@ -51,7 +51,9 @@ WHOLE = "{%- set whole +%}"
 """what chat templates of reward models begin with, see `ends_with_its_turn`"""
 
 
-def load(weights: str, precision: str, longest: int | None, trust_remote_code: bool, kind: str = "policy") -> PreTrainedModel:
+def load(
+    weights: str, precision: str, longest: int | None, trust_remote_code: bool, kind: str = "policy", safetensors_only: bool = False
+) -> PreTrainedModel:
     """Loads a model to train it or to score with it. Dropout stays off: log ratios must start at 0.
 
     Args:
@@ -60,6 +62,7 @@ def load(weights: str, precision: str, longest: int | None, trust_remote_code: b
         longest: no prompt with one of its responses is longer, tokens; see `shares_prompt`.
         trust_remote_code: run Python code that comes with the model.
         kind: a key of KINDS. Of a policy's weights a reward model takes the body; its head is then drawn from torch's generator.
+        safetensors_only: read no weights in other formats.
     """
     config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
@@ -74,6 +77,7 @@ def load(weights: str, precision: str, longest: int | None, trust_remote_code: b
         dtype=DTYPES[precision],
         attn_implementation=_attention(config, longest),
         trust_remote_code=trust_remote_code,
+        use_safetensors=safetensors_only or None,
     )
     products.install(model)
     return model

@@ -53,7 +53,7 @@ def build(args: dict[str, Any]) -> Any:
             check_one_label(found, f"reward.models.{name}={weights}")
         bound = _deployed(RewardReplica, f"reward-{name}", config.reward, patience, environment(config.reward))
         rewards[name] = bound.bind(
-            name, weights, config.reward, config.reward.precision, config.reward.max_model_len, config.server.trust_remote_code
+            name, weights, config.reward, config.reward.precision, config.reward.max_model_len, *_trust(config.server)
         )
     policy = None
     if has_policy(config):
@@ -64,7 +64,7 @@ def build(args: dict[str, Any]) -> Any:
             config.policy,
             config.policy.max_model_len,
             config.limits.max_new_tokens,
-            config.server.trust_remote_code,
+            *_trust(config.server),
         )
     gateway = _deployed(GatewayReplica, "gateway", config.gateway, patience)
     return gateway.bind(config, keys, rewards, policy, _judge(config, policy))
@@ -84,8 +84,13 @@ def _judge(config: ServiceConfig, policy: Any) -> Any:
             raise StageError("judge.path=policy, but this service has no policy: name policy.path, or another judge")
         return policy
     deployed = _deployed(PolicyReplica, "judge", judge, config.server.request_timeout, environment(judge))
-    weights, trust = checked_weights(judge.path, config.server), config.server.trust_remote_code
-    return deployed.bind(judge.name, weights, judge, judge.max_model_len, judge.max_new_tokens, trust)
+    weights = checked_weights(judge.path, config.server)
+    return deployed.bind(judge.name, weights, judge, judge.max_model_len, judge.max_new_tokens, *_trust(config.server))
+
+
+def _trust(server: Server) -> tuple[bool, bool]:
+    """Whether a model's own code runs, and whether files that may run code are left alone."""
+    return server.trust_remote_code, server.safetensors_only
 
 
 def _deployed(replica: type, name: str, settings: Replicas, patience: float, environment: dict[str, str] | None = None) -> Any:

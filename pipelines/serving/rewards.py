@@ -74,15 +74,25 @@ class RewardReplica:
         precision: of the forward pass.
         longest: no conversation is longer, tokens.
         trust_remote_code: run Python code that comes with the model.
+        safetensors_only: read no weights in other formats.
     """
 
     @loading()
-    def __init__(self, name: str, weights: str, scoring: RewardScoring, precision: str, longest: int, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        name: str,
+        weights: str,
+        scoring: RewardScoring,
+        precision: str,
+        longest: int,
+        trust_remote_code: bool = False,
+        safetensors_only: bool = False,
+    ):
         from transformers import AutoConfig
 
         from actors import reward_engine
 
-        self.model, context = reward_engine.load(weights, scoring, precision, longest, trust_remote_code)
+        self.model, context = reward_engine.load(weights, scoring, precision, longest, trust_remote_code, safetensors_only)
         self.chat = Chat(weights, trust_remote_code)
         config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
         self.vocabulary = config.get_text_config().vocab_size

@@ -85,10 +85,20 @@ class PolicyReplica:
         max_model_len: longest prompt and response together, tokens; less where the model has less.
         max_new_tokens: of a response whose request names no limit, at most.
         trust_remote_code: run Python code that comes with the model.
+        safetensors_only: read no weights in other formats.
     """
 
     @loading()
-    def __init__(self, name: str, weights: str, engine: Engine, max_model_len: int, max_new_tokens: int, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        name: str,
+        weights: str,
+        engine: Engine,
+        max_model_len: int,
+        max_new_tokens: int,
+        trust_remote_code: bool = False,
+        safetensors_only: bool = False,
+    ):
         from transformers import AutoConfig
 
         from actors.engine_loop import EngineLoop, end_process
@@ -96,7 +106,7 @@ class PolicyReplica:
 
         max_model_len = room(AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code), max_model_len)
         self.chat = Chat(weights, trust_remote_code)
-        llm = policy_engine(weights, engine, max_model_len, trust_remote_code, text=True)
+        llm = policy_engine(weights, engine, max_model_len, trust_remote_code, text=True, safetensors_only=safetensors_only)
         self.vocabulary = llm.llm_engine.model_config.get_vocab_size()
         self.loop = EngineLoop(llm.llm_engine, died=end_process)
         # In a step with log-probs of labels vLLM's runner on CPUs forgets what others asked for: the likeliest tokens.
