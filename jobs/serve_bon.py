@@ -9,14 +9,14 @@
 
 A service of the same server.name that already runs on the cluster (--ray.address, RAY_ADDRESS) is updated: the old models answer until the
 new ones are ready.
-On a cluster of its own the job stays until Ctrl-C; on a running one (--ray.address, RAY_ADDRESS) the service stays and the job ends.
+On a cluster of its own the job stays until Ctrl-C or SIGTERM, and ends when the requests under way are answered, or at the second one; on a
+running one (--ray.address, RAY_ADDRESS) the service stays and the job ends.
 --export writes what `serve run`, `serve deploy` and KubeRay's RayService take.
 """
 
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,8 @@ def _serve(config: ServeConfig) -> None:
         if not stays:
             address = ray.get_runtime_context().gcs_address
             print(f"to update it: RAY_AUTH_MODE=token and the same command with --ray.address {address}", flush=True)
-        while not stays:
-            time.sleep(1)
+        if not stays:
+            start.stay(config.server)
 
 
 def _tell(states: dict[str, Any]) -> None:

@@ -5,8 +5,8 @@ The reward model's directory is the value that it gives: `--reward.models "{rewa
 
 import asyncio
 import os
+import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -32,7 +32,7 @@ class WaitingReward:
 
 
 class WaitingPolicy:
-    """Says the same all the time; to whoever says "slow" after half a minute."""
+    """Says the same all the time; to whoever says "slow" after half a minute, to whoever says "patient" after some seconds."""
 
     def __init__(self, name: str, *_: Any):
         self.name = name
@@ -51,7 +51,7 @@ class WaitingPolicy:
 
 
 def _seconds(prompt: Any) -> float:
-    return 30 if "slow" in str(prompt) else SECONDS
+    return 30 if "slow" in str(prompt) else 6 if "patient" in str(prompt) else SECONDS
 
 
 def main(argv: list[str]) -> None:
@@ -70,8 +70,10 @@ def main(argv: list[str]) -> None:
     with cluster.connected(config.ray):
         print(f"cluster: {ray.get_runtime_context().gcs_address}")
         start.start(config, told=lambda states: print(states, flush=True))
-        while not config.ray.address:
-            time.sleep(0.5)
+        if not config.ray.address:
+            for stop in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(stop, signal.default_int_handler)
+            start.stay(config.server)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
 """What a service refuses before it starts: addresses without keys, weights that run code, runs without models, ports that are taken."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import ray
+import stub_service
 import yaml
 from models import write_tiny
 
 from jobs import serve_bon
 from pipelines.artifacts import StageError
-from pipelines.serving import application, models, start
+from pipelines.serving import application, metrics, models, start
+from pipelines.serving.door import Access
 from pipelines.serving.settings import JudgeService, PolicyService, RewardService, Server, ServiceConfig
 
 
@@ -116,3 +122,43 @@ def test_a_port_that_another_service_has_is_not_shared() -> None:
         with pytest.raises(StageError, match=r"somebody listens at 127\.0\.0\.1"):
             start.check_port("127.0.0.1", port)
     start.check_port("127.0.0.1", port)
+
+
+def test_whoever_ends_waits_for_what_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = """
+import time
+from pipelines.serving.metrics import Metrics
+metrics = Metrics()
+metrics.came()
+print("under way", flush=True)
+time.sleep(2)
+metrics.answered("/classify", 200, 2.0)
+time.sleep(60)
+"""
+    monkeypatch.setattr(application, "shared", lambda server: tmp_path)
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True) as gateway:
+        assert gateway.stdout and gateway.stdout.readline() == "under way\n" and metrics.running(tmp_path) == 1
+        monkeypatch.setattr(start.time, "sleep", _interrupted(start.time.sleep))
+        with pytest.raises(KeyboardInterrupt):
+            start.stay(Server())
+        assert (tmp_path / application.CLOSED).exists() and metrics.running(tmp_path) == 0
+        assert gateway.poll() is None
+        gateway.kill()
+
+
+def _interrupted(sleep: Callable[[float], None]) -> Callable[[float], None]:
+    def once(seconds: float) -> None:
+        if seconds == 1:
+            raise KeyboardInterrupt
+        sleep(seconds)
+
+    return once
+
+
+def test_nobody_new_comes_in_where_a_service_ends(tmp_path: Path) -> None:
+    app = stub_service.application(access=Access(closed=tmp_path / "closed"))
+    assert stub_service.post(app, "/classify", {"input": "a"}).status_code == 200
+    (tmp_path / "closed").touch()
+    answer = stub_service.post(app, "/classify", {"input": "a"})
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "5"

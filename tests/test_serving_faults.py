@@ -8,10 +8,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from running import ROOT
 from serving import replicas_of, service
@@ -162,3 +164,22 @@ def test_replicas_follow_the_load(tmp_path: Path) -> None:
         while len(replicas_of(tmp_path, ["reward-reward"])["reward-reward"]) > 1:
             assert time.monotonic() < deadline
             time.sleep(0.5)
+
+
+def test_a_service_that_ends_answers_what_is_under_way_and_takes_no_more(tmp_path: Path) -> None:
+    with service(tmp_path, *FLAGS, module="tests/stub_serve.py") as address, ThreadPoolExecutor(1) as pool:
+        body = {"messages": [{"role": "user", "content": "patient"}], "best_of_n": 4}
+        asked = pool.submit(httpx.post, address + CHAT[0], json=body, timeout=60)
+        time.sleep(2)
+        port = address.rpartition(":")[2]
+        (process,) = (
+            found for found in psutil.process_iter(["cmdline"]) if {"tests/stub_serve.py", port} <= set(found.info["cmdline"] or ())
+        )
+        process.terminate()
+        time.sleep(2)
+        refused = httpx.post(address + REWARD[0], json=REWARD[1])
+        assert refused.status_code == 503 and refused.json()["error"]["message"] == "this service ends" and "retry-after" in refused.headers
+        answer = asked.result()
+        # The reward model, which had nothing to do all the time, is still there.
+        assert answer.status_code == 200 and answer.json()["choices"][0]["reward"] == 1.5, answer.text
+        process.wait(40)

@@ -27,6 +27,8 @@ from pipelines.serving.samples import PolicyReplica
 from pipelines.serving.settings import Replicas, Server, ServiceConfig
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CLOSED = "closed"
+"""file in the folder of a service that ends"""
 STATUS_SECONDS = 1.0
 """how long the controller's word on the deployments' state is believed"""
 
@@ -165,14 +167,13 @@ class GatewayReplica:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve takes the HTTP application from here."""
-        folder = Path(tempfile.gettempdir(), f"gsil-metrics-{ray.get_runtime_context().get_session_name()}", self.config.server.name)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = shared(self.config.server)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
         from pipelines.serving.door import Access
         from pipelines.serving.gateway import build as build_app
         from pipelines.serving.metrics import Metrics
 
-        access = Access(self.keys, self.config.server.request_timeout)
+        access = Access(self.keys, self.config.server.request_timeout, folder / CLOSED)
         return build_app(self.service, self.judge, access, self.config.limits, self.ready, Metrics())
 
     async def ready(self) -> dict[str, str]:
@@ -186,6 +187,13 @@ class GatewayReplica:
                 states = {"controller": f"no answer: {type(error).__name__}"}
             self.states = time.monotonic(), states
         return states
+
+
+def shared(server: Server) -> Path:
+    """Folder of a service's gateways on this node: what they count, and whether they still take requests."""
+    folder = Path(tempfile.gettempdir(), f"gsil-metrics-{ray.get_runtime_context().get_session_name()}", server.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _states(application: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipelines.serving.edge import MARK, answer
@@ -29,6 +30,8 @@ class Access:
     """SHA-256 digests of the API keys; none are asked for where there are none"""
     timeout: float = 300
     """seconds that a request may take"""
+    closed: Path | None = None
+    """while there is such a file, nobody new comes in: the service ends"""
 
     def admits(self, path: str, headers: dict[bytes, bytes]) -> bool:
         """Whether a request has a key. Every key is compared in full, whatever the others said."""
@@ -72,7 +75,9 @@ class Door:
 
         self.metrics.came()
         try:
-            if self.access.admits(scope["path"], dict(scope["headers"])):
+            if self.access.closed and self.access.closed.exists():
+                await answer(marked, Refused(503, "this service ends", retry_after=5))
+            elif self.access.admits(scope["path"], dict(scope["headers"])):
                 await self.app(scope, receive, marked)
             else:
                 await answer(marked, Refused(401, "an API key is needed: Authorization: Bearer KEY"))

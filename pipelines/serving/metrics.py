@@ -70,12 +70,24 @@ class Metrics:
     def exposition(self) -> tuple[bytes, int, dict[str, str]]:
         """Body, status and headers of the answer to Prometheus."""
         if FOLDER in os.environ:
-            # A process that was killed has nothing under way.
-            for path in Path(os.environ[FOLDER]).glob("gauge_live*.db"):
-                pid = int(re.findall(r"\d+", path.stem)[-1])
-                if not _lives(pid):
-                    mark_process_dead(pid)
+            _forget_the_dead(Path(os.environ[FOLDER]))
         return generate_latest(self.registry), 200, {"Content-Type": CONTENT_TYPE_LATEST}
+
+
+def running(folder: Path) -> int:
+    """Requests under way in all processes that count in a folder."""
+    _forget_the_dead(folder)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(folder))
+    return int(registry.get_sample_value("gsil_running") or 0)
+
+
+def _forget_the_dead(folder: Path) -> None:
+    # A process that was killed has nothing under way.
+    for path in folder.glob("gauge_live*.db"):
+        pid = int(re.findall(r"\d+", path.stem)[-1])
+        if not _lives(pid):
+            mark_process_dead(pid, path=str(folder))
 
 
 def _lives(pid: int) -> bool:

@@ -13,7 +13,7 @@ from ray.serve.context import _get_global_client
 
 from pipelines.artifacts import StageError
 from pipelines.serving import application
-from pipelines.serving.settings import ServiceConfig
+from pipelines.serving.settings import Server, ServiceConfig
 
 POLL_SECONDS = 0.5
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
@@ -80,6 +80,33 @@ def start(config: ServiceConfig, told: Callable[[dict[str, str]], None]) -> None
         if found.status.value == "RUNNING":
             return
         time.sleep(POLL_SECONDS)
+
+
+def stay(server: Server) -> None:
+    """Until a signal comes, for a service of a cluster of its own; then until the requests under way are answered, or a second signal.
+
+    Ray Serve would end models that have nothing to do at once, and with them the requests that the gateway was about to bring.
+
+    Args:
+        server: its name, and how long a request may take.
+
+    Raises:
+        KeyboardInterrupt: always, in the end.
+    """
+    from pipelines.serving.metrics import running
+
+    try:
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        folder = application.shared(server)
+        (folder / application.CLOSED).touch()
+        left, ends = running(folder), time.monotonic() + server.request_timeout
+        if left:
+            print(f"\n{left} requests are under way and will be answered; the next Ctrl-C or SIGTERM ends them, too", flush=True)
+        while running(folder) and time.monotonic() < ends:
+            time.sleep(POLL_SECONDS)
+        raise
 
 
 def _state(deployment: Any) -> str:
