@@ -27,7 +27,7 @@ class Batcher:
 
     Args:
         model: numbers of sequences of token ids, in their order; called in a thread of its own.
-        max_batch_tokens: of one batch; a longer sequence goes alone.
+        max_batch_tokens: of one batch; a longer sequence goes alone. What a sequence begins with like the one before it counts once.
         gather: seconds that an idle model waits for company of the first request.
     """
 
@@ -78,10 +78,12 @@ class Batcher:
             if item.value.done():
                 self.waiting.popleft()
                 continue
-            if batch and tokens + len(item.ids) > self.max_batch_tokens:
+            # Samples of a prompt come one behind the other, and are computed together.
+            own = max(1, len(item.ids) - common(batch[-1].ids, item.ids)) if batch else len(item.ids)
+            if batch and tokens + own > self.max_batch_tokens:
                 break
             batch.append(self.waiting.popleft())
-            tokens += len(item.ids)
+            tokens += own
         return sorted(batch, key=lambda item: len(item.ids))
 
 

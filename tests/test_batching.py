@@ -1,11 +1,19 @@
 """Batches out of single requests: the token budget, the order, callers that go away, a model that fails."""
 
 import asyncio
+import itertools
 import time
 
 import pytest
 
 from actors.batching import Batcher, Turns
+
+numbers = itertools.count()
+
+
+def sequence(length: int) -> list[int]:
+    """Tokens that begin like no others."""
+    return [next(numbers)] * length
 
 
 def lengths(sequences: list[tuple[int, ...]]) -> list[float]:
@@ -22,10 +30,29 @@ def test_requests_that_wait_go_together_up_to_the_budget_shortest_first() -> Non
 
     async def work() -> list[list[float]]:
         batcher = Batcher(model, max_batch_tokens=10)
-        return await asyncio.gather(*(batcher([[0] * size for size in sizes]) for sizes in ((4, 2), (3,), (12,), (1, 1))))
+        return await asyncio.gather(*(batcher([sequence(size) for size in sizes]) for sizes in ((4, 2), (3,), (12,), (1, 1))))
 
     assert asyncio.run(work()) == [[4, 2], [3], [12], [1, 1]]
     assert batches == [[2, 3, 4], [12], [1, 1]]
+
+
+def test_samples_of_a_prompt_stay_together() -> None:
+    batches: list[int] = []
+
+    def model(sequences: list[tuple[int, ...]]) -> list[float]:
+        batches.append(len(sequences))
+        return lengths(sequences)
+
+    async def work() -> None:
+        prompt, other = sequence(100), sequence(100)
+        batcher = Batcher(model, max_batch_tokens=100 + 16 * 4)
+        await batcher([[*prompt, *sequence(4)] for _ in range(16)])
+        await batcher([[*prompt, *sequence(4)] for _ in range(17)])
+        await batcher([prompt] * 65)
+        await batcher([[*start, 7] for start in (prompt, other)])
+
+    asyncio.run(work())
+    assert batches == [16, 16, 1, 65, 1, 1]
 
 
 def test_a_caller_that_goes_away_takes_what_waits_along() -> None:
@@ -59,7 +86,7 @@ def test_a_batch_that_fails_is_told_to_its_callers_and_to_nobody_else() -> None:
 
     async def work() -> None:
         batcher = Batcher(model, max_batch_tokens=2)
-        bad, good = asyncio.create_task(batcher([[0, 0], [0]])), asyncio.create_task(batcher([[0]]))
+        bad, good = asyncio.create_task(batcher([[0, 0], [1]])), asyncio.create_task(batcher([[2]]))
         with pytest.raises(RuntimeError, match="no"):
             await bad
         assert await good == [1]
