@@ -1,12 +1,13 @@
 """Our served reward model, vLLM's own server and the usual FastAPI + transformers server, on the same responses over HTTP.
 
-    python benchmarks/serving.py [--responses 256] [--concurrency 1 8 32] [--only ours stub ...]
+    python benchmarks/serving.py [--responses 256] [--concurrency 1 8 32] [--only ours stub ...] [--rounds 10]
 
 A random reward head on SmolLM2-135M in bfloat16 (the FastAPI server also in float32, which it takes where the weights are stored so); each
 request asks for the reward of one text, the prompt and a response of the GSM8K pairs (or words of such lengths, see train_step.py). Every
 server is started afresh, warmed up with a few requests and asked for all texts at every concurrency. `stub` is our service with a model
 that costs nothing, `Ray Serve` a gateway and a model on it that do nothing at all: their difference is what our gateway adds. `best of N`
-is a chat completion of 64 new tokens, N = 1 and N = 16, of the same service with a policy.
+is a chat completion of 64 new tokens of the same service with a policy, N = 1 and N = 16 one after the other, --rounds times; of both the
+median of the seconds, their spread, and the tokens that came. --reward.backend is that of our reward models.
 """
 
 import argparse
@@ -40,6 +41,8 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--reward.backend", dest="backend", choices=["auto", "vllm", "transformers"], default="auto")
     parser.add_argument("--fastapi", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--stub", help=argparse.SUPPRESS)
     parser.add_argument("--bare", help=argparse.SUPPRESS)
@@ -69,7 +72,7 @@ def measure(options: Any, work: Path) -> None:
     for system in options.only:
         if system == "best of N":
             continue
-        with served(system, reward, policy, options.threads) as url:
+        with served(system, reward, policy, options) as url:
             for concurrency in options.concurrency:
                 body, path = ("query", "/get_reward") if system.startswith("FastAPI") else ("input", "/classify")
                 asked = [{body: [text]} for text, _ in words]
@@ -86,21 +89,34 @@ def measure(options: Any, work: Path) -> None:
             if ("ours", concurrency) in rates and (other, concurrency) in rates:
                 print(f"  ours to {other}, concurrency {concurrency}: {rates['ours', concurrency] / rates[other, concurrency]:.2f} x")
     if "best of N" in options.only:
-        best_of_n(reward, policy, options.threads)
+        best_of_n(options, reward, policy)
 
 
-def best_of_n(reward: Path, policy: Path, threads: int) -> None:
+def best_of_n(options: Any, reward: Path, policy: Path) -> None:
     """Seconds of one completion of 64 tokens, for N = 1 and N = 16."""
-    with served("best of N", reward, policy, threads) as url:
-        medians = {}
-        for n in (1, 16, 1, 16):
-            body: dict[str, Any] = {
-                "messages": [{"role": "user", "content": "How many legs have three cats and two birds? Explain at length."}]
-            }
-            body |= {"best_of_n": n, "max_tokens": 64, "reward_model": "reward"}
-            _, latencies = asyncio.run(ask(f"{url}/v1/chat/completions", [body] * 5, 1))
-            medians[n] = statistics.median(latencies)
-        print(f"  best of N: N = 1 {medians[1]:.2f} s, N = 16 {medians[16]:.2f} s: {medians[16] / medians[1]:.2f} x", flush=True)
+    question = "How many legs have three cats and two birds? Explain at length."
+    asked = {"messages": [{"role": "user", "content": question}], "max_tokens": 64, "reward_model": "reward"}
+    seconds: dict[int, list[float]] = {1: [], 16: []}
+    tokens: dict[int, list[int]] = {1: [], 16: []}
+    with served("best of N", reward, policy, options) as url, httpx.Client(timeout=600) as http:
+        # Turn about: what else the machine does falls on both alike. The first rounds warm up.
+        for number in range(-2, options.rounds):
+            for n in seconds:
+                started = time.monotonic()
+                answer = http.post(f"{url}/v1/chat/completions", json=asked | {"best_of_n": n})
+                took = time.monotonic() - started
+                answer.raise_for_status()
+                if number >= 0:
+                    seconds[n].append(took)
+                    tokens[n].append(answer.json()["usage"]["completion_tokens"])
+    for n, found in seconds.items():
+        print(
+            f"  best of N: N = {n:2}: median {statistics.median(found):.2f} s ({min(found):.2f} to {max(found):.2f}), "
+            f"{statistics.median(tokens[n]):g} tokens, {sum(tokens[n]) / sum(found):.0f} tokens/s",
+            flush=True,
+        )
+    ratios = [many / one for one, many in zip(*seconds.values(), strict=True)]
+    print(f"  best of N: N = 16 to N = 1: {statistics.median(ratios):.2f} x (rounds: {', '.join(f'{r:.2f}' for r in ratios)})", flush=True)
 
 
 async def ask(url: str, bodies: list[Any], concurrency: int) -> tuple[float, list[float]]:
@@ -125,16 +141,18 @@ async def ask(url: str, bodies: list[Any], concurrency: int) -> tuple[float, lis
 
 
 @contextlib.contextmanager
-def served(system: str, reward: Path, policy: Path, threads: int) -> Iterator[str]:
+def served(system: str, reward: Path, policy: Path, options: Any) -> Iterator[str]:
     """A server, and its URL."""
+    threads = options.threads
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     python = sys.executable
     ours = [python, "jobs/serve_bon.py", "--server.port", str(port), "--reward.precision", "bfloat16"]
     ours += ["--ray.num_cpus", str(2 * threads + 1)]
+    ours += ["--reward.backend", options.backend]
     ours += [f"--reward.models={{reward: {reward}}}", "--reward.num_cpus", str(threads), "--reward.kv_cache_gib", "0.5"]
-    options = {
+    flags = {
         "model": str(reward),
         "runner": "pooling",
         "convert": "classify",
@@ -143,7 +161,7 @@ def served(system: str, reward: Path, policy: Path, threads: int) -> Iterator[st
         "max-model-len": "2048",
         "served-model-name": "reward",
     }
-    vllm = [part for key, value in options.items() for part in (f"--{key}", value)]
+    vllm = [part for key, value in flags.items() for part in (f"--{key}", value)]
     policy_flags = ["--policy.path", str(policy), "--policy.num_cpus", str(threads), "--policy.dtype", "bfloat16"]
     command = {
         "ours": [*ours, "--policy.path", "none"],
