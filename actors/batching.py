@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from actors.prefixes import common
+
 
 @dataclass(frozen=True)
 class Item:
@@ -15,11 +17,6 @@ class Item:
 
     ids: tuple[int, ...]
     value: "asyncio.Future[float]"
-
-
-def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two lists begin with alike."""
-    return next((place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
 
 
 class Batcher:

@@ -5,14 +5,13 @@ Legend: the requests of a row are token lists `tokens[i]`, of which the last `le
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from actors.batching import common
 from actors.generator import counted, of_engine
+from actors.prefixes import common_to_all, common_to_another
 from actors.settings import Engine
 
 Request = tuple[Any, list[int], list[int]]
@@ -43,19 +42,9 @@ def families(tokens: Sequence[Sequence[int]], contexts: Sequence[int], rows: Seq
         members.setdefault(row, []).append(number)
     made = []
     for same in members.values():
-        alike = min(common(tokens[same[0]], tokens[number]) for number in same)
-        made.append(Family(tuple(same), max(0, min(alike, *(contexts[number] - 1 for number in same)))))
+        shared = common_to_all(tokens[number][: max(0, contexts[number] - 1)] for number in same)
+        made.append(Family(tuple(same), shared))
     return made
-
-
-def reach(tokens: Sequence[Sequence[int]]) -> list[int]:
-    """For each list how many tokens it begins with that another one begins with, too."""
-    order = sorted(range(len(tokens)), key=lambda number: tuple(tokens[number]))
-    found = [0] * len(tokens)
-    for first, second in itertools.pairwise(order):
-        alike = common(tokens[first], tokens[second])
-        found[first], found[second] = max(found[first], alike), max(found[second], alike)
-    return found
 
 
 def silent(rows: int) -> None:
@@ -167,7 +156,8 @@ def in_vllm(weights: str, tokenizer: str, engine: Engine, max_model_len: int | N
                 numbers = [number for family in part for number in family.members]
                 self.model.reset_prefix_cache()
                 self._ask([tokens[family.members[0]][: family.shared] for family in part], [{}] * len(part))
-                cached = [alike // config.block_size * config.block_size for alike in reach([tokens[number] for number in numbers])]
+                shared = common_to_another([tokens[number] for number in numbers])
+                cached = [alike // config.block_size * config.block_size for alike in shared]
                 whole = [have >= contexts[number] for have, number in zip(cached, numbers, strict=True)]
                 scored = [{"prompt_logprobs": 1, "skip_reading_prefix_cache": skip} for skip in whole]
                 outputs = self._ask([tokens[number] for number in numbers], scored)

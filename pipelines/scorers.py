@@ -10,12 +10,12 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.batching import common
+from actors.prefixes import common_to_all
 from actors.settings import RewardScoring
 from pipelines.artifacts import StageError
 from pipelines.chat import Chat
@@ -167,7 +167,8 @@ class ByModel:
                     continue
                 same.setdefault(ids, []).append(number)
             if same:
-                shared = _common(list(same))
+                # A response has at least a token of its own.
+                shared = common_to_all(ids[:-1] for ids in same)
                 examples.append(Example(key, next(iter(same))[:shared], tuple(ids[shared:] for ids in same)))
                 places.append(list(same.values()))
         for values, groups in zip(self.model(examples, tell), places, strict=True):
@@ -184,9 +185,3 @@ class ByModel:
         ids = self.chat.conversation_ids(row["prompt"], row["response"], ended=row.get("finish_reason") != "length")
         self.retemplated |= ids != [*row["prompt_ids"], *row["response_ids"]]
         return tuple(ids)
-
-
-def _common(sequences: Iterable[tuple[int, ...]]) -> int:
-    """Length of the longest common start that leaves a token to each."""
-    rows = list(sequences)
-    return min(common(min(rows), max(rows)), min(map(len, rows)) - 1)

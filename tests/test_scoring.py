@@ -185,10 +185,8 @@ def test_a_stage_counts_what_has_no_score_and_stops_when_nothing_has(
     assert not list(run.directory(never).glob("*/*.parquet")), "a mended scorer is asked again"
 
 
-def test_common_starts() -> None:
-    assert scorers._common([(1, 2, 3), (1, 2, 4, 5), (1, 2, 3, 9)]) == 2
-    assert scorers._common([(1, 2)]) == 1 and scorers._common([(1,), (1, 2)]) == 0
-    assert math.isclose(scorers.finite(2.0)[0] or 0, 2.0)
+def test_a_score_is_finite() -> None:
+    assert scorers.finite(2.0) == (2.0, None) and scorers.finite(math.inf) == (None, "the score is inf")
 
 
 def test_the_reward_models_template_ends_with_its_turn(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What the requests of a row share."""
 
-from actors.task_models import Family, families, parts, reach
+from actors.task_models import Family, families, parts
 
 
 def test_requests_of_a_row_share_their_beginning() -> None:
@@ -10,11 +10,6 @@ def test_requests_of_a_row_share_their_beginning() -> None:
     assert got == [Family((0, 2), 2), Family((1, 3), 1), Family((4,), 0)]
     assert families([[1, 2, 3], [1, 2, 3]], [1, 1], [0, 0]) == [Family((0, 1), 0)]
     assert families([[1, 2, 3], [1, 2, 3]], [2, 2], [0, 1]) == [Family((0,), 1), Family((1,), 1)]
-
-
-def test_how_far_a_request_is_like_another() -> None:
-    assert reach([[1, 2, 3], [5], [1, 2, 4, 4], [1, 2, 4], [1, 2, 4, 4]]) == [2, 0, 4, 3, 4]
-    assert reach([]) == [] and reach([[1]]) == [0]
 
 
 def test_parts_fit_into_the_cache() -> None:

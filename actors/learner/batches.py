@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from actors.learner.attention import Branches
+from actors.prefixes import common
 
 TokenIds = Sequence[int] | np.ndarray
 
@@ -147,22 +148,23 @@ class _Packed:
         until_T = np.zeros(example.tokens, dtype=np.int64)
         found: dict[int, np.ndarray] = {}
         path: list[tuple[int, int]] = []
-        before_T = place_T = np.zeros(0, dtype=np.int64)
-        responses = [np.asarray(response, dtype=np.int64) for response in example.responses]
+        before: list[int] = []
+        place_T = np.zeros(0, dtype=np.int64)
+        prompt, *responses = (np.asarray(ids).tolist() for ids in (example.prompt_ids, *example.responses))
         # In this order the response before is the one with which most is shared.
-        for number in sorted(range(len(responses)), key=lambda number: responses[number].tolist()):
-            ids_T = np.concatenate([example.prompt_ids, responses[number]]).astype(np.int64)
-            shared = _alike(before_T, ids_T)
+        for number in sorted(range(len(responses)), key=responses.__getitem__):
+            ids = prompt + responses[number]
+            shared = common(before, ids)
             until_T[place_T[shared:] - start] = self.at
             path = _cut(path, shared)
-            own = len(ids_T) - shared
+            own = len(ids) - shared
             place_T = np.concatenate([place_T[:shared], self.at + np.arange(own)])
             if own:
                 self.paths.append(tuple(path))
                 path.append((len(self.lengths), own))
                 self.lengths.append(own)
                 self.at += own
-            found[number], before_T = place_T, ids_T
+            found[number], before = place_T, ids
         until_T[place_T - start] = self.at
         self.until.append(until_T[: self.at - start])
         return [found[number] for number in range(len(responses))]
@@ -170,13 +172,6 @@ class _Packed:
     def branches(self) -> Branches:
         """The pieces."""
         return Branches(tuple(self.lengths), tuple(self.paths), torch.from_numpy(np.concatenate(self.until)))
-
-
-def _alike(one: np.ndarray, other: np.ndarray) -> int:
-    """How many tokens two sequences begin with alike."""
-    length = min(len(one), len(other))
-    differ = np.flatnonzero(one[:length] != other[:length])
-    return int(differ[0]) if len(differ) else length
 
 
 def _cut(path: list[tuple[int, int]], tokens: int) -> list[tuple[int, int]]:

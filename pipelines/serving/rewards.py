@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from actors.batching import Batcher, common
+from actors.batching import Batcher
 from actors.engine_loop import EngineDead, end_process
 from actors.loading import loading
+from actors.prefixes import common
 from actors.settings import RewardScoring
 from pipelines.chat import Chat
 from pipelines.serving.prompts import About, Conversation, Prompt, checked, conversations, identity, is_ids, templated
