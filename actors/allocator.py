@@ -1,4 +1,4 @@
-"""What a process that computes on a CPU does with freed memory.
+"""The environment of a process that computes, and what it does with freed memory on a CPU.
 
 By default it gives blocks back to the system, and every step faults activations, gradients and logits in again, page by page. In huge
 pages, and with freed blocks kept, that time is gone; how much is kept is weighed against memory. Measured on 2 cores (AMD EPYC) with
@@ -39,3 +39,16 @@ GENERATION = keeping(512, 32 * 1024)
 FEW_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 TRAINING = {"bfloat16": keeping(32, 256) | FEW_PRODUCTS, "float32": keeping(128, 32 * 1024) | FEW_PRODUCTS}
 """By precision; for scoring too."""
+
+
+def environment(precision: str, cpus: float, gpus: float) -> dict[str, str]:
+    """Environment variables of a process that trains or scores, to be set before it starts.
+
+    Args:
+        precision: of the forward pass.
+        cpus: that it has.
+        gpus: that it has.
+    """
+    values = TRAINING[precision] | {"OMP_NUM_THREADS": str(max(1, int(cpus))), "TOKENIZERS_PARALLELISM": "false"}
+    # Ray hides no GPU from a worker that asked for none, and DeepSpeed takes what it sees.
+    return values if gpus else values | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

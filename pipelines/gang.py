@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.allocator import TRAINING
+from actors.allocator import environment
 from actors.learner.entry import run as worker
 from actors.learner.entry import trained
 from actors.notices import FOLDER, tell
@@ -168,11 +168,7 @@ def _trainer(orders: Any, root: Path, name: str, training: Training, notices: st
             orders.failed.remote({rank: last_words(error) for rank, error in worker_exceptions.items()})
 
     gpu = training.gpus_per_worker > 0
-    env = {"OMP_NUM_THREADS": str(max(1, int(training.cpus_per_worker))), "TOKENIZERS_PARALLELISM": "false", FOLDER: notices}
-    env |= TRAINING[training.precision]
-    if not gpu:
-        # Ray hides no GPU from a worker that asked for none, and DeepSpeed takes what it sees.
-        env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    env = environment(training.precision, training.cpus_per_worker, training.gpus_per_worker) | {FOLDER: notices}
     return TorchTrainer(
         worker,
         train_loop_config={"orders": orders},

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.allocator import TRAINING
+from actors.allocator import environment
 from actors.settings import Scoring
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError, write_json
@@ -62,7 +62,7 @@ def log_probs(scoring: Scoring, longest: int, trust_remote_code: bool) -> Any:
             Shard(stage, (str(path),), run.directory(stage) / SPLIT / path.name, {}, pq.read_metadata(path).num_rows)
             for path in shards(run.directory(samples) / SPLIT)
         ]
-        env = TRAINING[stage.settings["precision"]] | {"OMP_NUM_THREADS": str(max(1, int(scoring.num_cpus)))}
+        env = environment(stage.settings["precision"], scoring.num_cpus, scoring.num_gpus)
         return map_shards(run, tasks, LogProbShards, arguments, scoring, env)
 
     return work

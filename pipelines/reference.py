@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.allocator import TRAINING
+from actors.allocator import environment
 from actors.settings import Objective, Scoring, Training
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage
@@ -71,7 +71,7 @@ def score(scoring: Scoring, precision: str, longest: int, trust_remote_code: boo
             "trust_remote_code": trust_remote_code,
         }
         tasks = [task for stage in stages for task in _tasks(run, stage, weights[stage.name])]
-        env = TRAINING[precision] | {"OMP_NUM_THREADS": str(max(1, int(scoring.num_cpus)))}
+        env = environment(precision, scoring.num_cpus, scoring.num_gpus)
         numbers = map_shards(run, tasks, ScoreShards, arguments, scoring, env)
         for stage in stages:
             numbers[stage.name] |= {split: sum_counts(shards(run.directory(stage) / split)) for split in SPLITS}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.allocator import TRAINING
+from actors.allocator import environment
 from actors.settings import Objective, Pool, Tracking, Training
 from pipelines.artifacts import Run, Stage, write_json
 from pipelines.policy_training import job_of, newest, numbers, steps
@@ -47,10 +47,7 @@ def train(pool: Pool, settled: Settled, longest: int) -> Any:
             tasks.append(Shard(stage, tuple(job["train"]), output, {"job": json.dumps(plain)}, steps(job)))
         # Long trainings first: two workers then end at about the same time.
         tasks.sort(key=lambda task: -task.rows)
-        precision = stages[0].settings["training"]["precision"]
-        env = TRAINING[precision] | {"OMP_NUM_THREADS": str(max(1, int(pool.num_cpus))), "TOKENIZERS_PARALLELISM": "false"}
-        if not pool.num_gpus:
-            env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        env = environment(stages[0].settings["training"]["precision"], pool.num_cpus, pool.num_gpus)
         found = map_shards(run, tasks, TrainStages, {"threads": max(1, int(pool.num_cpus))}, pool, env, waiting=1)
         for stage in stages:
             done = json.loads((run.directory(stage) / DONE).read_text())
