@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from actors.reward.best_of_n import bootstrap_band, chosen_with_probability, combine, kl_to_policy, sizes_up_to
 from pipelines.artifacts import Run, Stage, StageError
+from pipelines.means import cell
 from pipelines.records import shards
 
 Array = npt.NDArray[np.float64]
@@ -174,10 +175,6 @@ def tables(found: Mapping[str, Any], shown: Sequence[int] = (1, 4, 16, 64)) -> d
     }
     return {
         title: [["chosen by", *(f"N = {found['sizes'][k]}" for k in places)]]
-        + [[name, *(_cell(line[value][k], line[error][k]) for k in places)] for name, line in found["selectors"].items()]
+        + [[name, *(cell(line[value][k], line[error][k], 2) for k in places)] for name, line in found["selectors"].items()]
         for title, (value, error) in titles.items()
     }
-
-
-def _cell(value: float, error: float | None) -> str:
-    return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"

@@ -5,7 +5,6 @@ OUTPUT sft/evaluation/scores.parquet: id, score
 """
 
 import logging
-import math
 import re
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.artifacts import Run, Stage, StageError
+from pipelines.means import mean_and_error
 from pipelines.records import shards, uncut, write_rows
 from pipelines.settings import Evaluation
 
@@ -114,12 +114,3 @@ def final_number(text: str) -> Decimal | None:
         return sign * Decimal(found.group(1).replace(",", "")).normalize()
     except InvalidOperation:
         return None
-
-
-def mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
-    """Mean and its standard error (n - 1 in the variance); None where there are too few values."""
-    n = len(values)
-    if not n:
-        return None, None
-    mean = sum(values) / n
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else None

@@ -15,7 +15,7 @@ from actors.allocator import environment
 from actors.settings import Scoring
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError, write_json
-from pipelines.evaluation import mean_and_error
+from pipelines.means import cell, mean_and_error
 from pipelines.records import SCORE, shards, write_rows
 from pipelines.shards import Shard, map_shards
 
@@ -180,6 +180,4 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _shown(numbers: Mapping[str, Any] | None) -> str:
-    if not numbers or numbers["mean"] is None:
-        return ""
-    return f"{numbers['mean']:.3f}" + ("" if numbers["stderr"] is None else f" ±{numbers['stderr']:.3f}")
+    return cell(numbers["mean"], numbers["stderr"], 3) if numbers else ""

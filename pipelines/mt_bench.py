@@ -19,10 +19,10 @@ from actors.judge.verdicts import read_grade
 from pipelines import base_model, sources
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.chat import Chat
-from pipelines.evaluation import mean_and_error
 from pipelines.judging import QUESTION
 from pipelines.judging_settings import JudgeModel, MtBench
 from pipelines.keeping import Need
+from pipelines.means import mean_and_error
 from pipelines.records import DEMONSTRATION, shards, write_rows
 
 TURNS = (1, 2)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from actors.reward import metrics
 from actors.settings import Objective
 from pipelines.artifacts import Run, Stage, StageError, write_json
+from pipelines.means import cell
 from pipelines.records import REWARD_PAIR, shards, sum_counts, uncut, write_rows
 from pipelines.summary import FEW
 
@@ -162,8 +163,7 @@ def table(rewards: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     columns |= {"by length alone": "baseline_length", "by origin alone": "baseline_origin"}
     rows = [["reward model", "pairs", "told apart", *columns]]
     for name, numbers in rewards.items():
-        told = "" if numbers["pair_accuracy"] is None else f"{numbers['pair_accuracy']:.3f}"
-        told += "" if numbers["stderr"] is None else f" ± {numbers['stderr']:.3f}"
+        told = cell(numbers["pair_accuracy"], numbers["stderr"], 3)
         cells = ["" if numbers[key] is None else f"{numbers[key]:.3f}" for key in columns.values()]
         rows.append([name, str(numbers["pairs"]), told, *cells])
     return rows

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines import measures, mt_bench, tournament
+from pipelines.means import cell
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
@@ -44,4 +45,4 @@ def _value(numbers: Mapping[str, Any] | None) -> str:
     if not numbers or not numbers["main"]:
         return ""
     main = numbers["metrics"][numbers["main"]]
-    return f"{main['value']:.3f}" + (f" ±{main['stderr']:.3f}" if main.get("stderr") is not None else "")
+    return cell(main["value"], main.get("stderr"), 3)

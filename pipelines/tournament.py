@@ -23,6 +23,7 @@ from pipelines import layouts, sources
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.judging import QUESTION, QUESTIONS_A_FILE
 from pipelines.judging_settings import JudgeModel, Tournament
+from pipelines.means import cell
 from pipelines.records import shards, write_rows
 from pipelines.summary import FEW
 
@@ -240,8 +241,8 @@ def tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     pairs = [["first", "second", "win", "tie", "lose", "n", "unread", "no answer", "at equal length"]]
     for pair in found["pairs"]:
         controlled = pair["length_controlled"]
-        shown = [_share(pair, name) for name in ("win", "tie", "lose")]
-        rate = f"{controlled['rate']:.2f} ±{controlled['stderr']:.2f}" if controlled else ""
+        shown = [cell(pair[name], pair[f"{name}_stderr"], 2) for name in ("win", "tie", "lose")]
+        rate = cell(controlled["rate"], controlled["stderr"], 2) if controlled else ""
         pairs.append([pair["first"], pair["second"], *shown, str(pair["n"]), str(pair["unparsed"]), str(pair["failed"]), rate])
     ranks = [["contestant", "rating", "95 % band", "games"]]
     for row in found["ranking"]:
@@ -261,10 +262,6 @@ def tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
 
 def _cells(share: float | None, error: float | None = None) -> list[str]:
     return ["" if value is None else f"{value:.2f}" for value in (share, error)]
-
-
-def _share(pair: Mapping[str, Any], name: str) -> str:
-    return "" if pair[name] is None else f"{pair[name]:.2f} ±{pair[f'{name}_stderr']:.2f}"
 
 
 def doubts(found: Mapping[str, Any]) -> list[str]:

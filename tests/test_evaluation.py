@@ -8,7 +8,8 @@ import pytest
 from actors.settings import Objective
 from pipelines import evaluation
 from pipelines.artifacts import Run, Stage, StageError
-from pipelines.evaluation import exact_answer, final_number, mean_and_error
+from pipelines.evaluation import exact_answer, final_number
+from pipelines.means import cell, mean_and_error
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
 from pipelines.settings import Evaluation
 from pipelines.summary import doubts, indistinguishable, reward_warnings, table
@@ -67,6 +68,7 @@ def test_mean_and_standard_error_by_hand() -> None:
     mean, error = mean_and_error([1.0, 0.0, 1.0, 1.0])
     assert mean == 0.75 and error == pytest.approx((0.1875 * 4 / 3 / 4) ** 0.5)
     assert mean_and_error([]) == (None, None) and mean_and_error([1.0]) == (1.0, None)
+    assert [cell(0.25, 0.0351, 2), cell(0.25, None, 3), cell(None, None, 2)] == ["0.25 ± 0.04", "0.250", ""]
 
 
 @pytest.mark.parametrize(

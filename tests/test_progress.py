@@ -36,7 +36,7 @@ def test_a_terminal_shows_one_live_line_with_count_rate_and_time_left(total: int
 @pytest.mark.parametrize("width", ["100", "60", "20"])
 def test_no_word_of_a_table_is_cut(width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", width)
-    rows = [["policy", "standard error", "length_controlled"], ["a policy/of-some-name", "0.250 ±0.125", "[bold] 1.5"], ["base", "", ""]]
+    rows = [["policy", "standard error", "length_controlled"], ["a policy/of-some-name", "0.250 ± 0.125", "[bold] 1.5"], ["base", "", ""]]
     print_result(Shown([Table("Title", rows)], []))
     out = capsys.readouterr().out
     assert rows[1][0] in out and all(word in out for row in rows for cell in row for word in cell.split())

@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipelines import means
+
 EXACT_UP_TO = 16
 """Seeds whose sign flips are all tried."""
 
@@ -25,10 +27,10 @@ class Paired:
 
 
 def mean_and_error(values_S: Sequence[float]) -> tuple[float, float | None]:
-    """Mean over seeds and its standard error (n - 1 in the variance)."""
-    n = len(values_S)
-    mean = sum(values_S) / n
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values_S) / (n - 1) / n) if n > 1 else None
+    """Mean over seeds and its standard error."""
+    mean, error = means.mean_and_error(values_S)
+    assert mean is not None, "one seed at least"
+    return mean, error
 
 
 def paired(ours_S: Sequence[float], theirs_S: Sequence[float]) -> Paired:
@@ -68,9 +70,9 @@ def stratified(differences_SP: Sequence[Sequence[float]]) -> tuple[float, float]
     Args:
         differences_SP: of two arms, for each seed one a problem; two problems at least.
     """
-    means = [mean_and_error(row) for row in differences_SP]
-    n = len(means)
-    return sum(mean for mean, _ in means) / n, math.sqrt(sum((error or 0.0) ** 2 for _, error in means)) / n
+    found = [mean_and_error(row) for row in differences_SP]
+    n = len(found)
+    return sum(mean for mean, _ in found) / n, math.sqrt(sum((error or 0.0) ** 2 for _, error in found)) / n
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

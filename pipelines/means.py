@@ -1,0 +1,20 @@
+"""A mean with its standard error, as numbers and for a person."""
+
+import math
+from collections.abc import Sequence
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and its standard error (n - 1 in the variance); None where there are too few values."""
+    n = len(values)
+    if not n:
+        return None, None
+    mean = sum(values) / n
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
+
+
+def cell(mean: float | None, error: float | None, digits: int) -> str:
+    """Both in a cell of a table, as "0.25 ± 0.04"; empty without a mean."""
+    if mean is None:
+        return ""
+    return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
