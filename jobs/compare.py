@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     from pipelines.progress import print_result
     from pipelines.report import comparison
     from pipelines.report.facts import gather
-    from pipelines.summary import Shown, Table
+    from pipelines.tables import Shown, Table
 
     found = []
     for path in {path.resolve(): path for path in options.runs}.values():

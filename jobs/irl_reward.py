@@ -35,9 +35,9 @@ from pipelines import (
     policy_training,
     reward_training,
     scoring,
-    summary,
 )
 from pipelines.artifacts import Run, Stage, write_json
+from pipelines.tables import Shown, Table
 
 log = logging.getLogger("gsil")
 
@@ -235,18 +235,18 @@ def _summary(graph: Graph, run: Run) -> dict[str, Any]:
     return content
 
 
-def show(content: dict[str, Any], root: Path) -> summary.Shown:
+def show(content: dict[str, Any], root: Path) -> Shown:
     """The final tables."""
-    tables = [summary.Table(f"{content['run']}: reward models on held-out pairs", reward_training.table(content["rewards"]))]
+    tables = [Table(f"{content['run']}: reward models on held-out pairs", reward_training.table(content["rewards"]))]
     lines = [f"warning: {text}" for text in content["warnings"]]
     lines += [f"reward models: {root / 'rewards'}/*/seed-*/reward"]
     found = content["best_of_n"]
     if found:
         title = f"best of N on {found['prompts']} held-out prompts"
-        tables += [summary.Table(f"{title}: {what}", rows) for what, rows in best_of_n_report.tables(found).items()]
+        tables += [Table(f"{title}: {what}", rows) for what, rows in best_of_n_report.tables(found).items()]
     if found is not None:
         lines.append(f"plot, report and chosen responses: {root / 'best_of_n' / 'results'}")
-    return summary.Shown(tables, [*lines, f"summary: {root / IrlConfig.file('summary.json')}"])
+    return Shown(tables, [*lines, f"summary: {root / IrlConfig.file('summary.json')}"])
 
 
 if __name__ == "__main__":

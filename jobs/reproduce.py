@@ -17,10 +17,11 @@ from typing import Any
 
 from jobs import runner
 from jobs.schemas import ReproduceConfig
-from pipelines import best_of_n, evaluation, generation, reference, reward_training, scoring, summary, training_pool
+from pipelines import best_of_n, evaluation, generation, reference, reward_training, scoring, training_pool
 from pipelines.artifacts import Run, Stage, write_json
 from pipelines.reproduction import data, order, plans, search, tables, tiny
 from pipelines.reproduction.graph import Builder
+from pipelines.tables import Shown, Table
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,13 @@ def reproduce(config: ReproduceConfig, graph: Graph, run: Run) -> dict[str, Any]
     return content
 
 
-def show(content: dict[str, Any], root: Path) -> summary.Shown:
+def show(content: dict[str, Any], root: Path) -> Shown:
     """The final tables."""
     shown = [
-        summary.Table(f"{content['run']}: {name}, {content['seeds']} seeds, right answers in percent", numbers["rows"])
+        Table(f"{content['run']}: {name}, {content['seeds']} seeds, right answers in percent", numbers["rows"])
         for name, numbers in content["tables"].items()
     ]
-    return summary.Shown(shown, [f"tables and figures: {root / 'tables'}", f"summary: {root / ReproduceConfig.file('summary.json')}"])
+    return Shown(shown, [f"tables and figures: {root / 'tables'}", f"summary: {root / ReproduceConfig.file('summary.json')}"])
 
 
 if __name__ == "__main__":

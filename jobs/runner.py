@@ -15,6 +15,7 @@ from jobs.schemas import JobConfig
 from pipelines import cluster, summary
 from pipelines.artifacts import Run, Stage
 from pipelines.lock import locked
+from pipelines.tables import Shown
 
 
 class Plan(Protocol):
@@ -36,7 +37,7 @@ def main(
     usage: str,
     plan: Callable[[C], P],
     work: Callable[[C, P, Run], dict[str, Any]],
-    show: Callable[[dict[str, Any], Path], summary.Shown] = summary.show,
+    show: Callable[[dict[str, Any], Path], Shown] = summary.show,
     reported: Callable[[P], list[Stage]] = lambda graph: graph.stages(),
 ) -> int:
     """Runs a job.
@@ -93,7 +94,7 @@ def _execute(
     graph: P,
     root: Path,
     work: Callable[[C, P, Run], dict[str, Any]],
-    show: Callable[[dict[str, Any], Path], summary.Shown],
+    show: Callable[[dict[str, Any], Path], Shown],
     reported: list[Stage],
 ) -> None:
     from pipelines.job_metadata import JobMetadata

@@ -3,6 +3,9 @@
 import math
 from collections.abc import Sequence
 
+FEW = 16
+"""Pairs below which a share of them has a standard error of more than 0.12."""
+
 
 def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Mean and its standard error (n - 1 in the variance); None where there are too few values."""

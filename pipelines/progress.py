@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pipelines import watching
-from pipelines.summary import Shown
+from pipelines.tables import Shown
 
 PLAIN_EVERY_SECONDS = 30.0
 """Between two lines of a running stage, where there is no terminal."""

@@ -5,8 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from actors.settings import Objective
 from pipelines import base_model
 from pipelines.artifacts import Run, Stage
 from pipelines.manifests import read_json, versions, write_json
+from pipelines.means import FEW
+from pipelines.tables import Shown, Table, ruled
 
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
-FEW = 16
-"""Pairs below which a share of them has a standard error of more than 0.12."""
 
 
 def iteration_numbers(pairs: dict[str, Any], negatives: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
@@ -75,25 +74,6 @@ def doubts(name: str, numbers: dict[str, Any], pairs: int) -> list[str]:
     if pairs < FEW or pairs < numbers["rejected"]:
         found.append(f"{name}: trained on {pairs} pairs, {numbers['rejected']} were dropped as equal to their demonstration or cut")
     return found
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table in the terminal."""
-
-    title: str
-    rows: Sequence[Sequence[str]]
-    """the header first"""
-    bold: str = ""
-    """first cell of the row that stands out"""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What a person sees when a job has ended."""
-
-    tables: list[Table]
-    lines: list[str]
 
 
 def show(content: dict[str, Any], root: Path) -> Shown:
@@ -241,12 +221,6 @@ def _made(policy: str, objective: dict[str, Any]) -> str:
     if policy == "sft":
         return "sft, by supervised fine-tuning alone"
     return f"{policy}, by {objective['name']} with beta {objective['beta']} and gamma {objective['gamma']}"
-
-
-def ruled(rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; the header is the first row."""
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
 
 
 def _cell(value: float | None) -> str:

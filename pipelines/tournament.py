@@ -23,9 +23,8 @@ from pipelines import layouts, sources
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.judging import QUESTION, QUESTIONS_A_FILE
 from pipelines.judging_settings import JudgeModel, Tournament
-from pipelines.means import cell
+from pipelines.means import FEW, cell
 from pipelines.records import shards, write_rows
-from pipelines.summary import FEW
 
 DEMONSTRATIONS = "demonstrations"
 GAME = pa.schema(

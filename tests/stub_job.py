@@ -14,7 +14,7 @@ from jobs.schemas import JobConfig
 from pipelines.artifacts import Run, Stage, write_json
 from pipelines.policy_training import newest
 from pipelines.shards import Shard, map_shards
-from pipelines.summary import Shown
+from pipelines.tables import Shown
 
 ROWS, STEPS, ITERATIONS = 6, 4, 2
 Numbers = dict[str, dict[str, Any]]

@@ -12,7 +12,7 @@ from rich.console import Console
 from pipelines.artifacts import Run, Stage
 from pipelines.policy_training import newest
 from pipelines.progress import Terminal, print_result, rate
-from pipelines.summary import Shown, Table
+from pipelines.tables import Shown, Table
 from pipelines.watching import Pace, Progress, Watch, Watcher, iteration, title
 
 DATA = Stage("demonstrations", {})

@@ -12,6 +12,7 @@ from pipelines.report.doubts import doubts
 from pipelines.report.facts import Facts, Row
 from pipelines.states import SKIPPED, StageFacts
 from pipelines.status import duration
+from pipelines.tables import ruled
 
 REWARDS = (
     "Rewards are beta times the log ratio of the trained policy to its reference, in nats; they and the share of pairs told apart are "
@@ -37,9 +38,9 @@ def markdown(facts: Facts) -> str:
     parts = [f"# {facts.name}", state(facts)]
     if said := [*([f"- **Stopped**: {facts.failure}"] if facts.failure else []), *(f"- **Warning**: {text}" for text in doubts(facts))]:
         parts.append("\n".join(said))
-    parts += [f"## {title}\n\n{summary.ruled(rows)}" for title, rows in tables(facts).items()]
-    parts.append(f"## Stages\n\n{summary.ruled(stage_table(facts.stages))}")
-    parts += [f"## {title}\n\n{summary.ruled(rows)}" for title, rows in ran_tables(facts).items()]
+    parts += [f"## {title}\n\n{ruled(rows)}" for title, rows in tables(facts).items()]
+    parts.append(f"## Stages\n\n{ruled(stage_table(facts.stages))}")
+    parts += [f"## {title}\n\n{ruled(rows)}" for title, rows in ran_tables(facts).items()]
     parts.append(f"## Config\n\n```yaml\n{facts.config}```")
     return "\n\n".join(parts) + "\n"
 

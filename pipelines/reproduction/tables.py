@@ -15,7 +15,7 @@ from pipelines.artifacts import Run, Stage, StageError, write_json
 from pipelines.reproduction import figures
 from pipelines.reproduction.reward_table import rewards
 from pipelines.reproduction.statistics import holm, mean_and_error, paired, stratified
-from pipelines.summary import ruled
+from pipelines.tables import ruled
 
 VERSION = 3
 Scores = dict[int, list[float]]

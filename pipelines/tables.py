@@ -1,0 +1,29 @@
+"""Tables for a person, in the terminal and in Markdown."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in the terminal."""
+
+    title: str
+    rows: Sequence[Sequence[str]]
+    """the header first"""
+    bold: str = ""
+    """first cell of the row that stands out"""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a person sees when a job has ended."""
+
+    tables: list[Table]
+    lines: list[str]
+
+
+def ruled(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the header is the first row."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
