@@ -96,8 +96,8 @@ def timed(score: Any, job: dict[str, Any], rows: list[dict[str, Any]]) -> dict[s
 
 def ours(job: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The model of `pipelines/scorers.py`."""
-    from actors import reward_engine
     from actors.learner.batches import Example
+    from actors.reward import engine as reward_engine
     from actors.settings import RewardScoring
 
     scoring = RewardScoring(num_cpus=job["threads"], max_batch_tokens=job["max_batch_tokens"], backend=job["backend"])

@@ -138,7 +138,7 @@ class ByModel:
     """
 
     def __init__(self, weights: str, ours: bool, scoring: RewardScoring, precision: str, longest: int, trust_remote_code: bool):
-        from actors import reward_engine
+        from actors.reward import engine as reward_engine
 
         # In another tokenizer's tokens a conversation has another length; an engine needs room for one of the longest.
         room = longest if ours else max(2 * longest, 8192)

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from training import assert_same_steps, train, write_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, pipeline
 
-from actors import reward_engine
 from actors.engine_loop import EngineDead
 from actors.generator import environment
 from actors.learner import policy
 from actors.learner.batches import Example, collate, shares_prompt
-from actors.reward_engine import RewardEngine
+from actors.reward import engine as reward_engine
+from actors.reward.engine import RewardEngine
 from actors.scorer import Scorer
 from actors.settings import Objective, RewardScoring, Scoring
 from pipelines.chat import Chat
@@ -212,8 +212,8 @@ def test_reward_bench_reads_the_same_rewards(family: str, pairs: Path, tmp_path:
 
 ENGINE = """
 import json, sys
-from actors import reward_engine
 from actors.engine_loop import EngineDead
+from actors.reward import engine as reward_engine
 from actors.settings import RewardScoring
 from test_rewards import EXAMPLES
 

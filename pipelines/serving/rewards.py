@@ -91,7 +91,7 @@ class RewardReplica:
     ):
         from transformers import AutoConfig
 
-        from actors import reward_engine
+        from actors.reward import engine as reward_engine
 
         self.model, context = reward_engine.load(weights, scoring, precision, longest, trust_remote_code, safetensors_only)
         self.chat = Chat(weights, trust_remote_code)
