@@ -16,7 +16,7 @@ from typing import Any
 
 from actors.loading import loading
 from actors.settings import Training
-from pipelines.artifacts import Run, Stage, StageError, write_json
+from pipelines.artifacts import Run, Stage, StageError, Work, write_json
 from pipelines.chat import PLAIN_TEMPLATE, Chat
 from pipelines.keeping import Need
 from pipelines.settings import Model
@@ -90,7 +90,7 @@ def tokenizer(run: Run, base: Stage) -> str:
     return str(run.directory(base) / "tokenizer")
 
 
-def prepare(model: Model) -> Any:
+def prepare(model: Model) -> Work:
     """Returns the work of the stage: resolve the source, write the tokenizer, convert a GGUF."""
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from actors.generator import Generator, environment
 from actors.settings import Engine, Sampling
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage, StageError
+from pipelines.artifacts import Run, Stage, StageError, Work
 from pipelines.chat import Chat
 from pipelines.records import SAMPLE, shards, sum_counts, write_rows
 from pipelines.shards import Shard, map_shards
@@ -55,7 +55,7 @@ def plan(
     return Stage(name, settings, {"policy": policy, "base": base, "demonstrations": demonstrations}, demand=engine.demand())
 
 
-def sample(engine: Engine, max_model_len: int, trust_remote_code: bool) -> Any:
+def sample(engine: Engine, max_model_len: int, trust_remote_code: bool) -> Work:
     """Returns the work of sampling stages, of policies with one tokenizer and architecture.
 
     Args:

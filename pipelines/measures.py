@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from actors.allocator import environment
 from actors.settings import Scoring
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage, StageError, write_json
+from pipelines.artifacts import Run, Stage, StageError, Work, write_json
 from pipelines.means import cell, mean_and_error
 from pipelines.records import SCORE, shards, write_rows
 from pipelines.shards import Shard, map_shards
@@ -38,7 +38,7 @@ def plan_log_probs(name: str, samples: Stage, model: Stage, base: Stage, precisi
     return Stage(name, {"precision": precision}, {"samples": samples, "model": model, "base": base}, demand=scoring.demand())
 
 
-def log_probs(scoring: Scoring, longest: int, trust_remote_code: bool) -> Any:
+def log_probs(scoring: Scoring, longest: int, trust_remote_code: bool) -> Work:
     """Returns the work of the stage.
 
     Args:

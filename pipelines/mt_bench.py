@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from actors.judge import prompts
 from actors.judge.verdicts import read_grade
 from pipelines import base_model, sources
-from pipelines.artifacts import Run, Stage, StageError
+from pipelines.artifacts import Run, Stage, StageError, Work
 from pipelines.chat import Chat
 from pipelines.judging import QUESTION
 from pipelines.judging_settings import JudgeModel, MtBench
@@ -63,7 +63,7 @@ def _references(path: str) -> list[Path]:
     return sorted(Path(path).expanduser().glob("reference_answer_*.jsonl"))
 
 
-def write_turn(settings: MtBench, trust_remote_code: bool) -> Any:
+def write_turn(settings: MtBench, trust_remote_code: bool) -> Work:
     """Returns the work of the stage."""
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
@@ -145,7 +145,7 @@ def plan_questions(samples: Mapping[str, tuple[Stage, ...]], settings: MtBench, 
     return Stage("evaluation/mt_bench/questions", written | known, inputs, demand="the driver")
 
 
-def write_questions(settings: MtBench, names: list[str]) -> Any:
+def write_questions(settings: MtBench, names: list[str]) -> Work:
     """Returns the work of the stage: QUESTION rows for each policy and turn."""
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
@@ -172,7 +172,7 @@ def plan_grades(answers: Stage) -> Stage:
     return Stage("evaluation/mt_bench/grades", {}, {"answers": answers}, demand="the driver")
 
 
-def read_grades(settings: MtBench) -> Any:
+def read_grades(settings: MtBench) -> Work:
     """Returns the work of the stage: GRADE rows, and the means."""
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:

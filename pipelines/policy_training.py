@@ -18,7 +18,7 @@ from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
 from actors.learner.entry import trained
 from actors.settings import Objective, Tracking, Training
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage, StageError
+from pipelines.artifacts import Run, Stage, StageError, Work
 from pipelines.cluster import wait_for
 from pipelines.gang import Gang
 from pipelines.keeping import Need
@@ -55,7 +55,7 @@ def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, 
     return Stage(name, settings, inputs, demand=training.demand(), version=3)
 
 
-def train(training: Training, tracking: Tracking, longest: int, trust_remote_code: bool) -> Any:
+def train(training: Training, tracking: Tracking, longest: int, trust_remote_code: bool) -> Work:
     """Returns the work of training stages: one gang of workers trains them one after the other.
 
     Args:

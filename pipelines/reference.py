@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from actors.allocator import environment
 from actors.settings import Objective, Scoring, Training
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage
+from pipelines.artifacts import Run, Stage, Work
 from pipelines.records import PAIR, shards, sum_counts, uncut, write_rows
 from pipelines.shards import Shard, map_shards
 
@@ -51,7 +51,7 @@ def plan(
     return Stage(name, settings, inputs, demand=scoring.demand(), version=2)
 
 
-def score(scoring: Scoring, precision: str, longest: int, trust_remote_code: bool) -> Any:
+def score(scoring: Scoring, precision: str, longest: int, trust_remote_code: bool) -> Work:
     """Returns the work of such stages, which share a pool of actors.
 
     Args:

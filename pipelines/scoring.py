@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from actors.generator import environment
 from actors.settings import RewardScoring
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage, StageError
+from pipelines.artifacts import Run, Stage, StageError, Work
 from pipelines.records import SCORE, shards, sum_counts, uncut, write_rows
 from pipelines.scorers import ByModel, Row, Scored, by_function, by_pattern, by_url, exact_answers, function
 from pipelines.shards import Shard, map_shards
@@ -137,7 +137,7 @@ def check_one_label(config: Mapping[str, Any], what: str) -> None:
         raise StageError(f"{what} has {labels} labels, a reward model has one")
 
 
-def score(scoring: RewardScoring, longest: int, trust_remote_code: bool) -> Any:
+def score(scoring: RewardScoring, longest: int, trust_remote_code: bool) -> Work:
     """Returns the work of scoring stages, which share a pool of actors: all by the same scorer, or in transformers by any.
 
     Args:

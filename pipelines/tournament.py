@@ -20,7 +20,7 @@ from actors.judge import prompts
 from actors.judge.ranking import length_controlled, points, position_bias, ranking, shares
 from actors.judge.verdicts import Reading, read_pair, read_probabilities, turned, winner
 from pipelines import layouts, sources
-from pipelines.artifacts import Run, Stage, StageError
+from pipelines.artifacts import Run, Stage, StageError, Work
 from pipelines.judging import QUESTION, QUESTIONS_A_FILE
 from pipelines.judging_settings import JudgeModel, Tournament
 from pipelines.means import FEW, cell
@@ -72,7 +72,7 @@ def plan_questions(demonstrations: Stage, samples: Mapping[str, Stage], tourname
     return Stage("evaluation/tournament/questions", settings, inputs, demand="the driver")
 
 
-def write_questions(tournament: Tournament) -> Any:
+def write_questions(tournament: Tournament) -> Work:
     """Returns the work of the stage."""
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
@@ -163,7 +163,7 @@ def plan_games(questions: Stage, answers: Stage, tournament: Tournament) -> Stag
     )
 
 
-def judge_games(tournament: Tournament) -> Any:
+def judge_games(tournament: Tournament) -> Work:
     """Returns the work of the stage: GAME rows, and the numbers of the tournament."""
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from actors.allocator import environment
 from actors.settings import Objective, Pool, Tracking, Training
-from pipelines.artifacts import Run, Stage, write_json
+from pipelines.artifacts import Run, Stage, Work, write_json
 from pipelines.policy_training import job_of, newest, numbers, steps
 from pipelines.shards import Shard, map_shards
 
@@ -27,7 +27,7 @@ Settled = Callable[[Run, Stage], tuple[Training, Objective]]
 """The settings of a stage, also of one that takes them from the numbers of another."""
 
 
-def train(pool: Pool, settled: Settled, longest: int) -> Any:
+def train(pool: Pool, settled: Settled, longest: int) -> Work:
     """Returns the work of training stages that do not wait for each other.
 
     Args:
