@@ -1,6 +1,6 @@
 """Settings of tasks: benchmarks that every policy answers, through lm-eval. Imports nothing heavy."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -9,8 +9,6 @@ from actors.settings import Settings, placement
 
 class Tasks(Settings):
     """Benchmarks, through lm-eval (extra `eval`)."""
-
-    section: ClassVar[str] = "tasks"
 
     names: list[str] = Field(default_factory=list)
     """tasks or groups of lm-eval; gsil and dil are those of the papers, truthfulqa, musr and math lm-eval's truthfulqa_mc2,
