@@ -185,31 +185,37 @@ def wait_for(run: Run, name: str, need: Need) -> None:
     Raises:
         StageError: no node type of the cluster can give it, or it has not come in time.
     """
+    try:
+        _wait(run, name, need)
+    finally:
+        # Whatever came of it, and also where nothing had to be asked for: a request outlives who made it, a job that was killed too.
+        _withdraw()
+
+
+def _wait(run: Run, name: str, need: Need) -> None:
     import ray
     from ray.autoscaler.sdk import request_resources
 
     count, bundle = need.count, need.each()
     wanted = f"{name} asks for {count} x ({need.cpus:g} CPU, {need.gpus:g} GPU)"
-    began, at, said = time.monotonic(), datetime.now().astimezone(), 0.0
+    began, at = time.monotonic(), datetime.now().astimezone()
+    said: float | None = None
     while (there := need.room(_alive(ray.nodes()))) < count:
         # Again and again: a request of another job replaces this one.
         request_resources(bundles=[bundle] * count)
         waited = time.monotonic() - began
         if _can_never_be():
-            _withdraw()
             raise StageError(f"{wanted}: no node type of this cluster can give that; lower it, or add a node type")
         if waited > run.patience:
-            _withdraw()
             raise StageError(
                 f"{wanted}, the cluster has room for {there}: no more nodes came in {waited / 60:.0f} minutes (ray.wait_minutes); the "
                 "same command goes on here when they have"
             )
-        if not said or waited - said > SAY_EVERY_SECONDS:
-            said = waited or 1e-9
+        if said is None or waited - said > SAY_EVERY_SECONDS:
+            said = waited
             log.warning("%s, the cluster has room for %d: waits for nodes since %s", wanted, there, f"{at:%H:%M:%S}")
         time.sleep(1)
-    if said:
-        _withdraw()
+    if said is not None:
         log.warning("%s: the nodes are there after %.0f s", name, time.monotonic() - began)
 
 
@@ -233,4 +239,8 @@ def _withdraw() -> None:
     """Asks for nothing any more: nodes that nobody works on go."""
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=[])
+    try:
+        request_resources(bundles=[])
+    except Exception as error:  # noqa: BLE001
+        # No reason to stop, and not why the stage stops if it does.
+        log.warning("the cluster cannot be told that no more nodes are asked for: %s", error)

@@ -1,5 +1,6 @@
 """What a stage does where nodes are missing: it waits and says so, or stops where they can never come."""
 
+import json
 import logging
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from autoscaling import autoscaling
 from ray import cloudpickle
+from ray.autoscaler.sdk import request_resources
 from test_policy_training import planned
 
 from actors.settings import Pool, Tracking
@@ -63,6 +65,36 @@ def test_what_a_cluster_of_fixed_size_lacks_is_waited_for_and_then_told(
     with pytest.raises(StageError, match=r"negatives-4 asks for 2 x \(1 CPU, 4 GPU\), the cluster has room for 0: no more nodes came"):
         generate(Run(tmp_path, patience=1), Pool(min_actors=2, max_actors=2, num_gpus=4))
     assert "waits for nodes since" in caplog.text
+
+
+def asked() -> Any:
+    """What the autoscaler is asked for (v1)."""
+    from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the head does not answer")])
+def test_nothing_stays_asked_for_when_a_stage_stops_waiting_or_need_not_wait(
+    error: BaseException, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    while_it_waits: list[Any] = []
+
+    def stop(_: float) -> None:
+        while_it_waits.append(asked())
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.time, "sleep", stop)
+        with pytest.raises(type(error)):
+            cluster.wait_for(Run(tmp_path), "negatives", Need(2, 1, 4))
+    assert while_it_waits == [[{"CPU": 1, "GPU": 4}] * 2] and asked() == []
+    # What a job that was killed left behind.
+    request_resources(bundles=[{"GPU": 4}])
+    assert asked() == [{"GPU": 4}]
+    cluster.wait_for(Run(tmp_path), "negatives", Need(1, 1))
+    assert asked() == []
 
 
 def test_room_is_counted_node_by_node() -> None:
