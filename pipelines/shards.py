@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import re
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from pipelines.restarts import restarts
 from pipelines.tally import counted, tally_of
 
 log = logging.getLogger(__name__)
+SEEN_SECONDS = 75.0
+"""within which every node sees what one has written: longer than NFS clients keep what they know of a folder (acdirmax)"""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def map_shards(
     directory = run.directory(work[0].stage) if work else run.root
     # By actor, not from the first one's begin to the last one's end: nodes have clocks of their own.
     busy: dict[str, float] = defaultdict(float)
-    run.display.follow(sum(s.rows for s in work), "rows", lambda: sum(map(_made, work)), lambda: {"restarts": restarts(directory)})
+    run.display.follow(sum(s.rows for s in work), "rows", lambda: _made(work), lambda: {"restarts": restarts(directory)})
     if pending:
         items = [_item(shard, directory) for shard in pending]
         name = pending[0].stage.name
@@ -102,9 +105,10 @@ def map_shards(
             if known := person_can_mend(error):
                 raise StageError(f"{name}: {known}") from error
             raise StageError(f"{name}: an actor failed: {last_words(error)} (logs/job.log has all of it)") from error
-    missing = [shard for shard in work if not shard.output.exists()]
-    if missing:
-        raise StageError(f"{missing[0].stage.name}: {missing[0].output} was not written; run the job again")
+    if missing := _missing(work):
+        raise StageError(
+            f"{missing[0].stage.name}: {missing[0].output} was not written, or on storage that this node does not see; run the job again"
+        )
     rows = {shard.stage.name: 0 for shard in work}
     for shard in pending or work:
         rows[shard.stage.name] += shard.rows
@@ -128,12 +132,37 @@ def _key(actor: Callable[..., Any], arguments: Mapping[str, Any], work: list[Sha
     return json.dumps([actor.__module__, same, repr(pool), dict(env)], sort_keys=True)
 
 
-def _made(shard: Shard) -> int:
-    """Rows of a shard that are made."""
-    if shard.output.exists():
-        return shard.rows
-    told = counted(tally_of(shard.output))
-    return min(shard.rows, told[0]) if told else 0
+def _made(work: list[Shard]) -> int:
+    """Rows that are made."""
+    there, rows = _there(work), 0
+    for shard in work:
+        folder, tally = there[shard.output.parent], tally_of(shard.output)
+        if shard.output.name in folder:
+            rows += shard.rows
+        elif tally.name in folder and (told := counted(tally)):
+            rows += min(shard.rows, told[0])
+    return rows
+
+
+def _missing(work: list[Shard]) -> list[Shard]:
+    """Those whose output is not there. Those who wrote it said so, so this node is given time to see it."""
+    deadline, said = time.monotonic() + SEEN_SECONDS, False
+    while True:
+        there = _there(work)
+        missing = [shard for shard in work if shard.output.name not in there[shard.output.parent]]
+        if not missing or time.monotonic() > deadline:
+            return missing
+        if not said:
+            said = True
+            log.warning("%s: %d shards are written and not seen on this node yet: waits for the storage", work[0].stage.name, len(missing))
+        time.sleep(0.5)
+
+
+def _there(work: list[Shard]) -> dict[Path, set[str]]:
+    """The names in every folder of shards. Listed, not asked for one by one: a list is of now, but of a name that was not there an NFS
+    client believes so for up to a minute."""
+    folders = {shard.output.parent for shard in work}
+    return {folder: {path.name for path in folder.iterdir()} if folder.is_dir() else set() for folder in folders}
 
 
 def _finished(shard: Shard) -> bool:

@@ -1,8 +1,11 @@
 """The pool of actors: what a person reads when an actor fails, and what stays."""
 
+import contextlib
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from ray import cloudpickle
 
 from actors.settings import Engine, Pool, Sampling
 from pipelines import generation
+from pipelines import shards as shards_of
 from pipelines.actor_pool import Adapter, named
 from pipelines.artifacts import Display, Run, Stage, StageError
 from pipelines.records import write_rows
@@ -56,14 +60,40 @@ def test_rows_of_an_unfinished_shard_count_as_far_as_it_tells(tmp_path: Path) ->
     *_, shard = shards(tmp_path)
     shard.output.parent.mkdir()
     tally = Tally(shard.output)
-    assert _made(shard) == 0
+    assert _made([shard]) == 0
     tally(1)
-    assert _made(shard) == 0, "once a second is enough"
+    assert _made([shard]) == 0, "once a second is enough"
     tally.said -= 2
     tally(2)
-    assert _made(shard) == 2
+    assert _made([shard]) == 2
     shard.output.write_text("done")
-    assert _made(shard) == shard.rows == 3
+    assert _made([shard]) == shard.rows == 3
+
+
+class Elsewhere:
+    """Writes on a node whose files reach this one late, or never."""
+
+    def __call__(self, inputs: list[str], output: str, options: dict[str, Any], tell: Callable[[int], None]) -> None:
+        Path(output).with_suffix(".elsewhere").write_text("done")
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_shard_that_another_node_wrote_is_waited_for(
+    late: bool, local_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_of, "SEEN_SECONDS", 30.0 if late else 1.0)
+    work = [Shard(Stage("a", {}), (), tmp_path / "a" / f"{late}.parquet", {}, rows=1)]
+
+    def arrive() -> None:
+        while "not seen on this node yet" not in caplog.text:
+            time.sleep(0.1)
+        work[0].output.with_suffix(".elsewhere").rename(work[0].output)
+
+    if late:
+        threading.Thread(target=arrive, daemon=True).start()
+    with contextlib.nullcontext() if late else pytest.raises(StageError, match=r"False\.parquet was not written"):
+        map_shards(Run(tmp_path), work, Elsewhere, {}, Pool(), {})
+    assert work[0].output.exists() == late and "1 shards are written and not seen on this node yet" in caplog.text
 
 
 class Dies:
