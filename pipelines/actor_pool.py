@@ -19,15 +19,14 @@ from actors.notices import FOLDER, who
 from actors.orders import Orders, beside_the_driver, here
 from actors.settings import Pool
 from pipelines.artifacts import StageError
+from pipelines.cluster import LOOK_SECONDS, living
+from pipelines.keeping import CLOSE_SECONDS
 from pipelines.restarts import restarted
 from pipelines.tally import Tally
 
 DEATHS = 3
 """Times that an actor may die and start again."""
 NAME_LENGTH = 160
-CLOSE_SECONDS = 20.0
-LOOK_SECONDS = 5.0
-"""between two looks at which nodes there are"""
 Item = dict[str, Any]
 
 
@@ -112,7 +111,7 @@ class ActorPool:
         import ray
 
         ray.get(self.orders.give.remote(*[json.dumps(item) for item in items]))
-        nodes = _nodes()
+        nodes = set(living())
         if last:
             self._end()
         for _ in items:
@@ -129,7 +128,7 @@ class ActorPool:
         while not self.over:
             with contextlib.suppress(queue.Empty):
                 return self.done.get(timeout=LOOK_SECONDS)
-            if nodes - _nodes():
+            if nodes - living().keys():
                 self._end()
         return self.done.get()
 
@@ -148,13 +147,6 @@ class ActorPool:
         self._end()
         self.thread.join(CLOSE_SECONDS)
         ray.kill(self.orders)
-
-
-def _nodes() -> set[str]:
-    """Those that live."""
-    import ray
-
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 class Adapter:

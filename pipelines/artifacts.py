@@ -113,6 +113,11 @@ class Run:
         self.intact: set[str] = set()
         """stages whose data this process wrote, or compared with its checksums"""
 
+    @property
+    def notices(self) -> Path:
+        """Folder for what happens to workers, see `actors.notices`."""
+        return self.root / "logs" / "notices"
+
     def directory(self, stage: Stage) -> Path:
         """Where a stage's data lies."""
         return self.root / stage.name
@@ -206,7 +211,7 @@ class Run:
             for source in stage.inputs.values():
                 self.require(source)
         try:
-            with heard(self.root / "logs" / "notices"):
+            with heard(self.notices):
                 self._make(work, pending)
         except OSError as error:
             if not isinstance(error, WriteError) and error.errno not in NO_ROOM:

@@ -79,16 +79,13 @@ def _start_here(settings: RaySettings, options: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _watching_nodes() -> Iterator[None]:
     """Logs, for the length of the block, which nodes join and which are gone."""
-    import ray
-
     over = threading.Event()
 
     def alive() -> dict[str, str]:
         return {
-            node["NodeID"]: f"node {node['NodeManagerHostname']} ({node['NodeID'][:8]}, {node['Resources'].get('CPU', 0):g} CPUs, "
+            name: f"node {node['NodeManagerHostname']} ({name[:8]}, {node['Resources'].get('CPU', 0):g} CPUs, "
             f"{node['Resources'].get('GPU', 0):g} GPUs)"
-            for node in ray.nodes()
-            if node["Alive"]
+            for name, node in living().items()
         }
 
     def watch(known: dict[str, str]) -> None:
@@ -96,6 +93,8 @@ def _watching_nodes() -> Iterator[None]:
             try:
                 now = alive()
             except Exception as error:  # noqa: BLE001
+                if over.is_set():
+                    return
                 # The head does not answer: Ray ends the job if it stays so.
                 log.warning("the cluster cannot be asked for its nodes: %s", error)
                 continue
@@ -105,11 +104,21 @@ def _watching_nodes() -> Iterator[None]:
                 log.warning("%s is gone: what ran there starts again where there is room", known[node])
             known = now
 
-    threading.Thread(target=watch, args=(alive(),), daemon=True).start()
+    watcher = threading.Thread(target=watch, args=(alive(),), daemon=True)
+    watcher.start()
     try:
         yield
     finally:
         over.set()
+        # Before Ray is gone under it; not for ever, where the head does not answer.
+        watcher.join(ANSWER_SECONDS)
+
+
+def living() -> dict[str, dict[str, Any]]:
+    """The nodes that live, as Ray describes them, by their ids."""
+    import ray
+
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
 def _check_answers(address: str) -> None:
@@ -193,18 +202,20 @@ def wait_for(run: Run, name: str, need: Need) -> None:
 
 
 def _wait(run: Run, name: str, need: Need) -> None:
-    import ray
     from ray.autoscaler.sdk import request_resources
 
     count, bundle = need.count, need.each()
     wanted = f"{name} asks for {count} x ({need.cpus:g} CPU, {need.gpus:g} GPU)"
     began, at = time.monotonic(), datetime.now().astimezone()
     said: float | None = None
-    while (there := need.room(_alive(ray.nodes()))) < count:
+    since: int | None = None
+    while (there := need.room(total())) < count:
         # Again and again: a request of another job replaces this one.
         request_resources(bundles=[bundle] * count)
         waited = time.monotonic() - began
-        if _can_never_be():
+        status = _status()
+        since = status.cluster_resource_state.cluster_resource_state_version if since is None else since
+        if can_never_be(status, bundle, count, since):
             raise StageError(f"{wanted}: no node type of this cluster can give that; lower it, or add a node type")
         if waited > run.patience:
             raise StageError(
@@ -219,20 +230,40 @@ def _wait(run: Run, name: str, need: Need) -> None:
         log.warning("%s: the nodes are there after %.0f s", name, time.monotonic() - began)
 
 
-def _alive(nodes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """What the living nodes have of each kind, when nothing runs there."""
-    return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
+def total() -> dict[str, dict[str, float]]:
+    """What every living node has of each kind, when nothing runs there."""
+    return {name: node["Resources"] for name, node in living().items()}
 
 
-def _can_never_be() -> bool:
-    """Whether the autoscaler says that it has no node type for a demand. Only Ray's newer one (v2) says so."""
+def can_never_be(status: Any, bundle: Mapping[str, float], count: int, since: int) -> bool:
+    """Whether the autoscaler says that no nodes of its types can give what is asked for. Only Ray's newer one (v2) says so.
+
+    Args:
+        status: Ray's `GetClusterStatusReply`.
+        bundle: that is asked for.
+        count: of them.
+        since: version of the cluster's state that the autoscaler has to have seen: what it says of an older one is about others.
+    """
+    told = status.autoscaling_state
+    # Of machines that join it may know only when they have what they have.
+    if told.last_seen_cluster_resource_state_version <= since or told.pending_instances or told.pending_instance_requests:
+        return False
+    for constraint in told.infeasible_cluster_resource_constraints:
+        asked = [(dict(each.request.resources_bundle), each.count) for each in constraint.resource_requests]
+        if asked == [(dict(bundle), count)]:
+            return True
+    return False
+
+
+def _status() -> Any:
+    """What the cluster has, and what its autoscaler last said of it."""
     import ray
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
     reply = GetClusterStatusReply()
     reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
-    return bool(reply.autoscaling_state.infeasible_cluster_resource_constraints)
+    return reply
 
 
 def _withdraw() -> None:

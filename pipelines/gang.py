@@ -18,12 +18,12 @@ from actors.notices import FOLDER, tell
 from actors.orders import Orders, beside_the_driver
 from actors.settings import Training
 from actors.storage import advice, is_full
-from pipelines.artifacts import StageError
+from pipelines.artifacts import Run, StageError
+from pipelines.keeping import CLOSE_SECONDS
 from pipelines.restarts import restarted
 from pipelines.shards import last_words
 
 log = logging.getLogger(__name__)
-CLOSE_SECONDS = 20.0
 Job = dict[str, Any]
 
 
@@ -75,17 +75,16 @@ class Gang:
     """Starts the workers, which then wait.
 
     Args:
-        root: the run directory.
-        name: for Ray's dashboard.
+        run: the run.
         training: how many workers, and what each asks Ray for.
     """
 
-    def __init__(self, root: Path, name: str, training: Training):
-        notices = str((root / "logs" / "notices").absolute())
+    def __init__(self, run: Run, training: Training):
+        notices = str(run.notices.absolute())
         self.orders = beside_the_driver(GangOrders, notices)
         self.given = 0
         self.over: concurrent.futures.Future[None] = concurrent.futures.Future()
-        trainer = _trainer(self.orders, root, name, training, notices)
+        trainer = _trainer(self.orders, run, training, notices)
         # In the main thread Ray Train takes over Ctrl-C, and keeps it.
         threading.Thread(target=self._fit, args=(trainer,), daemon=True).start()
 
@@ -157,7 +156,7 @@ def _told(error: Any, job: Job) -> StageError:
     return StageError(f"{job['name']}: {advice(output, first) if is_full(output, first) else said}")
 
 
-def _trainer(orders: Any, root: Path, name: str, training: Training, notices: str) -> Any:
+def _trainer(orders: Any, run: Run, training: Training, notices: str) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -179,8 +178,9 @@ def _trainer(orders: Any, root: Path, name: str, training: Training, notices: st
             resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": training.gpus_per_worker} if gpu else {}),
         ),
         run_config=ray.train.RunConfig(
-            name=name.replace("/", "-"),
-            storage_path=str(root / "logs" / "ray_train"),
+            # In Ray's dashboard.
+            name=f"{run.root.name}-training".replace("/", "-"),
+            storage_path=str(run.root / "logs" / "ray_train"),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
             worker_runtime_env={"env_vars": env},
             callbacks=[Tells()],

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 log = logging.getLogger(__name__)
+CLOSE_SECONDS = 20.0
+"""in which who waits ends, once told"""
 SETTLE_SECONDS = 1.5
 """within which Ray says of all nodes what those that have just ended gave back"""
 

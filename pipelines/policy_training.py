@@ -112,7 +112,7 @@ def _gang_trains(run: Run, name: str, training: Training, jobs: list[dict[str, A
 
     def start() -> Gang:
         wait_for(run, name, replace(need, count=workers))
-        return Gang(run.root, f"{run.root.name}-training", training)
+        return Gang(run, training)
 
     try:
         # One that Ray Train may size anew does so while it waits, too.

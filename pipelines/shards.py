@@ -89,7 +89,7 @@ def map_shards(
 
         def start() -> ActorPool:
             wait_for(run, name, replace(need, count=sizes[0]))
-            return ActorPool(actor, arguments, pool, sizes, env, waiting, run.root.name, run.root / "logs" / "notices")
+            return ActorPool(actor, arguments, pool, sizes, env, waiting, run.root.name, run.notices)
 
         def lasts(actors: ActorPool) -> bool:
             # What Ray scales goes when it waits.

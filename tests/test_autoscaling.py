@@ -97,14 +97,31 @@ def test_nothing_stays_asked_for_when_a_stage_stops_waiting_or_need_not_wait(
     assert asked() == []
 
 
-def test_room_is_counted_node_by_node() -> None:
+def test_room_is_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes: list[dict[str, Any]] = [
         {"NodeID": f"{k}", "Alive": True, "Resources": {"CPU": 8, "GPU": gpus}} for k, gpus in enumerate((4, 3, 0))
     ]
     nodes.append({"NodeID": "gone", "Alive": False, "Resources": {"GPU": 8}})
-    alive = cluster._alive(nodes)
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    alive = cluster.total()
     assert Need(1, cpus=1, gpus=2).room(alive) == 3, "two halves of a node are no node"
     assert Need(1, cpus=0.5, gpus=0).room(alive) == 48 and Need(1, cpus=0, gpus=8).room(alive) == 0
+
+
+def test_only_an_autoscaler_that_knows_of_the_request_says_that_it_can_never_be() -> None:
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    bundle, status = {"CPU": 1.0, "GPU": 4.0}, GetClusterStatusReply()
+    told = status.autoscaling_state
+    told.last_seen_cluster_resource_state_version = 7
+    refused = told.infeasible_cluster_resource_constraints.add().resource_requests.add(count=2)
+    refused.request.resources_bundle.update(bundle)
+    assert cluster.can_never_be(status, bundle, 2, since=6)
+    assert not cluster.can_never_be(status, bundle, 1, since=6), "another job asked for two"
+    assert not cluster.can_never_be(status, {"CPU": 1}, 2, since=6)
+    assert not cluster.can_never_be(status, bundle, 2, since=7), "before it has looked"
+    told.pending_instances.add()
+    assert not cluster.can_never_be(status, bundle, 2, since=6), "what a machine has is known when it has joined"
 
 
 @pytest.mark.slow

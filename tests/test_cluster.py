@@ -1,10 +1,12 @@
-"""Connecting to a cluster that is not there, or cannot be."""
+"""Connecting to a cluster that is not there, or cannot be, and the end of watching one that is."""
 
+import logging
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -40,3 +42,25 @@ def test_a_local_instance_that_does_not_start_says_why_and_what_to_do(tmp_path: 
     done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
     said = re.escape(f"Its files and logs are in {folder}/ray (another place: RAY_TMPDIR")
     assert re.search(f"^a local Ray instance does not start: .*107 bytes.*{said}.*ray.address$", done.stdout), done.stdout + done.stderr
+
+
+def test_nobody_asks_for_nodes_when_the_connection_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    connection, asking = threading.Event(), threading.Event()
+    connection.set()
+
+    def nodes() -> list[object]:
+        if threading.current_thread() is not threading.main_thread():
+            asking.set()
+            time.sleep(0.5)
+        if not connection.is_set():
+            raise ConnectionError("Ray is gone")
+        return []
+
+    monkeypatch.setattr("ray.nodes", nodes)
+    monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.01)
+    with caplog.at_level(logging.WARNING), cluster._watching_nodes():
+        watchers = [thread for thread in threading.enumerate() if "watch" in thread.name]
+        assert asking.wait(5) and len(watchers) == 1
+    connection.clear()
+    time.sleep(0.7)
+    assert not watchers[0].is_alive() and not caplog.text

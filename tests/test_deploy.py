@@ -56,6 +56,15 @@ def test_a_cluster_in_a_cloud_grows_from_its_head_alone(name: str) -> None:
     assert "InstanceMarketOptions" not in types["head"]["node_config"] and "scheduling" not in types["head"]["node_config"]
 
 
+def test_machines_of_ones_own_all_join_at_once() -> None:
+    from ray.autoscaler._private.util import prepare_config
+
+    config = prepare_config(cluster("deploy/clusters/on-premises.yaml"))
+    (kind,) = config["available_node_types"].values()
+    # Nobody knows before what they have: the autoscaler starts none for a job.
+    assert kind["resources"] == {} and kind["min_workers"] == kind["max_workers"] == len(config["provider"]["worker_ips"]) == 2
+
+
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_every_node_runs_the_image_on_the_shared_file_system(name: str) -> None:
     config = cluster(name)
