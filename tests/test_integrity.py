@@ -2,7 +2,9 @@
 
 import datetime
 import errno
+import json
 import logging
+import multiprocessing
 import os
 import shutil
 import time
@@ -13,11 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch.distributed as dist
 from training import assert_same_steps, train, write_pairs
 
 from actors import storage
+from actors.learner.checkpoint import Checkpoints
 from actors.notices import FOLDER
-from actors.settings import Objective
+from actors.settings import Objective, Training
 from actors.storage import checksum
 from jobs.config import build
 from jobs.gsil_iterative import plan
@@ -299,3 +303,27 @@ def test_damaged_checkpoints_are_passed_over_for_the_one_before(tiny: Path, tmp_
     assert again[:2] == whole[:2]
     assert_same_steps(again, whole)
     assert "model_states.pt is damaged: " in told() and "done.json is damaged" in told() and "goes on behind step 2" in told()
+
+
+def _chooses(rank: int, root: Path) -> None:
+    """A worker, to whose node nothing has come yet if it is not the first."""
+    dist.init_process_group("gloo", init_method=f"file://{root / 'meeting'}", rank=rank, world_size=2)
+    checkpoints = Checkpoints(root / ("checkpoints", "late")[rank], Training(), {})
+    found = checkpoints.newest()
+    # No engine: what is there need not be written again.
+    checkpoints.save(None, 2)
+    (root / f"{rank}.json").write_text(json.dumps(found))
+
+
+def test_all_workers_go_on_from_the_checkpoint_that_the_first_one_sees(tmp_path: Path) -> None:
+    step = tmp_path / "checkpoints/step-000002"
+    step.mkdir(parents=True)
+    done: dict[str, Any] = {"step": 2, "world": 2, "zero_stage": Training().zero_stage, "architecture": {}, "files": {}, "checksums": {}}
+    (step / "done.json").write_text(json.dumps(done))
+    workers = [multiprocessing.get_context("spawn").Process(target=_chooses, args=(rank, tmp_path)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        worker.kill()
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [done | {"path": str(step)}] * 2

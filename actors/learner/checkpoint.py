@@ -11,9 +11,9 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -21,6 +21,7 @@ from actors.notices import tell
 from actors.settings import Training
 from actors.storage import checksums, damage, replacing
 
+T = TypeVar("T")
 WRITER = re.compile(r"pp_rank_(\d+)_")
 """In the name of a file that every worker writes for itself."""
 
@@ -45,7 +46,7 @@ class Checkpoints:
             ValueError: the checkpoint is of another architecture, or of a ZeRO stage that it cannot be converted from.
         """
         found = None
-        complete = sorted(self.directory.glob("step-*/done.json"))
+        complete = self._firsts(lambda: sorted(self.directory.glob("step-*/done.json")))
         while complete and found is None:
             found = self._intact(complete[-1])
             complete = complete if found else complete[:-1]
@@ -89,7 +90,7 @@ class Checkpoints:
     def save(self, engine: Any, step: int) -> None:
         """Writes a checkpoint after `step` steps and removes the oldest. A collective."""
         path = self.directory / f"step-{step:06d}"
-        if (path / "done.json").exists():
+        if self._firsts(lambda: (path / "done.json").exists()):
             return
         engine.save_checkpoint(str(self.directory), tag=path.name, save_latest=False, exclude_frozen_parameters=bool(self.settings.lora_r))
         dist.barrier()
@@ -109,9 +110,9 @@ class Checkpoints:
         """What a `done.json` says of a checkpoint that is what was written; a damaged one is removed. A collective: every worker looks at
         what it would read."""
         why: dict[str, str | None] = {}
-        done = None
+        done, text = None, self._firsts(path.read_bytes)
         try:
-            done = json.loads(path.read_text(encoding="utf-8"))
+            done = json.loads(text)
             sums, sizes = done.get("checksums", {}), done.get("files", {})
             why = {str(self.rank): damage(path.parent, sizes, {name: sums[name] for name in self._mine(sums)})}
         except (ValueError, KeyError, AttributeError):
@@ -125,6 +126,12 @@ class Checkpoints:
             shutil.rmtree(path.parent)
         dist.barrier()
         return None
+
+    def _firsts(self, look: Callable[[], T]) -> T:
+        """What the first worker finds: files reach the others' nodes later, and all have to do the same. A collective."""
+        found: list[Any] = [look() if self.rank == 0 else None]
+        dist.broadcast_object_list(found)
+        return found[0]
 
     def _mine(self, names: Iterable[str]) -> list[str]:
         """Of a checkpoint's files those that this worker reads for all: its own, which its node may still have in memory."""
