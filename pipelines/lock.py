@@ -20,7 +20,7 @@ def locked(root: Path) -> Iterator[None]:
     """Holds a run directory for this process; the lock goes with the process, however it ends.
 
     Raises:
-        StageError: another process holds it.
+        StageError: another process holds it, or it cannot be written or locked.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def locked(root: Path) -> Iterator[None]:
         raise StageError(f"the run directory {root} cannot be written: {error.strerror}; choose another --run.root") from None
     with lock as file:
         deadline = time.monotonic() + LOOKED_AT_SECONDS
-        while not _lock(file):
+        while not _lock(file, root):
             if time.monotonic() > deadline:
                 file.seek(0)
                 raise StageError(f"{root} is in use by another process ({file.read().strip()}): wait for it, or choose another --run.name")
@@ -40,9 +40,14 @@ def locked(root: Path) -> Iterator[None]:
         yield
 
 
-def _lock(file: IO[str]) -> bool:
+def _lock(file: IO[str], root: Path) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError as error:
+        raise StageError(
+            f"{root} cannot be locked: {error.strerror}: its storage has to give file locks (flock), which can be a matter of how it is "
+            "mounted; see to it, or choose another --run.root"
+        ) from None
     return True

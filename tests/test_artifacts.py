@@ -1,6 +1,8 @@
 """Stages: fingerprints, manifests, skipping, throwing away what another attempt left."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +116,15 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
         holder.kill()
         holder.wait()
     with locked(tmp_path):
+        pass
+
+
+def test_storage_without_locks_is_not_called_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(StageError, match=r"cannot be locked: No locks available: its storage has to give file locks"), locked(tmp_path):
         pass
 
 
