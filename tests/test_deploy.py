@@ -76,6 +76,7 @@ def test_every_node_runs_the_image_on_the_shared_file_system(name: str) -> None:
     (mount,) = [command for command in config["initialization_commands"] if "mountpoint -q /shared" in command]
     # What one node wrote the others see.
     assert name not in CLOUDS or "lookupcache=positive" in mount
+    assert not any("apt-get" in command.replace("apt-get -o DPkg::Lock::Timeout=300 ", "") for command in config["initialization_commands"])
     # A comment would hide the bracket that Ray puts behind a command.
     assert not any("#" in command for command in config["initialization_commands"])
     # Whoever reaches a dashboard starts jobs.
