@@ -4,7 +4,8 @@
 
 - engines: every engine answers 32 prompts a second; the time from the first shard's begin to the last one's end, when all have started,
   against prompts / (32 x engines).
-- prompts: two engines that answer at once: seconds a row, and the most memory that the driver and any one engine held.
+- prompts: two engines that answer at once: seconds a row, the most memory that the driver ever held (its peak, imports
+  included), and the most that any one engine held behind a shard.
 - iterations: `--dry-run` of a run directory in which so many are done.
 
 Logical CPUs: as many as engines, whatever the machine has. Engines that sleep need none.
@@ -13,6 +14,7 @@ Logical CPUs: as many as engines, whatever the machine has. Engines that sleep n
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -125,12 +127,10 @@ def stage(root: str, engines: int, prompts: int, shard_rows: int, rate: float | 
     sampled = plan("negatives", base, base, data, Sampling(), Engine(), 1, {"train": None})
     account = Path(root, "account")
     account.mkdir()
-    driver = psutil.Process()
-    peak = driver.memory_info().rss
     map_shards(
         run, _tasks(run, sampled, ""), Stub, {"rate": rate, "account": str(account)}, Pool(min_actors=engines, max_actors=engines), {}
     )
-    peak = max(peak, driver.memory_info().rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     entries = [json.loads(line) for file in account.glob("*.jsonl") for line in file.read_text().splitlines()]
     # The driver looks at the rows once more when a stage ends, as `generation.sample` does.
     seconds = max(entry["ended"] for entry in entries) - min(entry["began"] for entry in entries)
