@@ -55,6 +55,10 @@ def test_a_wrong_field_or_value_is_found_in_a_definition() -> None:
     assert found[1:] == ["$.apiVersion: there is no such field", "$.spec.replica: there is no such field"]
 
 
+def test_a_run_of_its_own_and_a_cluster_that_stays_are_the_same_cluster() -> None:
+    assert cluster_of(manifest("rayjob.yaml")) == cluster_of(manifest("raycluster.yaml"))
+
+
 @pytest.mark.parametrize("name", RAY)
 def test_fields_of_kuberay_are_spelt_right(name: str) -> None:
     resource = manifest(name)
