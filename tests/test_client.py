@@ -74,7 +74,8 @@ def test_full_queues_and_broken_connections_are_tried_again(no_waiting: list[flo
 
 
 def test_what_is_wrong_is_said_once(no_waiting: list[float]) -> None:
-    for empty in ("", []):
+    nothing: list[Any] = ["", []]
+    for empty in nothing:
         with pytest.raises(ServiceError, match=r"/classify answers 422: input 0 is empty"):
             asyncio.run(against(httpx.ASGITransport(application())).rewards([empty]))
     assert not no_waiting

@@ -144,7 +144,8 @@ def test_what_openais_clients_send_without_asking_for_anything_is_taken() -> Non
     for given in (turn, turn | {"name": "somebody"}):
         assert post(application(), "/v1/chat/completions", {"messages": [*ASKED, given, *ASKED]}).status_code == 200
         assert post(application(), "/classify", {"messages": [*ASKED, given]}).status_code == 200
-    for some in ({"tool_calls": [{}]}, {"refusal": "no"}, {"else": 1}):
+    wrong: list[dict[str, Any]] = [{"tool_calls": [{}]}, {"refusal": "no"}, {"else": 1}]
+    for some in wrong:
         answer = post(application(), "/v1/chat/completions", {"messages": [*ASKED, turn | some]})
         assert answer.status_code == 422 and answer.json()["error"]["param"] == f"messages.1.{next(iter(some))}"
     refused: list[dict[str, Any]] = [{"logit_bias": {"5": 1}}, {"tools": [{}]}, {"response_format": {"type": "json_object"}}]

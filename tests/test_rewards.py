@@ -292,9 +292,9 @@ CHATML = (
 
 def worded(folder: Path, template: str, pad: str | None = None) -> Chat:
     words = model_tokenizer(template)
-    words.add_special_tokens(
-        {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]} | ({"pad_token": pad} if pad else {})
-    )
+    words.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    if pad:
+        words.add_special_tokens({"pad_token": pad})
     words.save_pretrained(folder)
     return Chat(str(folder))
 

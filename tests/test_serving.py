@@ -112,8 +112,9 @@ def test_the_judge_answers_by_its_name_with_log_probs(served: tuple[str, Path], 
     vocabulary = {chat.tokenizer.decode([token]): token for token in range(len(chat.tokenizer))}
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     # However they are drawn, log-probs are those of the model itself.
-    for how in ({"temperature": 0.0}, {"temperature": 1.7, "top_p": 0.5}):
-        found = client.chat.completions.create(**options, **how, logprobs=True, top_logprobs=5).choices[0]
+    for temperature in (0.0, 1.7):
+        options |= {"temperature": temperature}
+        found = client.chat.completions.create(**options, top_p=0.5, logprobs=True, top_logprobs=5).choices[0]
         content = (found.logprobs and found.logprobs.content) or []
         assert content and "".join(said.token for said in content) == found.message.content
         said = [vocabulary[said.token] for said in content]
@@ -123,9 +124,9 @@ def test_the_judge_answers_by_its_name_with_log_probs(served: tuple[str, Path], 
         for row, token, at in zip(expected, said, content, strict=True):
             assert at.logprob == pytest.approx(float(row[token]), abs=1e-3)
             assert [other.logprob for other in at.top_logprobs] == pytest.approx(row.topk(5).values.tolist(), abs=1e-3)
-        if not how["temperature"]:
+        if not temperature:
             assert all(at.logprob == at.top_logprobs[0].logprob for at in content)
-            (plain,) = client.chat.completions.create(**options, **how).choices
+            (plain,) = client.chat.completions.create(**options).choices
             assert plain.logprobs is None and plain.message.content == found.message.content
 
 
