@@ -30,7 +30,7 @@ from pipelines import (
     policies,
     scoreboard,
     scoring,
-    summary,
+    tables,
     tasks,
     tournament,
 )
@@ -265,11 +265,11 @@ def _summary(graph: Graph, run: Run) -> dict[str, Any]:
     return content
 
 
-def show(content: dict[str, Any], root: Path) -> summary.Shown:
+def show(content: dict[str, Any], root: Path) -> tables.Shown:
     """The final tables."""
     lines = [f"warning: {text}" for text in content["warnings"]]
-    shown = [summary.Table(title, rows) for title, rows in scoreboard.tables(content).items()]
-    return summary.Shown(shown, [*lines, f"summary: {root / EvaluateConfig.file('summary.json')}"])
+    shown = [tables.Table(title, rows) for title, rows in scoreboard.tables(content).items()]
+    return tables.Shown(shown, [*lines, f"summary: {root / EvaluateConfig.file('summary.json')}"])
 
 
 if __name__ == "__main__":

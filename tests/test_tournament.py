@@ -191,7 +191,8 @@ def test_a_rate(tmp_path: Path) -> None:
 
     with endpoint(judge) as (url, _):
         Played(tmp_path).play(url=url, requests_per_minute=1200)
-    assert at[-1] - at[0] > 35 * 0.05 * 0.98 and len(at) == 36
+    # The first request also waits for its connection.
+    assert at[-1] - at[0] > 35 * 0.05 * 0.9 and len(at) == 36
 
 
 class Moody:

@@ -25,7 +25,7 @@ def plan(name: str, settings: Sequence[Setting], evaluations: Sequence[Stage]) -
 
 def choose(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
     """The work of these stages."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for stage in stages:
         accuracies = [(run.numbers(s)["accuracy"] if run.manifest(s) else None) for s in stage.inputs.values()]
         trials = [setting | {"accuracy": accuracy} for setting, accuracy in zip(stage.settings["settings"], accuracies, strict=True)]
