@@ -40,7 +40,7 @@ class EngineDead(RuntimeError):
 
 
 def end_process(failure: EngineDead) -> None:
-    """Of a process that is nothing without its engine: it would answer faster than those that work, and so be asked the most."""
+    """Ends a process that is nothing without its engine: it would answer faster than those that work, and so be asked the most."""
     log.critical("this process ends: %s", failure)
     logging.shutdown()
     os._exit(1)

@@ -239,7 +239,7 @@ def _answer(config: EvaluateConfig, policy: Evaluated, run: Run) -> None:
 
 
 def _root(config: EvaluateConfig) -> Path:
-    """Of the run whose policies and held-out demonstrations are taken."""
+    """Directory of the run whose policies and held-out demonstrations are taken."""
     return Path(config.policies.run).expanduser().resolve() if config.policies.run else config.run.directory()
 
 

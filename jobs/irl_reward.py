@@ -86,7 +86,7 @@ class Graph:
     choice: Stage | None
 
     def samples(self) -> tuple[list[Stage], list[Stage]]:
-        """Of the base policy and of the SFT policy; what nobody would read is not drawn."""
+        """Stages of the base policy's samples and of the SFT policy's; what nobody would read is not drawn."""
         if not self.policy:
             return [], []
         judged = self.choice is not None and "golden" in self.choice.inputs
@@ -106,7 +106,7 @@ class Graph:
         return [*data, *sampled, *labels, *learned, *scores, *([self.choice] if self.choice else [])]
 
     def pairs(self) -> list[Stage]:
-        """Of all kinds, once each."""
+        """Stages of the pairs of all kinds, once each."""
         return list({reward.kind: reward.pairs for reward in self.rewards}.values())
 
 

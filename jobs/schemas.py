@@ -235,7 +235,7 @@ class EvaluateConfig(ModelJobConfig):
         return bool(self.answers.measures or self.answers.reference or self.tournament.contestants)
 
     def precision(self) -> str:
-        """Of log-probs and rewards."""
+        """Precision of log-probs and rewards."""
         return "bfloat16" if self.engine.dtype == "bfloat16" else "float32"
 
     def max_model_len(self) -> int:

@@ -155,7 +155,7 @@ def person_can_mend(error: BaseException) -> StageError | None:
 
 
 def keeper(settings: RaySettings) -> Keeper:
-    """Of a job. What a cluster's nodes have of memory is their types' matter; here it is shared with whatever else runs."""
+    """The keeper of a job's pools. On a cluster memory is a matter of its node types; here it is shared with whatever else runs."""
     local = not (settings.address or os.environ.get("RAY_ADDRESS"))
     return Keeper(settings.keep_warm_minutes * 60, SPARE_BYTES if local else 0)
 

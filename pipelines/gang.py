@@ -161,7 +161,7 @@ def _trainer(orders: Any, run: Run, training: Training, notices: str) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class Tells(ray.train.UserCallback):
-        """Of failures; Ray Train's controller, where this runs, must not wait."""
+        """Notes failures; Ray Train's controller, where this runs, must not wait."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             orders.failed.remote({rank: last_words(error) for rank, error in worker_exceptions.items()})

@@ -41,7 +41,7 @@ class Cache:
 
     @staticmethod
     def key(who: Any, row: Row) -> str:
-        """Of a question to somebody."""
+        """The key of a question to somebody."""
         return hashlib.sha256(json.dumps([who, row["kind"], row["question"]], sort_keys=True).encode()).hexdigest()[:32]
 
     def take(self, key: str, answer: Row) -> None:

@@ -111,7 +111,7 @@ def _answer(run: Run, stage: Stage, judge: Judge, trust_remote_code: bool) -> di
 
 
 def cost(judge: Judge, read: int, written: int) -> float:
-    """Of tokens, in the currency of the prices."""
+    """Price of tokens, in the currency of the prices."""
     return (read * judge.price_in + written * judge.price_out) / 1e6
 
 

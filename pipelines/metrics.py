@@ -26,7 +26,7 @@ GAUGES = {
 MOMENTARY = ("gsil_stage_active", "gsil_stage_seconds_left", "gsil_tokens_per_second", *(f"gsil_{unit}_per_second" for unit in UNITS))
 """What is 0 when nothing runs."""
 ALSO = {"tokens_per_second": "gsil_tokens_per_second", "rejected": "gsil_rejected_rows", "restarts": "gsil_restarts"}
-"""Of a stage's other numbers."""
+"""Gauges of a stage's other numbers."""
 
 
 class Metrics(Watcher):

@@ -62,7 +62,7 @@ def write_plan(root: Path, prefix: str, script: str, stages: Sequence[Stage]) ->
 
 
 def read_plans(root: Path) -> list[Plan]:
-    """Of all jobs that worked in a run directory, in the order in which they started."""
+    """Plans of all jobs that worked in a run directory, in the order in which they started."""
     found = []
     for path in root.glob(f"*{FILE}"):
         content = read_json(path)

@@ -52,7 +52,7 @@ PAIR = pa.schema(
 
 REWARD_PAIR = pa.schema({"id": pa.string(), "sample": pa.int32(), "prompt_ids": IDS, "real_ids": IDS, "generated_ids": IDS})
 SCORE = pa.schema({"id": pa.string(), "sample": pa.int32(), "score": pa.float64(), "reason": pa.string()})
-"""Of a response that has no score, `reason` says why."""
+"""`reason` says why a response has no score."""
 
 
 def shards(directory: Path) -> list[Path]:

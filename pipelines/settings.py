@@ -194,7 +194,7 @@ class Rewards(Combination):
         return self
 
     def loss_of(self, kind: str) -> str:
-        """Of one kind."""
+        """The loss of one kind of reward model."""
         if self.loss == "auto":
             return "bradley_terry" if kind == "bt" else "binary"
         return self.loss

@@ -36,7 +36,7 @@ class StageFacts:
 
 
 def planned(root: Path, stages: Sequence[Planned], ended: Mapping[str, Any] | None, under_way: str) -> Iterator[StageFacts]:
-    """Of a job graph.
+    """States of the stages of a job graph.
 
     Args:
         root: the run directory.

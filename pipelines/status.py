@@ -59,7 +59,7 @@ class ProgressFile(Watcher):
             self._write({})
 
     def over(self, failure: str | None) -> None:
-        """Of a run that stops: how far it had come, and why."""
+        """Writes how far a run that stops had come, and why it stops."""
         self._write(self.told | {"failure": failure})
 
     def _write(self, content: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ SHOTS = {"gsm8k": 5, "arc_challenge": 25, "hellaswag": 10, "winogrande": 5, "mml
 MAIN = {"gsm8k": "exact_match,strict-match", "winogrande": "acc", "truthfulqa_mc2": "acc", "mmlu": "acc"}
 """The metric that the papers report."""
 FIRST = ("acc_norm", "exact_match", "acc", "pass@1", "pass_at_1")
-"""Of other tasks the first of these that there is."""
+"""The metric of other tasks: the first of these that there is."""
 INSTALL = "uv pip install -e '.[eval]'"
 NAME = re.compile(r"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([\w.:+-]+)[\"']?[ \t]*$", re.MULTILINE)
 TAG = re.compile(r"^[\"']?tag[\"']?:[ \t]*(?:[\"']?([\w.:+-]+)[\"']?[ \t]*$|((?:\n[ \t]*-[ \t]*[\"']?[\w.:+-]+[\"']?)+))", re.MULTILINE)

@@ -51,7 +51,7 @@ right answer, {filter: what was read from the responses} and {metric: score} as 
 ALONE = {"DISABLE_MULTIPROC": "1"}
 """lm-eval would start a process a CPU for a bootstrap."""
 ROWS = 1000
-"""Of a task whose data set nobody has looked at yet, for the display."""
+"""Rows of a task whose data set nobody has looked at yet, for the display."""
 
 
 def names(tasks: Tasks) -> list[str]:
@@ -226,7 +226,7 @@ class AnswerShards:
 
 
 def _wait_for_the_end(pid: int, seconds: float = 60) -> None:
-    """Of a process that was killed: its memory is free then."""
+    """Waits until a process that was killed is gone: its memory is free then."""
     deadline = time.monotonic() + seconds
     with suppress(ProcessLookupError):
         while time.monotonic() < deadline:

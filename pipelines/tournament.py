@@ -198,7 +198,7 @@ def _judged(game: dict[str, Any], given: dict[str, Any] | None, swapped: dict[st
 
 
 def _reading(answer: dict[str, Any]) -> Reading:
-    """Of one order, told of that order."""
+    """The verdict of one order, told of that order."""
     return read_probabilities(answer["logps"])[0] if answer["kind"] == "logprob" else read_pair(answer["text"], answer["cut"])
 
 

@@ -26,7 +26,7 @@ NAMES = 3
 
 
 def title(names: Sequence[str]) -> str:
-    """Of stages that run in one call."""
+    """One name for stages that run in one call."""
     more = len(names) - NAMES
     return " + ".join([*names[:NAMES], *([f"{more} more"] if more > 0 else [])])
 
@@ -57,7 +57,7 @@ class Progress:
 
     @property
     def title(self) -> str:
-        """Of the stages."""
+        """One name for the stages."""
         return title(self.stages)
 
     @property

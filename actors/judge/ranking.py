@@ -17,7 +17,7 @@ Ints = NDArray[np.int64]
 ELO = 400 / np.log(10)
 """Points of an Elo rating for one nat of log odds."""
 PRIOR = 0.1
-"""Of a won and a lost game that each contestant is given against an average one: who won all has a finite rating."""
+"""Weight of a won and of a lost game that each contestant is given against an average one: who won all has a finite rating."""
 RESAMPLES = 1_000
 
 
@@ -38,7 +38,7 @@ def shares(outcomes: Sequence[Reading]) -> dict[str, float | int | None]:
 
 
 def points(outcome: Reading) -> float:
-    """Of the first contestant: 1 for a win, 1/2 for a tie, 0. What could not be read is no game."""
+    """Points of the first contestant: 1 for a win, 1/2 for a tie, else 0. What could not be read is no game."""
     assert outcome != "unparsed"
     return 0.5 if outcome == "tie" else 1.0 - outcome
 

@@ -134,7 +134,7 @@ class Checkpoints:
         return found[0]
 
     def _mine(self, names: Iterable[str]) -> list[str]:
-        """Of a checkpoint's files those that this worker reads for all: its own, which its node may still have in memory."""
+        """Those of a checkpoint's files that this worker reads for all: its own, which its node may still have in memory."""
         return [name for name in names if int(found[1] if (found := WRITER.search(name)) else 0) % self.world == self.rank]
 
     def _together(self, own: Mapping[str, Any]) -> dict[str, Any]:

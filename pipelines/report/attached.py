@@ -13,7 +13,7 @@ from actors.settings import Tracking
 log = logging.getLogger("gsil")
 
 UNPREFIXED = ("policies", "rewards")
-"""Of the summary: what they are about is told by the names below them."""
+"""Keys of the summary that name nothing: what they are about is told by the names below them."""
 
 
 def attach(tracking: Tracking, root: Path, page: Path, found: Mapping[str, Any]) -> None:

@@ -130,7 +130,7 @@ def gather(root: Path, stages: Sequence[Stage] = (), prefix: str = "", failure: 
 
 
 def _steps(path: Path) -> list[dict[str, float]]:
-    """Of a training, as far as it has come: the last line of one that is going on may be half written."""
+    """Metrics of a training's steps, as far as it has come: the last line of one that is going on may be half written."""
     steps = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

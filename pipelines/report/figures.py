@@ -24,7 +24,7 @@ PANELS = {
 """What a training step logs, and what is drawn together."""
 SHOWN = {"grad_norm": "gradient norm"}
 MOST_POINTS = 400
-"""Of a curve; a longer one shows means of neighbours."""
+"""Points of a curve at most; a longer one shows means of neighbours."""
 
 
 def training(facts: Facts) -> str:

@@ -20,7 +20,7 @@ from pipelines.reproduction.tables import VERSION
 from pipelines.settings import Evaluation
 
 NEW_TOKENS = 72
-"""Of a response; demonstrations in the longest style have 69 at most."""
+"""Length limit of a response, tokens; demonstrations in the longest style have 69 at most."""
 METRIC = Evaluation(metric="exact_text", max_new_tokens=NEW_TOKENS)
 SAMPLED = Sampling(max_new_tokens=NEW_TOKENS)
 SEVERAL = Sampling(max_new_tokens=NEW_TOKENS, samples=4, seed=1)

@@ -5,7 +5,6 @@ base/model/tokenizer/  the run's tokenizer, as for any base model
 seed-1/blank/policy/   other random weights
 """
 
-import json
 import string
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,7 @@ def _prepare(tiny: Tiny, directory: Path) -> dict[str, Any]:
 
 
 def parameters(directory: Path) -> int:
-    """Of a model on disk."""
+    """Number of weights of a model on disk."""
     from safetensors import safe_open
 
     with safe_open(directory / "model.safetensors", "pt") as file:
@@ -133,8 +132,3 @@ def draw_blanks(tiny: Tiny) -> Any:
         return {}
 
     return work
-
-
-def context(run: Run, base: Stage) -> int:
-    """Of a run's model, tokens."""
-    return int(json.loads((run.directory(base) / "blank" / "config.json").read_text())["max_position_embeddings"])

@@ -177,7 +177,7 @@ class GatewayReplica:
         return build_app(self.service, self.judge, access, self.config.limits, self.ready, Metrics())
 
     async def ready(self) -> dict[str, str]:
-        """Of every deployment, "ready" or what Ray Serve says of it."""
+        """The state of every deployment: "ready", or what Ray Serve says of it."""
         asked, states = self.states
         if time.monotonic() - asked > STATUS_SECONDS:
             try:
@@ -203,7 +203,7 @@ def _states(application: str) -> dict[str, str]:
 
 
 def digests(server: Server) -> tuple[str, ...]:
-    """Of the API keys, which themselves stay where they are.
+    """Digests of the API keys, which themselves stay where they are.
 
     Raises:
         StageError: there are none, and the address can be reached from elsewhere; or the file cannot be read.
@@ -245,7 +245,7 @@ def listening() -> str | None:
 
 
 def digest(key: str) -> str:
-    """Of an API key."""
+    """SHA-256 of an API key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 

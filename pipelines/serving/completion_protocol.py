@@ -187,7 +187,7 @@ class Logprobs(Body):
 
     @classmethod
     def of(cls, tokens: Iterable[Token]) -> "Logprobs":
-        """Of a response's tokens."""
+        """Log-probs of a response's tokens."""
 
         def likely(text: str, logp: float) -> dict[str, Any]:
             return {"token": text, "logprob": logp, "bytes": list(text.encode(errors="replace"))}

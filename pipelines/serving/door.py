@@ -17,9 +17,9 @@ log = logging.getLogger("ray.serve")
 GONE = 499
 """in place of a status, where nobody was left to be answered"""
 OPEN = ("/health", "/", "/docs", "/openapi.json")
-SCRIPTS = "/static-offline-docs/"
-"""of /docs"""
 """what is answered without a key: nothing of it costs or tells anything"""
+SCRIPTS = "/static-offline-docs/"
+"""of /docs, as open"""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ REWARDS = (-20, -10, -5, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 5, 10, 20)
 
 
 class Metrics:
-    """Of the gateway."""
+    """Metrics of the gateway, for Prometheus."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -83,7 +83,7 @@ class Usage(Body):
 
     @classmethod
     def summed(cls, parts: Iterable["Usage"]) -> "Usage":
-        """Of several."""
+        """The usage of several together."""
         counts = [(part.prompt_tokens, part.completion_tokens) for part in parts]
         return cls.of(sum(prompt for prompt, _ in counts), sum(completion for _, completion in counts))
 

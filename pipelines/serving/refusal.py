@@ -32,7 +32,7 @@ class Refused(Exception):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.status}}
 
     def headers(self) -> dict[str, str]:
-        """Of the answer."""
+        """Headers of the answer."""
         return {} if self.retry_after is None else {"Retry-After": str(math.ceil(self.retry_after))}
 
 

@@ -291,7 +291,7 @@ class JudgeResponse(Reply, Verdict):
 
 
 def turns(given: Any) -> int:
-    """Of a conversation; a text is one."""
+    """Number of turns of a conversation; a text is one."""
     return len(given) if _is_conversation(given) else 1
 
 

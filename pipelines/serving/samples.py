@@ -215,7 +215,7 @@ def _sample(found: Any, draw: Draw) -> Sample:
 
 
 def _token(number: int, at: Mapping[int, Any], likeliest: int) -> Token:
-    """Of vLLM's log-probs at one place, by token."""
+    """A token out of vLLM's log-probs at its place, by token."""
     # JSON has no infinity.
     said = {token: (found.decoded_token or "", max(found.logprob, -9999.0)) for token, found in at.items()}
     first = sorted(at, key=lambda token: at[token].rank)[:likeliest]

@@ -233,7 +233,7 @@ class Service:
             yield piece, reward, Usage.of(len(found.prompt_ids), len(whole.samples[0].ids))
 
     async def _rewards(self, chooser: str, prompt: Prompt, items: list[Any]) -> list[float]:
-        """Of samples that are there already: whoever waited for them waits for a place in the queue, too, up to the time of the request."""
+        """Rewards of samples that are there: whoever waited for them waits for a place in the queue, too, up to the time of the request."""
         while True:
             try:
                 return (await self.reward_models.rewards(chooser, items)).values
