@@ -119,9 +119,10 @@ def print_result(shown: Shown) -> None:
     """The final tables and where everything is."""
     console = Console()
     for table in shown.tables:
-        # A name or a word that is cut could be another one: a terminal too narrow for them folds whole lines.
+        # A name or a word that is cut could be another one, and a number keeps its error: a terminal too narrow folds whole lines.
         names, *others = zip(*table.rows, strict=True)
-        least = [max(map(cell_len, names)), *(max(map(cell_len, " ".join(cells).split()), default=0) for cells in others)]
+        words = [" ".join(cells).replace(" ± ", "_±_").split() for cells in others]
+        least = [max(map(cell_len, names)), *(max(map(cell_len, each), default=0) for each in words)]
         # As text: brackets in a name are no markup.
         heads = map(Text, table.rows[0])
         columns = (Column(head, min_width=width, no_wrap=not k) for k, (head, width) in enumerate(zip(heads, least, strict=True)))

@@ -71,6 +71,10 @@ def test_what_cannot_be_served_is_said() -> None:
         application.build(ServiceConfig(judge=JudgeService(templates="nowhere")).model_dump())
 
 
+def test_a_judge_alone_is_a_service(tiny: Path) -> None:
+    assert application.build(ServiceConfig(judge=JudgeService(path=str(tiny))).model_dump())
+
+
 def test_a_policy_is_no_reward_model_and_no_cluster_is_started_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tiny(tmp_path)
     with socket.socket() as free:

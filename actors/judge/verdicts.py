@@ -63,7 +63,7 @@ def turned(reading: Reading) -> Reading:
 
 
 def winner(verdicts: Sequence[Reading]) -> Reading:
-    """The outcome of a question in both orders, each told of the order given: a win needs both to agree, disagreement is a tie, and what could
+    """The outcome of a question in both orders, each told of the order given: a win needs both to agree, disagreement is a tie, what could
     not be read is never a tie."""
     if "unparsed" in verdicts:
         return "unparsed"
