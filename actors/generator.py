@@ -54,7 +54,11 @@ def room(config: Any, asked: int) -> int:
         config: of the model.
         asked: how many there should be; the log has a line where the model has fewer.
     """
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) or asked
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or asked
+    # Stretched positions: how far, vLLM knows.
+    if (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
+        return asked
     if asked > most:
         log.warning("%s has a context of %s tokens: %s are not to be had", type(config).__name__.removesuffix("Config"), most, asked)
     return min(asked, most)

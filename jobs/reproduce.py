@@ -18,8 +18,8 @@ from typing import Any
 from jobs import runner
 from jobs.schemas import ReproduceConfig
 from pipelines import best_of_n, evaluation, generation, reference, reward_training, scoring, training_pool
-from pipelines.artifacts import Run, Stage, write_json
-from pipelines.reproduction import data, order, plans, search, tables, tiny
+from pipelines.artifacts import Run, Stage, StageError, write_json
+from pipelines.reproduction import arms, data, order, plans, search, tables, tiny
 from pipelines.reproduction.graph import Builder
 from pipelines.tables import Shown, Table
 
@@ -42,7 +42,14 @@ class Graph:
 
 
 def plan(config: ReproduceConfig) -> Graph:
-    """The job graph with all fingerprints; nothing runs."""
+    """The job graph with all fingerprints; nothing runs.
+
+    Raises:
+        StageError: there is no arm of a name.
+    """
+    known = [arm.name for arm in (*arms.GSIL, *arms.DIL)]
+    if unknown := sorted({*(config.scope.arms or ())} - {*known}):
+        raise StageError(f"scope.arms: there is no {unknown[0]!r}; there are {', '.join(dict.fromkeys(known))}")
     builder = Builder(config)
     seeds = [builder.seed(number) for number in range(config.scope.seeds)]
     made = {name: plans.PLANS[name](builder, seeds) for name in config.scope.tables}

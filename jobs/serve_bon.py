@@ -85,7 +85,6 @@ def _serve(config: ServeConfig) -> None:
         if not stays:
             address = ray.get_runtime_context().gcs_address
             print(f"to update it: RAY_AUTH_MODE=token and the same command with --ray.address {address}", flush=True)
-        if not stays:
             start.stay(config.server)
 
 

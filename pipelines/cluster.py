@@ -44,11 +44,12 @@ def connected(settings: RaySettings) -> Iterator[str]:
     options = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address:
         _check_answers(address)
-    if address:
         try:
             ray.init(address=address, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise StageError(f"no Ray cluster answers at {address!r}: {error}") from None
+        # A job that was killed while it waited for nodes has left its request behind.
+        _withdraw()
     else:
         _start_here(settings, options)
     try:
@@ -194,10 +195,12 @@ def wait_for(run: Run, name: str, need: Need) -> None:
     Raises:
         StageError: no node type of the cluster can give it, or it has not come in time.
     """
+    if need.room(total()) >= need.count:
+        return
     try:
         _wait(run, name, need)
     finally:
-        # Whatever came of it, and also where nothing had to be asked for: a request outlives who made it, a job that was killed too.
+        # Whatever came of it: a request outlives who made it.
         _withdraw()
 
 

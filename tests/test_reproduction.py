@@ -12,7 +12,7 @@ from jobs import reproduce
 from jobs.config import build
 from jobs.schemas import ReproduceConfig
 from pipelines import base_model, evaluation, policy_training, training_pool
-from pipelines.artifacts import Run, Stage
+from pipelines.artifacts import Run, Stage, StageError
 from pipelines.evaluation import exact_text, final_text
 from pipelines.records import write_rows
 from pipelines.reproduction import arms, order, problems, reward_table, search, statistics, tables
@@ -221,6 +221,11 @@ def test_every_table_is_planned_and_no_search_sees_a_test_problem() -> None:
     same = {stage.fingerprint for stage in graph.stages()} & {stage.fingerprint for stage in other.stages()}
     assert {stage.name for stage in graph.stages() if stage.fingerprint in same} >= {"seed-1/data/corpus", "seed-0/blank"}
     assert graph.steps[-1].stage.fingerprint not in same
+
+
+def test_an_arm_that_is_not_there_is_named() -> None:
+    with pytest.raises(StageError, match="there is no 'pref-dpo'; there are sft-longer, spin, "):
+        reproduce.plan(build(ReproduceConfig, ["--scope.arms", "[pref-dpo]"]))
 
 
 def scores(run: Run, stage: Stage, values: list[float]) -> None:

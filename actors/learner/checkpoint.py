@@ -113,7 +113,8 @@ class Checkpoints:
         done, text = None, self._firsts(path.read_bytes)
         try:
             done = json.loads(text)
-            sums, sizes = done.get("checksums", {}), done.get("files", {})
+            # What the first worker finds gone is gone; where another one's node does not see its files yet, the attempt fails.
+            sums, sizes = done.get("checksums", {}), done.get("files", {}) if self.rank == 0 else {}
             why = {str(self.rank): damage(path.parent, sizes, {name: sums[name] for name in self._mine(sums)})}
         except (ValueError, KeyError, AttributeError):
             why = {str(self.rank): "done.json is damaged"}

@@ -66,7 +66,7 @@ class Found:
         """How many there are, whatever arms diverged."""
         return len({seed for whats in self.scores.values() for by_seed in whats.values() for seed in by_seed})
 
-    def accuracy(self, arm: str, what: str) -> str:
+    def cell(self, arm: str, what: str) -> str:
         """Its cell: the mean over seeds, and of how many, where it diverged on some."""
         values = self.accuracies(arm, what)
         return shown(values) + ("" if len(values) in (0, self.seeds()) else f" ({len(values)} of {self.seeds()} seeds)")
@@ -141,9 +141,9 @@ def accuracy(found: Found, first: Sequence[str], arms: Sequence[str], papers: Ma
             comparisons[arm][other] = numbers | {"p_holm": p}
     rows = [["arm", *(f"after {t}" for t in iterations), *(f"against {other}" for other in against), "setting", "paper"]]
     for name in first:
-        rows.append([name, found.accuracy(name, "0"), *[""] * (len(iterations) - 1 + len(against)), "", ""])
+        rows.append([name, found.cell(name, "0"), *[""] * (len(iterations) - 1 + len(against)), "", ""])
     for arm in arms:
-        cells = [found.accuracy(arm, t) for t in iterations]
+        cells = [found.cell(arm, t) for t in iterations]
         rows.append([arm, *cells, *(_difference(comparisons[arm].get(o)) for o in against), _setting(found, arm), papers.get(arm, "")])
     return {"rows": rows, "comparisons": comparisons}
 
@@ -246,7 +246,7 @@ def beyond(found: Found, settings: Mapping[str, Any], figure: Any) -> dict[str, 
         if variant in found.scores:
             comparisons[variant] = compared(found, variant, other) if other else None
             values[variant] = found.accuracies(variant, found.last(variant))
-            rows.append([variant, found.accuracy(variant, found.last(variant)), other or "", _difference(comparisons[variant])])
+            rows.append([variant, found.cell(variant, found.last(variant)), other or "", _difference(comparisons[variant])])
     figures.bars(figure, values, "share of right answers")
     return {"rows": rows, "comparisons": comparisons}
 

@@ -44,8 +44,8 @@ def build(args: dict[str, Any]) -> Any:
     templates = config.judge.templates
     if templates and not Path(templates).is_dir():
         raise StageError(f"judge.templates={templates!r} is no folder")
-    if not config.reward.models and not has_policy(config) and not config.judge.path:
-        raise StageError("nothing to serve: name reward.models, policy.path, judge.path, or a run")
+    if not (config.reward.models or has_policy(config) or config.judge.path or config.judge.url):
+        raise StageError("nothing to serve: name reward.models, policy.path, judge.path or judge.url, or a run")
     patience = config.server.request_timeout
     rewards = {}
     for name, path in config.reward.models.items():

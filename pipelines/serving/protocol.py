@@ -52,7 +52,7 @@ class Message(Body):
     @model_validator(mode="before")
     @classmethod
     def _given_back(cls, given: Any) -> Any:
-        """Without what OpenAI's client writes into a turn that it was given and sends back, where it says nothing."""
+        """Without a speaker's name, which no chat template reads, and what OpenAI's client sends back of an answer, where that is empty."""
         if not isinstance(given, dict):
             return given
         return {key: value for key, value in given.items() if key in cls.model_fields or not (value in (None, []) or key == "name")}

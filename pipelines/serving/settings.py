@@ -136,7 +136,8 @@ class ServiceConfig(Settings):
     def _consistent(self) -> "ServiceConfig":
         if self.ensemble.name and len(self.reward.models) == 1:
             raise ValueError(f"ensemble.name={self.ensemble.name!r}: an ensemble needs two reward models or more, there is one")
-        if self.judge.path and self.policy.path not in (None, "none") and self.judge.name == self.policy.name:
+        other = self.judge.url or self.judge.path not in (None, "policy")
+        if other and self.policy.path not in (None, "none") and self.judge.name == self.policy.name:
             raise ValueError(f"policy.name and judge.name are both {self.judge.name!r}: requests could not tell them apart")
         if self.ensemble.name in self.reward.models:
             raise ValueError(f"ensemble.name={self.ensemble.name!r} is the name of one of reward.models: choose another")

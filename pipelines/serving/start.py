@@ -61,10 +61,10 @@ def start(config: ServiceConfig, told: Callable[[dict[str, str]], None]) -> None
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     app = planned(config)
     serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host=config.server.host, port=config.server.port))
-    listening = _get_global_client().http_config
-    if (listening.host, listening.port) != (config.server.host, config.server.port):
+    there = _get_global_client().http_config
+    if (there.host, there.port) != (config.server.host, config.server.port):
         raise StageError(
-            f"Ray Serve already listens at {listening.host}:{listening.port} on this cluster: give server.host and server.port "
+            f"Ray Serve already listens at {there.host}:{there.port} on this cluster: give server.host and server.port "
             "these values, or end what is served there (serve shutdown)"
         )
     serve.run_many([serve.RunTarget(app, config.server.name, "/")], wait_for_applications_running=False)
