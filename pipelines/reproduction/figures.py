@@ -58,7 +58,7 @@ def rewards(figure: Any, curves: Mapping[str, Mapping[str, Curves]]) -> None:
             band(_plain(axes), lines, side, colour)
         axes.axhline(0, color="#888888", linewidth=0.8)
         axes.set_title(arm, fontsize=9)
-        axes.set_xlabel("share of the iteration")
+    figure.supxlabel("share of the iteration", fontsize=10)
     panels[0].set_ylabel("log ratio to the reference, nats")
     panels[0].legend(frameon=False, fontsize=8)
 
