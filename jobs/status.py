@@ -8,6 +8,7 @@ killed. What is left is estimated from the running stage's own rate and from sta
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a job, on a line")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="look again after so many seconds, until Ctrl-C")
     options = parser.parse_args(argv)
+    # A shell that starts it in the background has it ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     console = Console()
     try:
         while True:
