@@ -12,6 +12,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
+import ray.data
 from benchmarks_rows import AI2, WINOGRANDE, problems, write_gsm8k, write_lines
 from models import write_tiny
 
@@ -206,8 +208,9 @@ def test_policies_answer_tasks(
     weights = [write_tiny(tmp_path / f"weights{seed}", seed=seed, std=0.2) for seed in seeds]
     policies = [policy(run, directory, directory.name) for directory in weights]
     stages = [plan(given, task, held) for held in policies for task in tasks.names(given)]
-    # Policies and tasks side by side, as many as there are actors.
+    # Policies and tasks side by side, as many as there are actors: none begins before all are up.
     at_once = len(seeds)
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "wait_for_min_actors_s", 60)
     with seen_at_once("ray::TaskEngine") as most:
         run.do(tasks.evaluate(given, ENGINE.model_copy(update={"min_actors": at_once, "max_actors": at_once}), False), *stages)
     assert max(most) == at_once
