@@ -94,37 +94,44 @@ def plan(config: EvaluateConfig) -> Graph:
     found = policies.of_run(root) if config.policies.run or any((root / name).is_file() for name in policies.CONFIGS) else {}
     # A judge, tasks and prompts run code of a model only where it was allowed.
     trust = config.model.trust_remote_code
+    if twice := sorted(found.keys() & config.policies.paths.keys()):
+        raise StageError(f"policies.paths: {twice[0]!r} is already a policy of {root}: give this one another name")
     named = found | {name: Model(path=path, trust_remote_code=trust) for name, path in config.policies.paths.items()}
     for name in (*config.policies.only, *([config.answers.reference] if config.answers.reference else [])):
         if name not in named:
             raise StageError(f"there is no policy {name!r}; there are {', '.join(named) or 'none'}")
     wanted = {*config.policies.only, config.answers.reference} if config.policies.only else named
     chosen = {name: model for name, model in named.items() if name in wanted} or {"model": config.model}
-    data = _prompts(config, root)
-    planned = [_evaluated(config, name, model, data) for name, model in chosen.items()]
+    config = _resolved(config)
+    planned = [_evaluated(config, name, model) for name, model in chosen.items()]
     reference = next((policy for policy in planned if policy.name == config.answers.reference), None)
     everybody = tuple(_measured(config, policy, reference) if policy.answers else policy for policy in planned)
     return _judged(config, everybody)
 
 
-def _prompts(config: EvaluateConfig, root: Path) -> Any:
-    """Settings of the prompts, or None."""
-    if config.prompts.path == "none" or not config.wants_prompts():
-        return None
-    if config.prompts.path:
-        return config.prompts
-    held_out = policies.demonstrations(root)
-    if held_out is None:
+def _asks(config: EvaluateConfig) -> bool:
+    """Whether there are prompts."""
+    return config.wants_prompts() and config.prompts.path != "none"
+
+
+def _resolved(config: EvaluateConfig) -> EvaluateConfig:
+    """With the prompts named: where nobody did, the held-out demonstrations of the run, each as long as the run allows."""
+    if config.prompts.path or not _asks(config):
+        return config
+    root = _root(config)
+    found = policies.demonstrations(root)
+    if found is None:
         raise StageError(f"prompts.path is not given, and {root} has no held-out demonstrations: name a file of prompts")
-    return config.prompts.model_copy(update={"path": str(held_out), "layout": "prompt_completion", "columns": {"completion": "response"}})
+    lengths = {name: max(getattr(config.prompts, name), found.get(name, 0)) for name in ("max_prompt_tokens", "max_tokens")}
+    return config.model_copy(update={"prompts": config.prompts.model_copy(update=found | lengths)})
 
 
-def _evaluated(config: EvaluateConfig, name: str, source: Model, data: Any) -> Evaluated:
+def _evaluated(config: EvaluateConfig, name: str, source: Model) -> Evaluated:
     folder = f"evaluation/policies/{name}"
     model = base_model.plan(source, f"{folder}/model")
     policy = Evaluated(name, source, model)
-    if data:
-        prompts = demonstrations.plan(data, model, f"{folder}/prompts")
+    if _asks(config):
+        prompts = demonstrations.plan(config.prompts, model, f"{folder}/prompts")
         drawn = config.answers.drawn()
         answers = generation.plan(f"{folder}/answers", model, model, prompts, drawn, config.engine, 0, {"train": None})
         policy = replace(policy, prompts=prompts, answers=answers)
@@ -192,7 +199,7 @@ def evaluate(config: EvaluateConfig, graph: Graph, run: Run) -> dict[str, Any]:
     Returns:
         what went into evaluation-summary.json.
     """
-    trust = config.model.trust_remote_code
+    config, trust = _resolved(config), config.model.trust_remote_code
     for policy in graph.policies:
         run.do(base_model.prepare(policy.source), policy.model)
         if policy.answers:
@@ -228,7 +235,7 @@ def _answer(config: EvaluateConfig, policy: Evaluated, run: Run) -> None:
     trust = config.model.trust_remote_code
     sampled, longest = [stage for stage in (policy.answers, policy.draws) if stage], config.max_model_len()
     if policy.prompts:
-        run.do(demonstrations.prepare(_prompts(config, _root(config)), trust), policy.prompts)
+        run.do(demonstrations.prepare(config.prompts, trust), policy.prompts)
     for asked, answers in zip(policy.turns[::2], policy.turns[1::2], strict=True):
         run.do(mt_bench.write_turn(config.mt_bench, trust), asked)
         sampled, longest = [*sampled, answers], max(longest, run.numbers(asked)["longest"] + config.mt_bench.max_new_tokens)
@@ -247,12 +254,14 @@ def _summary(graph: Graph, run: Run) -> dict[str, Any]:
     played = run.numbers(graph.tournament[-1]) if graph.tournament else None
     judged = {stage.name: run.numbers(stage) for stage in (*graph.tournament[1:2], *graph.mt_bench[1:2])}
     graded = run.numbers(graph.mt_bench[-1]) if graph.mt_bench else None
-    warnings = [*(tournament.doubts(played) if played else []), *(mt_bench.doubts(graded) if graded else [])]
+    measured = {policy.name: run.numbers(policy.measures) for policy in graph.policies if policy.measures}
+    warnings = measures.doubts(measured)
+    warnings += [*(tournament.doubts(played) if played else []), *(mt_bench.doubts(graded) if graded else [])]
     for text in warnings:
         log.warning(text)
     content = {
         "run": run.root.name,
-        "measures": {policy.name: run.numbers(policy.measures) for policy in graph.policies if policy.measures},
+        "measures": measured,
         "tasks": {policy.name: {task: run.numbers(stage) for task, stage in policy.tasks.items()} for policy in graph.policies},
         "tournament": played,
         "mt_bench": graded,
@@ -273,6 +282,8 @@ def show(content: dict[str, Any], root: Path) -> tables.Shown:
 
 
 if __name__ == "__main__":
-    # A person should see in the command itself that programs of a model will run.
+    # A person should see in the command itself that programs of a model will run: what a file says does not count.
     asked = [word for given in sys.argv[1:] for word in (CODE if given == "--allow-code-execution" else (given,))]
+    if not any(word.startswith(CODE[0]) for word in asked):
+        asked += [CODE[0], "false"]
     sys.exit(runner.main(EvaluateConfig, asked, __doc__ or "", plan, evaluate, show))

@@ -125,7 +125,7 @@ def _execute(
                 terminal.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
                 cluster.check_fits(config.ray.address, config.demands())
                 run = Run(root, display, report, config.ray.wait_minutes * 60)
-                run.keeper = cluster.keeper(config.ray)
+                run.keeper, report.log = cluster.keeper(config.ray), run.log
                 run.verify(graph.stages())
                 try:
                     result = work(config, graph, run)

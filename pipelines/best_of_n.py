@@ -12,6 +12,7 @@ samples, scores            --> best_of_n/results/                         (here)
 import contextlib
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from pipelines.best_of_n_report import Array, Prompt, centres_of, report, select
 from pipelines.plots import plot_best_of_n
 from pipelines.records import shards
 from pipelines.settings import BestOfN, Combination, Demonstrations, Model
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,25 +86,33 @@ def choose(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
 
 def _choose(run: Run, stage: Stage) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    chosen: dict[str, dict[str, int]] = {}
     for split in ("held_out", "train"):
-        prompts = write_choices(run, stage, split)
+        prompts, written = write_choices(run, stage, split)
+        if prompts:
+            chosen[split] = {"prompts": len(prompts), "chosen": written}
+            if written < len(prompts):
+                text = "%s: %d of %d %s prompts have no sample with a score, an end and words: they are missing in chosen.%s.jsonl"
+                log.warning(text, stage.name, len(prompts) - written, len(prompts), split, split)
         if prompts and split == "held_out" and "golden" in stage.inputs:
             found = report(run, stage, prompts)
             write_json(run.directory(stage) / "report.json", found)
             plot_best_of_n(found, run.directory(stage) / "best_of_n")
-    return found
+    return found | {"written": chosen}
 
 
-def write_choices(run: Run, stage: Stage, split: str) -> list[Prompt]:
-    """Joins samples and scores of a split, writes them and the chosen ones; one file of samples in memory at a time."""
+def write_choices(run: Run, stage: Stage, split: str) -> tuple[list[Prompt], int]:
+    """Joins samples and scores of a split, writes them and the chosen ones; one file of samples in memory at a time. Returns the prompts
+    and of how many a response was chosen."""
     folder = run.directory(stage)
     names = [role.removeprefix("score-") for role in stage.inputs if role.startswith("score-")]
     columns = {f"score-{name}": f"reward_{name}" for name in names} | ({"golden": "golden"} if "golden" in stage.inputs else {})
     members, centres = stage.settings["selectors"][stage.settings["chooser"]], centres_of(run, stage, names)
     prompts: list[Prompt] = []
+    written = 0
     files = shards(run.directory(stage.inputs["samples"]) / split)
     if not files:
-        return prompts
+        return prompts, written
     (folder / "samples" / split).mkdir(parents=True, exist_ok=True)
     with _lines(folder / f"chosen.{split}.jsonl") as chosen, _lines(folder / f"preferences.{split}.jsonl") as preferences:
         for path in files:
@@ -115,8 +126,8 @@ def write_choices(run: Run, stage: Stage, split: str) -> list[Prompt]:
             for start, prompt in _by_prompt(table, names):
                 prompts.append(prompt)
                 scores_N = select(prompt, members, stage.settings, centres)
-                _write_choice(table.slice(start, len(scores_N)), scores_N, chosen, preferences)
-    return prompts
+                written += _write_choice(table.slice(start, len(scores_N)), scores_N, chosen, preferences)
+    return prompts, written
 
 
 @contextlib.contextmanager
@@ -135,21 +146,22 @@ def _by_prompt(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[int, Pro
         yield int(start), Prompt(ids[start], golden[start:end], {name: rewards[name][start:end] for name in names})
 
 
-def _write_choice(samples: pa.Table, scores_N: Array, chosen: TextIO, preferences: TextIO) -> None:
-    """Writes the best of a prompt's samples, and the best with the worst: of those that came to their end and say something, since a
-    demonstration that is cut or empty teaches to be so."""
+def _write_choice(samples: pa.Table, scores_N: Array, chosen: TextIO, preferences: TextIO) -> bool:
+    """Writes the best of a prompt's samples, and the best with the worst if it is any better: of those that came to their end and say
+    something, since a demonstration that is cut or empty teaches to be so. Returns whether there is one."""
     said = [bool(text.strip()) for text in samples["response"].to_pylist()]
     usable = np.isfinite(scores_N) & np.array(said) & (samples["finish_reason"].to_numpy() == "stop")
     places = np.flatnonzero(usable)
     if not len(places):
-        return
+        return False
     order = places[np.argsort(-scores_N[places], kind="stable")]
     best, worst = (samples.slice(int(place), 1).to_pylist()[0] for place in (order[0], order[-1]))
     line = {"input": best["prompt"], "output": best["response"], "reward": float(scores_N[order[0]])}
     chosen.write(json.dumps(line, ensure_ascii=False) + "\n")
-    if best["response"] != worst["response"]:
+    if scores_N[order[0]] > scores_N[order[-1]]:
         sides = {key: [{"role": "assistant", "content": row["response"]}] for key, row in (("chosen", best), ("rejected", worst))}
         preferences.write(json.dumps({"prompt": best["prompt"]} | sides, ensure_ascii=False) + "\n")
+    return True
 
 
 def choose_from(

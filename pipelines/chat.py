@@ -29,6 +29,8 @@ class Chat:
         from transformers import AutoTokenizer
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        self.plain = not self.tokenizer.chat_template
+        """whether it has no template of its own"""
         self.tokenizer.chat_template = self.tokenizer.chat_template or PLAIN_TEMPLATE
         probe = self.tokenizer("x").input_ids
         bos = self.tokenizer.bos_token_id

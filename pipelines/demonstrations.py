@@ -177,7 +177,7 @@ def demonstration(row: dict[str, Any], source: str, settings: Demonstrations, ch
     if absent:
         raise layouts.RowError(f"{settings.section}.columns names {absent[0]!r}, but the columns are {', '.join(sorted(row))}")
     row = row | {ours: row[theirs] for ours, theirs in settings.columns.items()}
-    layout = settings.layout if settings.layout != "auto" else layouts.detect(row)
+    layout = settings.layout if settings.layout != "auto" else layouts.detect(row, settings.columns)
     if layout is None:
         filled = ", ".join(sorted(name for name, value in row.items() if value is not None)) or "none"
         raise layouts.RowError(f"no layout fits the columns that are filled: {filled}")

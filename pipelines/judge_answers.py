@@ -12,7 +12,8 @@ Row = dict[str, Any]
 
 
 class Cache:
-    """Answers by the content of the question and the judge, in a file that only grows: a line for each answer, written at once.
+    """Answers by the content of the question and the judge, in a file that only grows: a line for each answer with its checksum, written at
+    once. A line that was cut off or changed is no answer.
 
     Args:
         path: the file.
@@ -23,7 +24,7 @@ class Cache:
         self.taken = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("a+", encoding="utf-8")
+            self.file = path.open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise StageError(f"judge.cache={str(path)!r} cannot be written: {error.strerror}") from None
         self.file.seek(0)
@@ -31,11 +32,10 @@ class Cache:
         for line in self.file:
             # Cut off when a job was killed, maybe right before the end of the line.
             whole = line.endswith("\n")
-            try:
-                entry = json.loads(line)
-                self.answers[entry.pop("key")] = entry
-            except (ValueError, KeyError, AttributeError, TypeError):
-                continue
+            digest, _, entry = line.rstrip("\n").partition(" ")
+            if digest == _digest(entry):
+                answer = json.loads(entry)
+                self.answers[answer.pop("key")] = answer
         if not whole:
             self.file.write("\n")
 
@@ -46,7 +46,8 @@ class Cache:
 
     def take(self, key: str, answer: Row) -> None:
         """Keeps an answer, also after the process is killed."""
-        self.file.write(json.dumps({"key": key} | answer) + "\n")
+        entry = json.dumps({"key": key} | answer)
+        self.file.write(f"{_digest(entry)} {entry}\n")
         self.file.flush()
         self.answers[key] = answer
         self.taken += 1
@@ -56,3 +57,7 @@ class Cache:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
+
+
+def _digest(entry: str) -> str:
+    return hashlib.sha256(entry.encode()).hexdigest()[:16]

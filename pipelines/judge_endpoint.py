@@ -44,6 +44,16 @@ class Said:
     """whether the answer ends before the judge had ended"""
 
 
+@dataclass
+class Spent:
+    """What was asked of an endpoint; answers that are of no use are paid for, too."""
+
+    requests: int = 0
+    read: int = 0
+    """tokens"""
+    written: int = 0
+
+
 class Endpoint:
     """Asks, without thinking of its own and at temperature 0.
 
@@ -51,9 +61,10 @@ class Endpoint:
         settings: its URL, its name there, and where its key is.
         retries: of the client, for requests that fail.
         timeout: seconds for one answer, retries included.
+        spent: grows by the tokens of every answer.
     """
 
-    def __init__(self, settings: JudgeModel, retries: int = 3, timeout: float = 120):
+    def __init__(self, settings: JudgeModel, retries: int = 3, timeout: float = 120, spent: Spent | None = None):
         from openai import AsyncOpenAI
 
         assert settings.url
@@ -62,8 +73,7 @@ class Endpoint:
         key = os.environ.get(settings.url_key_env) or "none"
         self.timeout = timeout
         self.client = AsyncOpenAI(base_url=settings.url, api_key=key, max_retries=retries, timeout=timeout)
-        self.read = self.written = 0
-        """tokens of all answers, also of those that are of no use: they are paid for"""
+        self.spent = spent or Spent()
 
     async def write(self, question: str, max_new_tokens: int) -> Said:
         """Its words.
@@ -78,7 +88,8 @@ class Endpoint:
         ended = found.choices[0].finish_reason
         if ended == "content_filter":
             raise EndpointError("the judge's endpoint stops its answer by a content filter", hopeless=True)
-        return Said(text, None, *_cost(found), cut=ended == "length")
+        # Whoever says nothing of how it ended may have broken off.
+        return Said(text, None, *_cost(found), cut=ended != "stop")
 
     async def label_logps(self, question: str, labels: Sequence[str]) -> Said:
         """Log-probs of labels as the start of its answer; a label that is not among its twenty likeliest tokens counts as less likely
@@ -124,8 +135,8 @@ class Endpoint:
             why = f"{type(error).__name__}: {error.__cause__ or error}"
             raise EndpointError(f"the judge's endpoint {self.client.base_url} does not answer: {why[:200]}") from None
         read, written = _cost(found)
-        self.read += read
-        self.written += written
+        self.spent.read += read
+        self.spent.written += written
         return found
 
 

@@ -12,7 +12,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from pipelines import base_model
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.chat import Chat
 from pipelines.judge_answers import Cache
-from pipelines.judge_endpoint import Endpoint, EndpointError, Said
+from pipelines.judge_endpoint import Endpoint, EndpointError, Said, Spent
 from pipelines.judging_settings import Judge
 from pipelines.records import shards, write_rows
 from pipelines.shards import Shard, map_shards
@@ -36,6 +36,8 @@ LABELS = ("A", "B")
 QUESTIONS_A_FILE = 512
 FIRST_WAIT = 1.0
 """Seconds before a request that failed is made again; then twice as many, up to a minute."""
+LONGEST_WAIT = 600.0
+"""Seconds that an endpoint may want to be left alone; one that wants more is asked another time."""
 QUESTION = pa.schema(
     {"id": pa.string(), "first": pa.string(), "second": pa.string(), "part": pa.int32(), "kind": pa.string(), "question": pa.string()}
 )
@@ -71,19 +73,20 @@ def _identity(judge: Judge) -> dict[str, Any]:
 
 
 def ask(judge: Judge, trust_remote_code: bool) -> Any:
-    """Returns the work of the stage.
+    """Returns the work of the stages, which share the judge's limits.
 
     Raises (the work):
         StageError: too many questions got no answer, or a limit was reached.
     """
+    spent = Spent()
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
-        return {stage.name: _answer(run, stage, judge, trust_remote_code) for stage in stages}
+        return {stage.name: _answer(run, stage, judge, spent, trust_remote_code) for stage in stages}
 
     return work
 
 
-def _answer(run: Run, stage: Stage, judge: Judge, trust_remote_code: bool) -> dict[str, Any]:
+def _answer(run: Run, stage: Stage, judge: Judge, spent: Spent, trust_remote_code: bool) -> dict[str, Any]:
     rows = [row for path in shards(run.directory(stage.inputs["questions"])) for row in pq.read_table(path).to_pylist()]
     who = [_identity(judge), stage.inputs["model"].fingerprint if "model" in stage.inputs else None]
     cache = Cache(Path(judge.cache) if judge.cache else run.root / "judge_answers.jsonl")
@@ -91,10 +94,11 @@ def _answer(run: Run, stage: Stage, judge: Judge, trust_remote_code: bool) -> di
     known = len(cache.answers.keys() & set(keys))
     missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in cache.answers}
     failed: dict[str, str] = {}
+    before = replace(spent)
     run.display.follow(len(set(keys)), "answers", lambda: min(len(set(keys)), known + cache.taken))
     try:
         if judge.url:
-            failed = asyncio.run(Asking(judge, cache).all(missing, most=judge.max_failed_fraction * len(set(keys))))
+            failed = asyncio.run(Asking(judge, cache, spent).all(missing, most=judge.max_failed_fraction * len(set(keys))))
         elif missing:
             failed = _ask_here(run, stage, judge, cache, missing, trust_remote_code)
     finally:
@@ -104,8 +108,11 @@ def _answer(run: Run, stage: Stage, judge: Judge, trust_remote_code: bool) -> di
     answers = [row | {"failed": failed.get(key)} | cache.answers.get(key, silence) for key, row in zip(keys, rows, strict=True)]
     write_rows(run.directory(stage) / "00000.parquet", answers, ANSWER)
     told = {"questions": len(rows), "asked": len(missing), "cached": known, "failed": len(failed)}
-    new = [cache.answers[key] for key in missing if key in cache.answers]
-    read, written = (sum(answer[side] for answer in new) for side in ("read", "written"))
+    if judge.url:
+        read, written = spent.read - before.read, spent.written - before.written
+    else:
+        new = [cache.answers[key] for key in missing if key in cache.answers]
+        read, written = (sum(answer[side] for answer in new) for side in ("read", "written"))
     reasons = dict(Counter(failed.values()).most_common(5))
     return told | {"read": read, "written": written, "cost": cost(judge, read, written), "reasons": reasons}
 
@@ -136,15 +143,18 @@ class Asking:
     Args:
         judge: settings.
         cache: takes the answers.
+        spent: in this go of the job, by all who ask; grows.
     """
 
-    def __init__(self, judge: Judge, cache: Cache):
+    def __init__(self, judge: Judge, cache: Cache, spent: Spent):
         self.judge = judge
         self.cache = cache
+        self.spent = spent
         # Every attempt counts against the limits: the client makes none of its own.
-        self.endpoint = Endpoint(judge, retries=0, timeout=judge.timeout)
-        self.requests = 0
+        self.endpoint = Endpoint(judge, retries=0, timeout=judge.timeout, spent=spent)
         self.next = 0.0
+        self.told = 5.0
+        """seconds of the longest wait that was said"""
         self.stopped: str | None = None
 
     async def all(self, questions: dict[str, Row], most: float) -> dict[str, str]:
@@ -193,20 +203,35 @@ class Asking:
                 if error.hopeless or attempt == self.judge.retries:
                     raise
                 # Never sooner than the endpoint wants.
-                await asyncio.sleep(max(error.retry_after or 0.0, min(60.0, FIRST_WAIT * 2.0**attempt)) * random.uniform(1, 1.5))
+                await asyncio.sleep(max(self._wanted(error), min(60.0, FIRST_WAIT * 2.0**attempt)) * random.uniform(1, 1.5))
             else:
+                if self.judge.max_cost is not None and not said.read:
+                    raise Stopped("judge.max_cost cannot be kept: the judge's endpoint does not say how many tokens it read")
                 return said
         raise AssertionError("the last attempt returns or raises")
+
+    def _wanted(self, error: EndpointError) -> float:
+        """Seconds that the endpoint wants to be left alone, said where somebody would notice them.
+
+        Raises:
+            Stopped: they are too many to wait for.
+        """
+        seconds = error.retry_after or 0.0
+        if seconds > LONGEST_WAIT:
+            raise Stopped(f"{error}: it wants to be left alone for {seconds:.0f} s")
+        if seconds > 2 * self.told:
+            self.told = max(seconds, 10.0)
+            log.info("the judge's endpoint wants to be left alone for %.0f s", seconds)
+        return seconds
 
     async def _turn(self) -> None:
         """Waits until a request may be made, and counts it."""
         limit = self.judge.max_requests
-        if limit is not None and self.requests >= limit:
+        if limit is not None and self.spent.requests >= limit:
             raise Stopped(f"judge.max_requests={limit} requests are made")
-        spent = cost(self.judge, self.endpoint.read, self.endpoint.written)
-        if self.judge.max_cost is not None and spent >= self.judge.max_cost:
+        if self.judge.max_cost is not None and cost(self.judge, self.spent.read, self.spent.written) >= self.judge.max_cost:
             raise Stopped(f"judge.max_cost={self.judge.max_cost:g} is spent")
-        self.requests += 1
+        self.spent.requests += 1
         if self.judge.requests_per_minute:
             now = time.monotonic()
             self.next = max(now, self.next) + 60 / self.judge.requests_per_minute

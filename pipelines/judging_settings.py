@@ -116,12 +116,13 @@ class Judge(JudgeModel):
     """requests to the endpoint at the same time"""
     timeout: float = placement(120, gt=0)
     """seconds for one whole answer"""
-    retries: int = placement(5, ge=0)
-    """times that a request that failed is made again, after 1, 2, 4 ... seconds"""
+    retries: int = placement(7, ge=0)
+    """times that a request that failed is made again, after 1, 2, 4 ... seconds: together longer than a limit of requests a minute lasts"""
     requests_per_minute: float | None = placement(None, gt=0)
     """to the endpoint at most; no limit by default"""
     max_requests: int | None = placement(None, ge=1)
-    """to the endpoint in one go of the job, retries included; more stop it, and what was answered is kept"""
+    """to the endpoint in one go of the job, by tournament and MT-Bench together, retries included; more stop it, and what was answered
+    is kept"""
     max_cost: float | None = placement(None, gt=0)
     """of one go of the job, in the currency of the prices: then it stops, what is under way is still paid for, and what was answered
     is kept"""

@@ -4,7 +4,7 @@ Pure functions. A bad row raises `RowError` with a reason for a person.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 Message = dict[str, str]
@@ -26,8 +26,13 @@ class RowError(ValueError):
     """A row that cannot be used, and why."""
 
 
-def detect(row: Mapping[str, Any]) -> str | None:
-    """The layout of a row by its columns; None if no layout fits."""
+def detect(row: Mapping[str, Any], mapped: Collection[str] = ()) -> str | None:
+    """The layout of a row by its columns; None if no layout fits.
+
+    Args:
+        row: columns by name.
+        mapped: those that somebody named on purpose: of several layouts that fit, the one that needs most of them.
+    """
     names = {name for name, value in row.items() if value is not None}
     if "chosen" in names and not names & {"prompt", "conversations"} and isinstance(row["chosen"], str):
         return "hh"
@@ -41,7 +46,8 @@ def detect(row: Mapping[str, Any]) -> str | None:
         ("prompt_completion", {"prompt", "completion"}),
         ("input_output", {"input", "output"}),
     ]
-    return next((layout for layout, needed in rules if needed <= names), None)
+    fitting = [(layout, needed) for layout, needed in rules if needed <= names]
+    return max(fitting, key=lambda rule: len(rule[1].intersection(mapped)))[0] if fitting else None
 
 
 def turns(row: Mapping[str, Any], layout: str) -> Turns:

@@ -81,6 +81,22 @@ def in_order(manifests: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return order
 
 
+def present(root: Path, pattern: str = "**/manifest.json") -> list[dict[str, Any]]:
+    """Manifests of a run that belong together, each behind those of its inputs: a stage that read what another has written anew since
+    (with other settings, by a job that then needed it no more) is none of them.
+
+    Args:
+        root: the run directory.
+        pattern: of the files.
+    """
+    found = in_order(manifest for path in root.glob(pattern) if (manifest := read_json(path)) and "fingerprint" in manifest)
+    now = {manifest["name"]: manifest["fingerprint"] for manifest in found}
+    for manifest in found:
+        if any(now.get(came["name"], came.get("fingerprint")) != came.get("fingerprint") for came in manifest["inputs"].values()):
+            now[manifest["name"]] = None
+    return [manifest for manifest in found if now[manifest["name"]]]
+
+
 def content_of(sums: Mapping[str, str]) -> str:
     """One checksum for the data of a stage."""
     data = {name: value for name, value in sums.items() if not any(fnmatch.fnmatch(name, account) for account in ACCOUNTS)}

@@ -180,4 +180,16 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _shown(numbers: Mapping[str, Any] | None) -> str:
-    return cell(numbers["mean"], numbers["stderr"], 3) if numbers else ""
+    if not numbers:
+        return ""
+    return cell(numbers["mean"], numbers["stderr"], 3) + (f" of {numbers['n']}" if numbers["unscored"] else "")
+
+
+def doubts(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Warns of means over fewer answers than there are, a policy a key."""
+    told = []
+    for policy, numbers in found.items():
+        for measure, scored in numbers["measures"].items():
+            if scored["unscored"]:
+                told.append(f"{policy}: {measure} has no score of {scored['unscored']} of {scored['unscored'] + scored['n']} answers")
+    return told

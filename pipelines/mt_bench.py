@@ -114,6 +114,8 @@ def read(settings: MtBench) -> list[dict[str, Any]]:
     rows = _lines(
         file, lambda row: {"id": str(row["question_id"]), "category": row["category"], "turns": [row["turns"][0], row["turns"][1]]}
     )
+    if not rows:
+        raise StageError(f"{file} holds no question")
     return [row | {"references": references.get(row["id"], [])} for row in rows[: settings.limit]]
 
 

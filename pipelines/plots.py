@@ -10,7 +10,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 
 
 def plot_best_of_n(found: Mapping[str, Any], path: Path) -> None:
-    """Golden score and win rate against N, with their 95 % bands, as PNG and SVG.
+    """Golden score with its 95 % bands, and win rate, against N, as PNG and SVG.
 
     Args:
         found: what report.json holds.

@@ -1,11 +1,12 @@
 """The policies of a run, found from its files."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from pipelines.artifacts import StageError
-from pipelines.manifests import in_order, read_json
+from pipelines.manifests import present
 from pipelines.settings import Model
 
 CONFIGS = ("config.yaml", "reward-config.yaml")
@@ -23,17 +24,25 @@ def of_run(root: Path) -> dict[str, Model]:
     config = next((root / name for name in CONFIGS if (root / name).is_file()), None)
     if config is None:
         raise StageError(f"{root} is no run directory: it has no {' or '.join(CONFIGS)}")
-    base = Model(**(yaml.safe_load(config.read_text(encoding="utf-8")).get("model") or {}))
+    base = Model(**_section(config, "model"))
     found = {"base": base}
-    manifests = [manifest for file in root.glob("*/*/manifest.json") if (manifest := read_json(file)) and "fingerprint" in manifest]
-    for manifest in in_order(manifests):
+    for manifest in present(root, "*/*/manifest.json"):
         folder = root / manifest["name"] / "policy"
         if manifest["name"].endswith("/training") and folder.is_dir():
             found[manifest["name"].partition("/")[0]] = Model(path=str(folder), trust_remote_code=base.trust_remote_code)
     return found
 
 
-def demonstrations(root: Path) -> Path | None:
-    """The run's held-out demonstrations, if there are some."""
+def demonstrations(root: Path) -> dict[str, Any] | None:
+    """The settings with which the run's held-out demonstrations are read again, none of them longer than allowed; None if there are
+    none."""
     folder = root / "demonstrations" / "held_out"
-    return folder if any(folder.glob("*.parquet")) else None
+    if not any(folder.glob("*.parquet")):
+        return None
+    config = next((found for name in CONFIGS if (root / name).is_file() and (found := _section(root / name, "demonstrations"))), {})
+    given = {name: config[name] for name in ("max_prompt_tokens", "max_tokens") if name in config}
+    return given | {"path": str(folder), "layout": "prompt_completion", "columns": {"completion": "response"}}
+
+
+def _section(file: Path, name: str) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text(encoding="utf-8")).get(name) or {}

@@ -130,7 +130,7 @@ class ByModel:
 
     Args:
         weights: its directory or hub id.
-        ours: trained by this run, on the run's token ids; else the text is written in the model's own chat template.
+        ours: trained by this run, on the run's token ids; else the text is written in the model's own chat template, or a plain one.
         scoring: the pool, for threads, device and tokens a batch.
         precision: of the forward pass.
         longest: no prompt with one of its responses is longer, in the run's tokens.
@@ -144,6 +144,7 @@ class ByModel:
         room = longest if ours else max(2 * longest, 8192)
         self.model, self.context = reward_engine.load(weights, scoring, precision, room, trust_remote_code)
         self.chat = None if ours else Chat(weights, trust_remote_code)
+        self.untemplated = bool(self.chat and self.chat.plain)
         self.retemplated = False
 
     def __call__(self, rows: Sequence[Row], demonstrations: str, tell: Tell) -> list[Scored]:

@@ -166,8 +166,10 @@ def score(scoring: RewardScoring, longest: int, trust_remote_code: bool) -> Work
         for stage in stages:
             counts = sum_counts(run.directory(stage).glob("*/*.parquet"))
             numbers[stage.name] |= counts
-            if counts.get("retemplated"):
-                log.warning("%s: the reward model has a tokenizer of its own, responses are written in its chat template", stage.name)
+            for name, text in TEMPLATES.items():
+                if counts.get(name):
+                    log.warning("%s: %s", stage.name, text)
+                    break
             if counts.get("unscored"):
                 log.warning("%s: %d of %d responses have no score: %s", stage.name, counts["unscored"], counts["rows"], _reason(run, stage))
             if counts.get("unscored", 0) == counts["rows"]:
@@ -209,6 +211,14 @@ def _tasks(run: Run, stage: Stage, changes: bool) -> list[Shard]:
     ]
 
 
+TEMPLATES = {
+    "untemplated": "the reward model has no chat template, responses are written in a plain one (User: ... Assistant: ...): if it was "
+    "trained on another layout, write that as chat_template.jinja beside its weights",
+    "retemplated": "the reward model reads other tokens than the policy wrote: responses are written in its own chat template",
+}
+"""What shards count of a reward model of others, the more important first."""
+
+
 class ScoreResponses:
     """The actor: a scorer, and the files around it."""
 
@@ -233,7 +243,8 @@ class ScoreResponses:
         wanted = ("id", "sample", "prompt", "prompt_ids", "response", "response_ids", "finish_reason")
         rows = pq.read_table(inputs[0], columns=[name for name in wanted if name in present]).to_pylist()
         results = self.scorer(rows, inputs[1], tell)
-        counts = {"unscored": sum(score is None for score, _ in results), "retemplated": int(getattr(self.scorer, "retemplated", False))}
+        counts = {"unscored": sum(score is None for score, _ in results)}
+        counts |= {name: int(getattr(self.scorer, name, False)) for name in TEMPLATES}
         made = [
             {"id": row["id"], "sample": row.get("sample", 0), "score": score, "reason": reason}
             for row, (score, reason) in zip(rows, results, strict=True)

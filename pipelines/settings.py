@@ -87,7 +87,7 @@ class Demonstrations(Settings):
     held_out_fraction: float = Field(0.1, ge=0, lt=1)
     """share of the rows held out for evaluation, chosen by a hash of their content"""
     limit: int | None = Field(None, ge=1)
-    """use the first N valid rows ("arithmetic": make N)"""
+    """use the first N valid rows ("arithmetic": make N); held-out ones are counted by held_out_limit alone"""
     held_out_limit: int | None = Field(None, ge=1)
     """hold out the first N valid rows at most ("arithmetic": make N)"""
     layout: Literal[
@@ -164,7 +164,8 @@ class Combination(Settings):
     k: float = Field(1.0, ge=0)
     """mean_minus_std: how many standard deviations"""
     normalised: bool = False
-    """centre and scale every reward first, by its mean and standard deviation on held-out samples of the SFT policy"""
+    """centre and scale every reward first, by its mean and standard deviation on held-out samples of the SFT policy (without
+    one, on held-out chosen responses)"""
 
 
 class Rewards(Combination):

@@ -4,6 +4,7 @@ A raw row is `{"source": "file:row", "row": JSON text, "reason": why it could no
 lines travel with the good ones and are counted.
 """
 
+import codecs
 import csv
 import glob
 import hashlib
@@ -34,7 +35,7 @@ def find(path: str, split: str, must: bool = False, key: str = "demonstrations.p
 
     Args:
         path: a file, directory, glob or URI.
-        split: in a directory with a file or folder of that name, only that one is taken.
+        split: in a directory with a file or folder of that name, only that one is taken; a glob says itself what it wants.
         key: the setting that says `path`, for errors.
         must: among several files there has to be one of that name.
 
@@ -54,7 +55,8 @@ def find(path: str, split: str, must: bool = False, key: str = "demonstrations.p
     except (OSError, ValueError, ImportError) as error:
         raise StageError(f"{key}={path!r} cannot be listed: {error}") from None
     files = sorted(str(file) for file in found if _suffix(str(file)) and Path(str(file)).name not in NO_ROWS)
-    named = [file for file in files if split in (Path(file).name.split(".")[0].split("-")[0], Path(file).parent.name)]
+    asked = must or not glob.has_magic(path)
+    named = [file for file in files if asked and split in (Path(file).name.split(".")[0].split("-")[0], Path(file).parent.name)]
     if not files:
         raise StageError(f"{key}={path!r} holds no file that ends in {', '.join(SUFFIXES)} (or one of them with .gz)")
     if must and len(files) > 1 and not named:
@@ -110,14 +112,17 @@ def read(file: str, subset: str | None = None, split: str = "train") -> Iterator
     readers = {".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet, ".arrow": _read_arrow, ".csv": _read_csv}
     name = Path(file).name
     try:
-        for number, (row, reason) in enumerate(readers[_suffix(file)](file), start=1):
-            yield {"source": f"{name}:{number}", "row": row, "reason": reason}
+        for number, parsed in enumerate(readers[_suffix(file)](file), start=1):
+            if parsed is not None:
+                row, reason = parsed
+                yield {"source": f"{name}:{number}", "row": row, "reason": reason}
     except (OSError, ValueError, EOFError, zlib.error, csv.Error) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StageError(f"{file} cannot be read as {_suffix(file)[1:]}: {said}. Mend or remove it, or rename it to what it is") from None
 
 
 Parsed = tuple[str, str]
+"""a row as JSON, and why it cannot be used; in a file of lines None stands for an empty one, which counts as a line"""
 
 
 def _suffix(file: str) -> str:
@@ -130,21 +135,21 @@ def _open(file: str) -> Any:
     return fs.open(path, "rb", compression="infer")
 
 
-def _read_lines(file: str) -> Iterator[Parsed]:
+def _read_lines(file: str) -> Iterator[Parsed | None]:
     with _open(file) as lines:
-        yield from (_parse(line) for line in lines if line.strip())
+        yield from (_parse(line) if line.strip() else None for line in lines)
 
 
-def _read_json(file: str) -> Iterator[Parsed]:
+def _read_json(file: str) -> Iterator[Parsed | None]:
     with _open(file) as opened:
-        content = opened.read()
+        content = opened.read().removeprefix(codecs.BOM_UTF8)
     try:
         document = json.loads(content)
     except ValueError:
         if content.lstrip()[:1] != b"{":
             raise
         # JSON lines under the name .json.
-        yield from (_parse(line) for line in content.splitlines() if line.strip())
+        yield from (_parse(line) if line.strip() else None for line in content.splitlines())
         return
     rows = document if isinstance(document, list) else [document]
     yield from (_object(row) for row in rows)
@@ -185,6 +190,8 @@ def _rows_of(batch: Any) -> Iterator[Parsed]:
 
 
 def _read_csv(file: str) -> Iterator[Parsed]:
+    # A long text is a row like others; the reader's own bound of 131,072 characters would end the file.
+    csv.field_size_limit(2**31 - 1)
     with _open(file) as opened:
         # A wrong byte spoils its row, not the file.
         text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -215,7 +222,8 @@ def _read_hub(name: str, subset: str | None, split: str) -> Iterator[RawRow]:
 
 def _parse(line: bytes) -> Parsed:
     try:
-        return _object(json.loads(line.decode("utf-8")))
+        # Some editors begin a file with a mark of its encoding.
+        return _object(json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8")))
     except UnicodeDecodeError as error:
         return "", f"not UTF-8: byte {error.start} of the line"
     except (ValueError, RecursionError) as error:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.manifests import in_order, read_json
+from pipelines.manifests import present, read_json
 from pipelines.plan import Planned
 
 SKIPPED, DONE, RUNNING, STOPPED, WAITING = "skipped", "done", "running", "stopped", "to do"
@@ -56,14 +56,13 @@ def planned(root: Path, stages: Sequence[Planned], ended: Mapping[str, Any] | No
 
 
 def found(root: Path, ended: Mapping[str, Any] | None) -> Iterator[StageFacts]:
-    """The stages that left a manifest, each behind what it read: all that is known of a run without its job graph.
+    """The stages that left a manifest of what is there now, each behind what it read: all that is known of a run without its job graph.
 
     Args:
         root: the run directory.
         ended: summary of a run that has ended.
     """
-    manifests = [manifest for path in root.rglob("manifest.json") if (manifest := read_json(path)) and "fingerprint" in manifest]
-    for m in in_order(manifests):
+    for m in present(root):
         inputs = tuple(dict.fromkeys(given["name"] for given in m["inputs"].values()))
         yield StageFacts(m["name"], _state(m["name"], ended), m["seconds"], inputs, m["numbers"], m["settings"], m.get("work_seconds"))
 

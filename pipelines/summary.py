@@ -36,6 +36,7 @@ def iteration_numbers(pairs: dict[str, Any], negatives: dict[str, Any], training
         "margin": held_out.get("margin"),
         "classification_accuracy": held_out.get("accuracy"),
         "held_out_pairs": held_out.get("rows", 0),
+        "held_out_prompts": held_out.get("prompts", 0),
     }
 
 
@@ -53,8 +54,9 @@ def reward_warnings(name: str, training: dict[str, Any], objective: Objective) -
 
 
 def indistinguishable(numbers: dict[str, Any]) -> bool:
-    """Whether held-out pairs are told apart no better than by chance: accuracy within two standard errors of one half."""
-    accuracy, n = numbers["classification_accuracy"], numbers["held_out_pairs"]
+    """Whether held-out pairs are told apart no better than by chance: accuracy within two standard errors of one half. Several samples of
+    a prompt share its demonstration: it is prompts that are independent."""
+    accuracy, n = numbers["classification_accuracy"], numbers["held_out_prompts"]
     return bool(n) and abs(accuracy - 0.5) <= 2 * (0.25 / n) ** 0.5
 
 
@@ -197,7 +199,7 @@ tags: [imitation-learning, {objective["name"].partition("_")[0]}]
 - Demonstrations: `{config["demonstrations"]["path"]}`, {summary["demonstrations"]["train"]} for training, \
 {summary["demonstrations"]["held_out"]} held out, {summary["demonstrations"]["rejected"]} rejected
 - System prompt of every conversation without one of its own: {f"`{system}`" if system else "none"}
-- This policy: {_made(chosen, objective)}{warnings}
+- This policy: {_made(chosen, config)}{warnings}
 
 Load it with `AutoModelForCausalLM.from_pretrained`, or `vllm serve`; the chat template is the tokenizer's.
 
@@ -217,9 +219,11 @@ Load it with `AutoModelForCausalLM.from_pretrained`, or `vllm serve`; the chat t
 """
 
 
-def _made(policy: str, objective: dict[str, Any]) -> str:
+def _made(policy: str, config: dict[str, Any]) -> str:
+    objective = config["objective"]
     if policy == "sft":
-        return "sft, by supervised fine-tuning alone"
+        trained = config.get("sft", {}).get("epochs", 1)
+        return "sft, by supervised fine-tuning alone" if trained else "sft, the base model as it is (sft.epochs=0)"
     return f"{policy}, by {objective['name']} with beta {objective['beta']} and gamma {objective['gamma']}"
 
 

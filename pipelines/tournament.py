@@ -53,6 +53,8 @@ def plan_questions(demonstrations: Stage, samples: Mapping[str, Stage], tourname
     known = [*samples, DEMONSTRATIONS, *tournament.responses]
     if twice := [name for name in tournament.responses if name in (*samples, DEMONSTRATIONS)]:
         raise StageError(f"tournament.responses: {twice[0]!r} is already somebody here: give these responses another name")
+    if DEMONSTRATIONS in samples and DEMONSTRATIONS in tournament.contestants:
+        raise StageError(f"a policy is called {DEMONSTRATIONS!r}, as the demonstrations themselves are: give it another name")
     for name in tournament.contestants:
         if name not in known:
             raise StageError(f"tournament.contestants: there is no {name!r}; there are {', '.join(known)}")

@@ -51,7 +51,12 @@ def test_the_report_by_hand(tmp_path: Path) -> None:
     stage = planned(run, [3.0, 2.0, 1.0, 1.0, 2.0, 3.0], [0.0, 9.0, 0.0, 9.0, 8.0, 0.0], Combination(), x=["x"], both=["x", "y"])
     run.do(best_of_n.choose, stage)
     found = json.loads((run.directory(stage) / "report.json").read_text())
-    assert found == run.numbers(stage) and found["sizes"] == [1, 2, 3] and found["prompts"] == 2 and found["samples"] == 6
+    assert (
+        found | {"written": {"held_out": {"prompts": 2, "chosen": 2}}} == run.numbers(stage)
+        and found["sizes"] == [1, 2, 3]
+        and found["prompts"] == 2
+        and found["samples"] == 6
+    )
     assert found["kl"] == pytest.approx([0, 0.19315, 0.43195], abs=1e-4)
     assert found["golden"] == {"base": 0.1, "demonstrations": 1.0, "greedy": 0.5}
     x, both = found["selectors"]["x"], found["selectors"]["both"]
@@ -113,7 +118,7 @@ def test_what_the_judge_failed_on_is_left_out_and_counted(tmp_path: Path) -> Non
     assert [json.loads(line)["output"] for line in lines] == ["a0", "b2"], "the choice is the reward model's"
 
 
-def test_a_cut_or_empty_response_is_no_demonstration(tmp_path: Path) -> None:
+def test_a_cut_or_empty_response_is_no_demonstration(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = Run(tmp_path)
     stage = planned(run, [3.0, 2.0, 1.0, 1.0, 2.0, 3.0], [0.0] * 6, Combination(), x=["x"])
     path = run.directory(stage.inputs["samples"]) / "held_out/00000.parquet"
@@ -123,6 +128,19 @@ def test_a_cut_or_empty_response_is_no_demonstration(tmp_path: Path) -> None:
     run.do(best_of_n.choose, stage)
     lines = (run.directory(stage) / "chosen.held_out.jsonl").read_text().splitlines()
     assert [json.loads(line)["output"] for line in lines] == ["a1"]
+    assert (
+        run.numbers(stage)["written"] == {"held_out": {"prompts": 2, "chosen": 1}}
+        and "1 of 2 held_out prompts have no sample" in caplog.text
+    )
+
+
+def test_equal_scores_prefer_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    stage = planned(run, [0.0, 0.0, 0.0, 1.0, 0.0, 1.0], [0.0] * 6, Combination(), x=["x"])
+    run.do(best_of_n.choose, stage)
+    (line,) = (run.directory(stage) / "preferences.held_out.jsonl").read_text().splitlines()
+    assert [json.loads(line)[side][0]["content"] for side in ("chosen", "rejected")] == ["b0", "b1"]
+    assert len((run.directory(stage) / "chosen.held_out.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_scorer_without_a_centre_decides_alone_or_not_normalised(tmp_path: Path) -> None:

@@ -50,10 +50,23 @@ def test_every_format_gives_the_same_rows(name: str, tmp_path: Path) -> None:
     assert read[2]["source"] == f"{name}:3" and not any(row["reason"] for row in read)
 
 
+def test_a_text_of_any_length_and_a_mark_of_the_encoding_spoil_nothing(tmp_path: Path) -> None:
+    long, rows = "x" * 200_000, {}
+    (tmp_path / "a.csv").write_text(f"\ufeffprompt,completion\n{long},y\n", encoding="utf-8")
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_text("\ufeff" + json.dumps({"prompt": long, "completion": "y"}) + "\n", encoding="utf-8")
+    for file in sorted(tmp_path.iterdir()):
+        rows[file.name] = [(json.loads(row["row"]), row["reason"]) for row in sources.read(str(file))]
+    assert set(rows) == {"a.csv", "a.json", "a.jsonl"}
+    assert all(found == [({"prompt": long, "completion": "y"}, "")] for found in rows.values())
+
+
 def test_broken_lines_travel_with_their_reason(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n{"prompt": \n\xff\xfe\n[1]\n\n{"prompt": "b"}\n')
-    reasons = [row["reason"] for row in sources.read(str(path))]
+    rows = list(sources.read(str(path)))
+    assert [row["source"] for row in rows] == [f"a.jsonl:{line}" for line in (1, 2, 3, 4, 6)], "lines as an editor counts them"
+    reasons = [row["reason"] for row in rows]
     assert reasons[0] == reasons[4] == "" and len(reasons) == 5
     assert "broken JSON" in reasons[1] and "not UTF-8" in reasons[2] and "list" in reasons[3]
 
@@ -64,7 +77,8 @@ def test_directories_globs_splits_and_uris(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("not data")
     assert [Path(f).name for f in sources.find(str(tmp_path), "test")] == ["test.jsonl"]
     assert [Path(f).name for f in sources.find(str(tmp_path), "validation")] == ["test.jsonl", "train.jsonl"]
-    assert [Path(f).name for f in sources.find(f"{tmp_path}/t*.jsonl", "-")] == ["test.jsonl", "train.jsonl"]
+    assert [Path(f).name for f in sources.find(f"{tmp_path}/t*.jsonl", "train")] == ["test.jsonl", "train.jsonl"], "as it says"
+    assert [Path(f).name for f in sources.find(f"{tmp_path}/t*.jsonl", "test", must=True)] == ["test.jsonl"]
     with pytest.raises(StageError, match=r"no file or folder of the split 'validation', but test\.jsonl, train\.jsonl"):
         sources.find(str(tmp_path), "validation", must=True)
     (uri,) = sources.find(f"file://{tmp_path}/train.jsonl", "train")
@@ -107,7 +121,7 @@ def test_a_path_that_leads_nowhere_is_one_clear_line(path: str, words: str, tmp_
     [
         ("a.parquet", b"PAR1 no"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-20]),
-        ("a.csv", b"prompt,completion\n" + b"x" * 200_000 + b",y\n"),
+        ("a.csv.gz", gzip.compress(b"prompt,completion\n" + b"x,y\n" * 99)[:-20]),
     ],
 )
 def test_an_unreadable_file_is_named(name: str, content: bytes, tmp_path: Path) -> None:

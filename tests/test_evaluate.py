@@ -111,6 +111,12 @@ def test_mt_bench_over_both_turns(tiny: Path, tmp_path: Path) -> None:
     assert len(second) == 2 and all(text.index("and 1?") < text.index("Assistant:") < text.index("And one more?") for text in second)
 
 
+def test_questions_have_to_be_there(tmp_path: Path) -> None:
+    (tmp_path / "question.jsonl").write_text("")
+    with pytest.raises(StageError, match=r"question\.jsonl holds no question"):
+        mt_bench.read(MtBench(path=str(tmp_path)))
+
+
 def test_what_the_judge_reads_beside_the_answers_is_in_the_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "question.jsonl").write_text('{"question_id": 1, "category": "math", "turns": ["a", "b"]}\n')
     settings, judge = MtBench(path=str(tmp_path)), JudgeModel(url="http://x/v1")
@@ -130,10 +136,31 @@ def test_what_the_judge_reads_beside_the_answers_is_in_the_fingerprint(tmp_path:
 
 def test_programs_run_only_where_the_command_says_so(tiny: Path, tmp_path: Path) -> None:
     asked = command(tmp_path, **{"tasks.names": "[mbpp]", "policies.paths": f"{{tiny: {tiny}}}"})
-    refused = finish([*asked, "--dry-run"])
-    assert refused.returncode == 1 and "allow it with --allow-code-execution" in refused.stderr
+    (tmp_path / "before.yaml").write_text("tasks:\n  allow_code_execution: true\n")
+    refused = finish([*asked, "--config", str(tmp_path / "before.yaml"), "--dry-run"])
+    assert refused.returncode == 1 and "allow it with --allow-code-execution" in refused.stderr, "a file is no command"
     allowed = finish([*asked, "--allow-code-execution", "--dry-run"])
     assert allowed.returncode == 0 and "allow_code_execution: true" in allowed.stdout, allowed.stderr
+
+
+def test_the_held_out_prompts_of_a_run_are_all_asked_however_long(tiny: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    (root / "demonstrations" / "held_out").mkdir(parents=True)
+    (root / "demonstrations" / "held_out" / "00000.parquet").write_bytes(b"rows")
+    (root / "config.yaml").write_text(f"model: {{path: {tiny}}}\ndemonstrations: {{max_prompt_tokens: 1800, max_tokens: 2000}}\n")
+    flags = [f"--policies.run={root}", "--answers.measures=[exact_answer]"]
+    (policy,) = plan(build(EvaluateConfig, flags)).policies
+    assert policy.prompts and (policy.prompts.settings["max_prompt_tokens"], policy.prompts.settings["max_tokens"]) == (1800, 2000)
+    with pytest.raises(StageError, match=r"policies.paths: 'base' is already a policy of .*run: give this one another name"):
+        plan(build(EvaluateConfig, [*flags, f"--policies.paths={{base: {tiny}}}"]))
+
+
+def test_a_mean_says_of_how_many_answers_it_is(tmp_path: Path) -> None:
+    scored = {"mean": 0.5, "stderr": 0.06, "n": 70, "unscored": 30}
+    found = {"sft": {"measures": {"exact_answer": scored}, "kl": None, "texts": measures.texts([])}}
+    assert measures.table(found)[1][:2] == ["sft", "0.500 ± 0.060 of 70"]
+    assert measures.doubts(found) == ["sft: exact_answer has no score of 30 of 100 answers"]
+    assert measures.doubts({"sft": {"measures": {"exact_answer": scored | {"unscored": 0}}}}) == []
 
 
 def test_the_divergence_is_the_mean_difference_of_log_probs(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_mean_and_standard_error_by_hand() -> None:
     [(0.5, 64, True), (0.62, 64, True), (0.63, 64, False), (0.37, 64, False), (0.55, 1000, False), (0.5, 0, False)],
 )
 def test_told_apart_by_chance_means_within_two_standard_errors(accuracy: float, n: int, chance: bool) -> None:
-    assert indistinguishable({"classification_accuracy": accuracy, "held_out_pairs": n}) is chance
+    assert indistinguishable({"classification_accuracy": accuracy, "held_out_pairs": 4 * n, "held_out_prompts": n}) is chance, "of prompts"
 
 
 def test_a_falling_reward_of_real_responses_is_told() -> None:
@@ -87,7 +87,7 @@ def test_a_falling_reward_of_real_responses_is_told() -> None:
 
 
 def test_results_of_few_rows_are_doubted() -> None:
-    sure = {"classification_accuracy": 0.8, "held_out_pairs": 64, "rejected": 3}
+    sure = {"classification_accuracy": 0.8, "held_out_pairs": 64, "held_out_prompts": 64, "rejected": 3}
     assert doubts("iteration-1", sure, 60) == []
     assert "trained on 5 pairs, 3 were dropped" in doubts("iteration-1", sure, 5)[0]
     assert "trained on 60 pairs, 90 were dropped" in doubts("iteration-1", sure | {"rejected": 90}, 60)[0]

@@ -40,6 +40,14 @@ from pipelines.serving.settings import JudgeService
         ("The better response is not A.", "unparsed"),
         ("The winner is A's opponent.", "unparsed"),
         ("The better response is a matter of taste.", "unparsed"),
+        (prompts.ENDINGS["text"], "unparsed"),
+        (f"{prompts.ENDINGS['text']} [[B]]", 1),
+        ("Verdict: A is worse than B.", "unparsed"),
+        ("The winner is A? No: B answers better.", "unparsed"),
+        ("My verdict: A and B are equally good.", "unparsed"),
+        ("**Verdict:** B", 1),
+        ("The better answer is A because it is right.", 0),
+        ("Winner: **B**\n\nIt is right.", 1),
     ],
 )
 def test_words_are_read(text: str, reading: object) -> None:
@@ -60,6 +68,12 @@ def test_words_are_read(text: str, reading: object) -> None:
         ("[[8]]/[[10]]", 8),
         ("I give 7. To get a score of 10 it would need more.", None),
         ("The rating is 7. A score of 10 needs more.", 7),
+        (prompts.ENDINGS["grade"], None),
+        (f"{prompts.ENDINGS['grade']} [[6]]", 6),
+        ("I would rate it [[7]] out of [[10]].", 7),
+        ("Rating: 1 to 10 scale, I give 7", None),
+        ("Rating: 7.5 to 8", None),
+        ("**Score:** 7.5 out of 10", 7.5),
     ],
 )
 def test_grades_are_read(text: str, grade: float | None) -> None:
@@ -82,6 +96,8 @@ def test_probabilities() -> None:
     reading, first = read_probabilities([math.log(0.3), math.log(0.1)])
     assert reading == 0 and first == pytest.approx(0.75)
     assert read_probabilities([-1e4, 0.0])[0] == 1 and read_probabilities([-1e4, 0.0])[1] < 1e-9
+    nothing = ([math.nan, -1.0], [-1.0, math.nan], [-math.inf, -math.inf])
+    assert {read_probabilities(logps)[0] for logps in nothing} == {"unparsed"} and read_probabilities([-1.0, -math.inf])[0] == 0
     assert read_probabilities([-2.0, -2.0]) == ("tie", 0.5) and read_probabilities([0.0, -1e4]) == (0, 1.0)
 
 

@@ -87,6 +87,13 @@ def test_unknown_columns_are_no_layout() -> None:
     assert detect({"text": "?"}) is None
 
 
+def test_columns_that_were_named_are_the_ones_that_are_read() -> None:
+    for row in ({"question": "q", "answer": "a"}, {"prompt": "p", "chosen": "c", "rejected": "r"}, {"instruction": "i", "output": "o"}):
+        mapped = row | {"prompt": "mine", "completion": "my own"}
+        assert detect(mapped, ("prompt", "completion")) == "prompt_completion" != detect(row)
+    assert detect({"prompt": "p", "chosen": "c", "rejected": "r", "question": "q", "answer": "a"}, ("prompt", "chosen")) == "preference"
+
+
 @pytest.mark.parametrize(
     ("file", "layout"),
     [

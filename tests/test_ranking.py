@@ -69,6 +69,10 @@ def test_a_win_rate_that_length_explains_goes_to_one_half() -> None:
     fair = length_controlled(np.array([1.0, 1.0, 0.0, 1.0] * 50), np.zeros(200), prompts[:200])
     assert fair and fair["rate"] == pytest.approx(0.75, abs=0.01) and fair["stderr"] == pytest.approx(0.03, abs=0.01)
     assert length_controlled(np.array([]), np.array([]), []) is None
+    always = np.linspace(50, 200, 100)
+    assert length_controlled(np.ones(100), always, prompts[:100]) is None, "what wins at equal length was never seen"
+    assert length_controlled(won[:50], longer[:50], ["the same"] * 50) is None
+    assert length_controlled(np.ones(100), np.where(np.arange(100) < 5, -always, always), prompts[:100])
 
 
 def test_faults_of_a_judge() -> None:

@@ -95,6 +95,12 @@ def test_a_run_in_progress_can_be_looked_at(tmp_path: Path) -> None:
     assert states == ["done", "running", *["to-do"] * 6]
     assert "under way: 4 of 8 stages" in pages[-1] and "<td>0.500</td>" in pages[-1] and "said by sft/samples" in pages[-1]
     assert "aria-label=&quot;training&quot;" not in pages[-1] and 'aria-label="sft"' in pages[-1]
+    again = Run(tmp_path, report=report)
+    reporter.log = again.log
+    for stage in stages[:5]:
+        again.do(work, stage)
+    states = re.findall(r'<div class="box ([\w-]+)"', pages[-1])
+    assert states == [*["skipped"] * 4, "done", *["to-do"] * 3], "not only once it has ended"
 
 
 def test_a_run_that_stopped_says_why(tmp_path: Path) -> None:
@@ -227,7 +233,8 @@ def test_runs_side_by_side(ended: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert differences([gather(ended), gather(other)]) == [["setting", "ended", "other"], ["objective.beta", "1.0", "2.0"]]
     output = tmp_path / "both.html"
     assert compare.main([str(ended), str(other), "--output", str(output)]) == 0
-    assert "objective.beta" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert all(text in told for text in ("objective.beta", "Versions that differ: none", "Times", "iteration-1/training", "Data"))
     page = output.read_text()
     assert page.count('aria-label="training"') == 1 and "ended and other" in page and "objective.beta" in page
     (other / "config.yaml").rename(other / "reward-config.yaml")

@@ -14,7 +14,7 @@ from models import tokenizer as model_tokenizer
 from models import write_tiny
 from safetensors.torch import load_file
 from training import assert_same_steps, train, write_pairs
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig, LlamaConfig, pipeline
 
 from actors.engine_loop import EngineDead
 from actors.generator import environment
@@ -325,3 +325,8 @@ def test_a_padding_token_that_ends_a_turn_is_replaced(tmp_path: Path) -> None:
     state = policy._pad_apart(model, words, dict(model.state_dict()))
     assert words.pad_token not in ("<|eot|>", words.eos_token, words.bos_token)
     assert model.config.pad_token_id == words.pad_token_id < len(state["model.embed_tokens.weight"])
+    # Qwen's: a second token ends responses, and pads.
+    words.add_special_tokens({"pad_token": "<|endoftext|>"})
+    GenerationConfig(eos_token_id=[words.eos_token_id, words.pad_token_id]).save_pretrained(tmp_path)
+    policy._pad_apart(model, words, dict(model.state_dict()), policy._ends(str(tmp_path), words))
+    assert words.pad_token not in ("<|endoftext|>", "<|eot|>", words.eos_token)

@@ -178,7 +178,7 @@ def test_a_stage_counts_what_has_no_score_and_stops_when_nothing_has(
     work = scoring.score(RewardScoring(), 512, False)
     some = scoring.plan("golden", samples, samples, "opinions_three:length", "float32", RewardScoring())
     run.do(work, some)
-    assert run.numbers(some) == {"rows": 8, "unscored": 4, "retemplated": 0}
+    assert run.numbers(some) == {"rows": 8, "unscored": 4, "untemplated": 0, "retemplated": 0}
     never = scoring.plan("other", samples, samples, "opinions_three:never", "float32", RewardScoring())
     with pytest.raises(StageError, match="not one response could be scored: the score is inf"):
         run.do(work, never)

@@ -10,7 +10,7 @@ from jobs.gsil_iterative import align, plan
 from jobs.schemas import GsilConfig
 from pipelines.artifacts import Run
 
-APART = {"rows": 100, "accuracy": 0.8, "reward_real": 0.5, "reward_generated": -0.5, "margin": 1.0}
+APART = {"rows": 100, "prompts": 100, "accuracy": 0.8, "reward_real": 0.5, "reward_generated": -0.5, "margin": 1.0}
 
 
 def finished(root: Path, accuracies: dict[str, float], argv: tuple[str, ...] = (), **numbers: dict[str, Any]) -> dict[str, Any]:
@@ -60,6 +60,7 @@ def test_all_iterations_and_the_best_policy(tmp_path: Path) -> None:
         "margin": 1.0,
         "classification_accuracy": 0.8,
         "held_out_pairs": 100,
+        "held_out_prompts": 100,
     }
 
 

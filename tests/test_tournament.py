@@ -143,6 +143,11 @@ def test_an_answer_before_which_a_job_was_killed_is_not_glued_to_the_last(tmp_pa
         # Killed before the end of the line.
         (tmp_path / "cache.jsonl").write_text((tmp_path / "cache.jsonl").read_text().removesuffix("\n"))
     assert Cache(tmp_path / "cache.jsonl").answers == {key: {"text": key} for key in "abc"}
+    lines = (tmp_path / "cache.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cache.jsonl").write_bytes(
+        b"".join([lines[0].replace(b'"a"}', b'"b"}'), lines[1].replace(b'"text"', b'"t\xf4xt"'), lines[2]])
+    )
+    assert Cache(tmp_path / "cache.jsonl").answers == {"c": {"text": "c"}}, "what was changed on disk is asked again"
 
 
 def test_a_judge_with_more_room_is_asked_what_was_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +185,23 @@ def test_a_limit_of_cost(tmp_path: Path) -> None:
         assert len(asked) == 4
         found = Played(tmp_path / "all").play(url=url, price_in=1, price_out=5)
     assert found["asking"]["cost"] == pytest.approx(36 * 150e-6)
+    free = (200, {key: value for key, value in completion("[[A]]", {"model": "m"}).items() if key != "usage"})
+    with endpoint(lambda question: free) as (url, asked), pytest.raises(StageError, match=r"judge.max_cost cannot be kept"):
+        Played(tmp_path / "free").play(url=url, price_in=1, max_cost=1, concurrency=1)
+
+
+def test_all_who_ask_share_the_limits(tmp_path: Path) -> None:
+    with endpoint(longer) as (url, asked):
+        one, other = Played(tmp_path / "one"), Played(tmp_path / "other")
+        judge = Judge(url=url, url_model="m", max_requests=50, concurrency=1)
+        ask = judging.ask(judge, False)
+        questions = [tournament.plan_questions(played.data, played.samples, played.settings, judge) for played in (one, other)]
+        for played, stage in zip((one, other), questions, strict=True):
+            played.run.do(tournament.write_questions(played.settings), stage)
+        one.run.do(ask, judging.plan("answers", questions[0], judge, None))
+        with pytest.raises(StageError, match=r"judge.max_requests=50 requests are made; 14 answers came"):
+            other.run.do(ask, judging.plan("answers", questions[1], judge, None))
+        assert len(asked) == 50
 
 
 def test_a_rate(tmp_path: Path) -> None:
@@ -226,6 +248,14 @@ def test_an_endpoint_in_trouble_is_asked_again(wrong: tuple[int, Any], tmp_path:
         found = Played(tmp_path).play(url=url, concurrency=1)
     assert len(asked) == 72 and found["failed"] == 0
     assert [(pair["win"], pair["tie"], pair["lose"]) for pair in found["pairs"]] == [(0, 0, 1), (0, 0, 1), (1, 0, 0)]
+
+
+def test_an_endpoint_that_wants_an_hour_is_asked_another_time(tmp_path: Path) -> None:
+    busy = (429, {"error": {"message": "slow down"}}, {"retry-after": "3600"})
+    with endpoint(lambda question: busy) as (url, asked):
+        with pytest.raises(StageError, match=r"left alone for 3600 s; 0 answers came and are kept"):
+            Played(tmp_path).play(url=url, concurrency=1)
+        assert len(asked) == 1
 
 
 def test_an_endpoint_is_left_alone_as_long_as_it_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +352,11 @@ def test_who_is_not_there(tmp_path: Path) -> None:
     twice = Tournament(contestants=["short", "long"], responses={"short": "x.jsonl"})
     with pytest.raises(StageError, match="'short' is already somebody here"):
         tournament.plan_questions(played.data, played.samples, twice, Judge(url="http://x/v1", url_model="m"))
+    named = played.samples | {"demonstrations": Stage("demonstrations/answers", {})}
+    with pytest.raises(StageError, match="a policy is called 'demonstrations'"):
+        tournament.plan_questions(
+            played.data, named, Tournament(contestants=["short", "demonstrations"]), Judge(url="http://x/v1", url_model="m")
+        )
     other = tmp_path / "none.jsonl"
     other.write_text(json.dumps({"prompt": "Who?", "completion": "Nobody"}) + "\n")
     played.settings = Tournament(contestants=["short", "theirs"], responses={"theirs": str(other)})

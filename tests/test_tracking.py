@@ -58,6 +58,7 @@ def test_the_numbers_of_an_evaluation_reach_tensorboard(tmp_path: Path) -> None:
         "tasks": {"sft": {"gsm8k": {"n": 40, "shots": 5, "main": "exact_match"}}},
         "tournament": {"pairs": [{"first": "a", "second": "b", "win": 0.5}], "ranking": [{"name": "a", "rating": 1000}]},
         "mt_bench": None,
+        "best_of_n": {"sizes": [1, 4], "selectors": {"bt": {"win_rate": [0.5, None], "golden": [0.25, 0.75]}}},
         "stages": [{"name": "x", "seconds": 1}],
     }
     for _ in range(2):
@@ -71,6 +72,9 @@ def test_the_numbers_of_an_evaluation_reach_tensorboard(tmp_path: Path) -> None:
         "tasks/sft/gsm8k/shots": 5,
         "tournament/pairs/a-b/win": 0.5,
         "tournament/ranking/a/rating": 1000,
+        "best_of_n/selectors/bt/win_rate/1": 0.5,
+        "best_of_n/selectors/bt/golden/1": 0.25,
+        "best_of_n/selectors/bt/golden/4": 0.75,
     }
 
 

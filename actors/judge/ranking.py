@@ -19,6 +19,8 @@ ELO = 400 / np.log(10)
 PRIOR = 0.1
 """Weight of a won and of a lost game that each contestant is given against an average one: who won all has a finite rating."""
 RESAMPLES = 1_000
+EITHER_SIDE = 5
+"""Games in which the first response is no longer, and in which it is no shorter, that a win rate at equal length needs."""
 
 
 def shares(outcomes: Sequence[Reading]) -> dict[str, float | int | None]:
@@ -108,9 +110,10 @@ def length_controlled(points_G: Floats, longer_G: Floats, prompts: Sequence[str]
         seed: of the bootstrap.
 
     Returns:
-        `rate` and its standard error `stderr` by bootstrap over prompts; None without a game.
+        `rate` and its standard error `stderr` by bootstrap over prompts; None where the lengths leave it open: one side nearly always
+        longer, or a single prompt.
     """
-    if not len(points_G):
+    if min((longer_G <= 0).sum(), (longer_G >= 0).sum()) < EITHER_SIDE or len(set(prompts)) < 2:
         return None
     spread = float(np.std(longer_G)) or 1.0
     features = np.stack([np.ones_like(points_G), np.tanh(longer_G / spread)], axis=1)

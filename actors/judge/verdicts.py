@@ -5,19 +5,24 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+from actors.judge.prompts import ENDINGS
+
 Reading = Literal[0, 1, "tie", "unparsed"]
 """which response is better; neither; or nobody knows what the judge meant"""
 
 LETTERS: dict[str, Reading] = {"A": 0, "B": 1, "C": "tie"}
+_IS = r"\**(?:\s+is\b\s*:?|\s*:)[\s*]*"
+_SAID = r"[*\"')]*\s*(?:[.!;\n]|$|,?\s(?:because|since)\b)"
+"""Nothing is said on behind it: "The winner is A? No" and "Rating: 1 to 10" name neither a winner nor a grade."""
 _MARKED = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _NAMED = re.compile(
-    r"(?:verdict|winner|better(?:\s+(?:response|answer|one))?)(?:\s+is\b\s*:?|\s*:)\s*(?:response|assistant|answer)?\s*"
-    r"[*\"'(]*((?-i:[AB]))\b(?!['’])",
+    rf"(?:verdict|winner|better(?:\s+(?:response|answer|one))?){_IS}(?:response|assistant|answer)?\s*[*\"'(]*((?-i:[AB])){_SAID}",
     re.IGNORECASE,
 )
 _ALONE = re.compile(r"\W*([ABC])\W*")
-_GRADE = re.compile(r"(?<!/)(?<!/ )\[\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\]\]")
-_NAMED_GRADE = re.compile(r"(?:rating|grade|score)(?:\s+is\b\s*:?|\s*:)\s*\**(\d+(?:\.\d+)?)", re.IGNORECASE)
+_NUMBER = r"(\d++(?:\.\d++)?+)"
+_GRADE = re.compile(rf"(?<!/)(?<!/ )(?<!out of )\[\[\s*{_NUMBER}\s*(?:/\s*10)?\s*\]\]")
+_NAMED_GRADE = re.compile(rf"(?:rating|grade|score){_IS}{_NUMBER}\**(?:\s*(?:/|out of)\s*10)?{_SAID}", re.IGNORECASE)
 
 
 def read_pair(text: str, cut: bool = False) -> Reading:
@@ -28,6 +33,7 @@ def read_pair(text: str, cut: bool = False) -> Reading:
         text: the words.
         cut: they end before the judge had ended: only what is marked counts.
     """
+    text = _own(text)
     found = _MARKED.findall(text) or ([] if cut else _NAMED.findall(text))
     if found:
         return LETTERS[found[-1]]
@@ -42,17 +48,27 @@ def read_grade(text: str, cut: bool = False) -> float | None:
         text: the words.
         cut: they end before the judge had ended: only what is marked counts.
     """
+    text = _own(text)
     found = _GRADE.findall(text) or ([] if cut else _NAMED_GRADE.findall(text))
     grade = float(found[-1]) if found else math.nan
     return grade if 1 <= grade <= 10 else None
 
 
+def _own(text: str) -> str:
+    """A judge's own words: small ones say again how they were told to answer, with every mark in it."""
+    for ending in ENDINGS.values():
+        text = text.replace(ending, "")
+    return text
+
+
 def read_probabilities(logps: Sequence[float]) -> tuple[Reading, float]:
-    """Which label is likelier, and the probability of the first among the two.
+    """Which label is likelier, and the probability of the first among the two; "unparsed" where they are no numbers.
 
     Args:
         logps: of the labels A and B, nats.
     """
+    if not math.isfinite(max(logps)) or any(map(math.isnan, logps)):
+        return "unparsed", math.nan
     first = 1 / (1 + math.exp(min(700.0, logps[1] - logps[0])))
     return ("tie" if logps[0] == logps[1] else 0 if logps[0] > logps[1] else 1), first
 

@@ -204,7 +204,7 @@ class Learner:
             names = ["rho_real", "rho_generated"] if len(rows[0][2]) == 2 else ["logp_real"]
             columns = {"id": [row[1] for row in rows]} | {n: [row[2][s] for row in rows] for s, n in enumerate(names)}
             pq.write_table(pa.table(columns), output / "held_out.parquet")
-            (output / "held_out.json").write_text(json.dumps({"rows": len(rows), **metrics}, indent=1))
+            (output / "held_out.json").write_text(json.dumps({"rows": len(rows), "prompts": len(set(columns["id"])), **metrics}, indent=1))
 
     @torch.no_grad()
     def score(self, examples: Examples) -> tuple[list[tuple[int, str, list[float]]], dict[str, float]]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ def export(
         if kind == "policy":
             GenerationConfig.from_pretrained(tokenizer).save_pretrained(directory)
         else:
-            state = _pad_apart(model, words, state)
+            state = _pad_apart(model, words, state, _ends(tokenizer, words))
             named = words.chat_template
             words.chat_template = (
                 {name: ends_with_its_turn(text) for name, text in named.items()} if isinstance(named, dict) else ends_with_its_turn(named)
@@ -224,14 +224,29 @@ def ends_with_its_turn(template: str) -> str:
     return f"{WHOLE}{body}{{%+ endset %}}{{{{ whole if add_generation_prompt else whole.rstrip() }}}}"
 
 
-def _pad_apart(model: PreTrainedModel, tokenizer: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _ends(directory: str, tokenizer: Any) -> list[str]:
+    """Tokens that a model declares to end its responses, also beside the tokenizer's own."""
+    try:
+        ids = GenerationConfig.from_pretrained(directory).eos_token_id
+    except OSError:
+        return []
+    return [tokenizer.convert_ids_to_tokens(token) for token in ([ids] if isinstance(ids, int) else ids or [])]
+
+
+def _pad_apart(model: PreTrainedModel, tokenizer: Any, state: dict[str, torch.Tensor], ends: Sequence[str] = ()) -> dict[str, torch.Tensor]:
     """Gives tokenizer and config a padding token that ends no response: transformers reads the reward at the last token that is not
     padding, and with pad == EOS would read it one too early.
+
+    Args:
+        model: the reward model.
+        tokenizer: of its policy.
+        state: its weights.
+        ends: tokens that end a response beside the tokenizer's EOS.
 
     Returns:
         the weights, with a row for the token where the vocabulary had none to spare.
     """
-    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    taken = {tokenizer.eos_token, tokenizer.bos_token, *ends}
     text = model.config.get_text_config()
     template = str(tokenizer.chat_template or "")
     if tokenizer.pad_token is None or tokenizer.pad_token in taken or tokenizer.pad_token in template:

@@ -4,7 +4,7 @@ import importlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,19 @@ def numbers(found: Mapping[str, Any]) -> dict[str, float]:
     return dict(_leaves(told)) | dict(_leaves(unprefixed))
 
 
-def _leaves(found: Any, place: str = "") -> Iterator[tuple[str, float]]:
+def _leaves(found: Any, place: str = "", sizes: Sequence[int] = ()) -> Iterator[tuple[str, float]]:
+    """Numbers by their place; those of a curve by the N that they are of, where `sizes` stands above them (Best-of-N)."""
     if isinstance(found, Mapping):
+        sizes = found.get("sizes", sizes)
         for key, value in found.items():
-            yield from _leaves(value, f"{place}/{key}" if place else str(key))
+            yield from _leaves(value, f"{place}/{key}" if place else str(key), sizes) if key != "sizes" else ()
     elif isinstance(found, list):
-        for number, value in enumerate(found, start=1):
+        names = sizes if len(sizes) == len(found) else range(1, len(found) + 1)
+        for number, value in zip(names, found, strict=True):
+            own: Any = number
             if isinstance(value, Mapping):
                 own = value.get("name") or "-".join(value[key] for key in ("first", "second") if key in value) or number
-                yield from _leaves(value, f"{place}/{own}")
+            yield from _leaves(value, f"{place}/{own}", sizes)
     elif isinstance(found, int | float) and not isinstance(found, bool):
         yield place, float(found)
 

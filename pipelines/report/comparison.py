@@ -1,6 +1,6 @@
 """Runs side by side."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -9,16 +9,20 @@ import yaml
 from pipelines.report import figures, page
 from pipelines.report.doubts import doubts
 from pipelines.report.facts import Facts
+from pipelines.states import StageFacts
+from pipelines.status import duration
 
 
 def tables(runs: Sequence[Facts]) -> dict[str, page.Rows]:
-    """By title: the settings that differ, then every table that a run has, the rows of all runs one below the other."""
+    """By title: the settings and versions that differ and the times of the stages, a run a column; then every table that a run has, the
+    rows of all runs one below the other."""
     found: dict[str, page.Rows] = {}
-    differing = differences(runs)
-    found["Settings that differ" if len(differing) > 1 else "Settings that differ: none"] = differing
+    for title, differing in (("Settings", differences(runs)), ("Versions", _differing("software", runs, [run.versions for run in runs]))):
+        found[f"{title} that differ" if len(differing) > 1 else f"{title} that differ: none"] = differing
+    found["Times"] = _side_by_side("stage", runs, [{stage.name: _took(stage) for stage in run.stages} for run in runs])
     by_title: dict[str, list[list[str]]] = {}
     for run in runs:
-        for title, (header, *rows) in page.tables(run).items():
+        for title, (header, *rows) in (page.tables(run) | page.data_table(run)).items():
             # Columns are there where something was measured: runs that differ in them have tables of their own.
             key = next((k for k in (title, f"{title}, {run.name}") if k not in by_title or by_title[k][0] == ["run", *header]), title)
             by_title.setdefault(key, [["run", *header]]).extend([run.name, *row] for row in rows)
@@ -28,9 +32,22 @@ def tables(runs: Sequence[Facts]) -> dict[str, page.Rows]:
 def differences(runs: Sequence[Facts]) -> list[list[str]]:
     """Settings that are not the same in all runs; the header first."""
     settings = [dict(_flat(yaml.safe_load(run.config) or {})) for run in runs]
-    keys = list(dict.fromkeys(key for flat in settings for key in flat if key != "run.name"))
-    rows = [[key, *(flat.get(key, "") for flat in settings)] for key in keys]
-    return [["setting", *(run.name for run in runs)], *(row for row in rows if len(set(row[1:])) > 1)]
+    return _differing("setting", runs, [{key: value for key, value in flat.items() if key != "run.name"} for flat in settings])
+
+
+def _side_by_side(what: str, runs: Sequence[Facts], values: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """A row for every key, a column for every run; the header first."""
+    rows = [[key, *(flat.get(key, "") for flat in values)] for key in dict.fromkeys(key for flat in values for key in flat)]
+    return [[what, *(run.name for run in runs)], *rows]
+
+
+def _differing(what: str, runs: Sequence[Facts], values: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    header, *rows = _side_by_side(what, runs, values)
+    return [header, *(row for row in rows if len(set(row[1:])) > 1)]
+
+
+def _took(stage: StageFacts) -> str:
+    return stage.state if stage.seconds is None else duration(stage.seconds)
 
 
 def html(runs: Sequence[Facts]) -> str:

@@ -100,7 +100,9 @@ class Facts:
         return next((s.numbers for s in self.stages if s.name == name), {})
 
 
-def gather(root: Path, stages: Sequence[Stage] = (), prefix: str = "", failure: str | None = None) -> Facts:
+def gather(
+    root: Path, stages: Sequence[Stage] = (), prefix: str = "", failure: str | None = None, log: Sequence[Mapping[str, Any]] = ()
+) -> Facts:
     """Reads a run directory.
 
     Args:
@@ -108,10 +110,12 @@ def gather(root: Path, stages: Sequence[Stage] = (), prefix: str = "", failure: 
         stages: the job graph in its order; without it the stages that left a manifest, by the time when they ended.
         prefix: of the names of the job's own files ("reward-" where it shares the directory).
         failure: why the job stopped, if it did.
+        log: of the stages of a run that has not ended, as the summary will have it.
     """
     ended = read_json(root / f"{prefix}summary.json")
+    told = ended or {"stages": log}
     graph = [Planned.of(stage) for stage in stages]
-    known = list(states.planned(root, graph, ended, STOPPED if failure else RUNNING) if graph else states.found(root, ended))
+    known = list(states.planned(root, graph, told, STOPPED if failure else RUNNING) if graph else states.found(root, told))
     done = [stage for stage in known if stage.state in (DONE, SKIPPED)]
     manifests = [read_json(root / stage.name / "manifest.json") or {} for stage in done]
     file = root / f"{prefix}config.yaml"

@@ -47,7 +47,7 @@ def accuracy(facts: Facts) -> str:
 
 def ranking(facts: Facts) -> str:
     """Ratings of a tournament's contestants, with their bands."""
-    rows = facts.stage("evaluation/tournament/games").get("ranking", [])
+    rows = [row for row in facts.stage("evaluation/tournament/games").get("ranking", []) if row["games"]]
     return _drawn("ranking", rows) if rows else ""
 
 

@@ -168,11 +168,15 @@ def _ran(facts: Facts) -> str:
 
 def ran_tables(facts: Facts) -> dict[str, Rows]:
     """What ran on what, by title; rows with the header first."""
+    return data_table(facts) | {"Versions": [["software", "version"], *([name, version] for name, version in facts.versions.items())]}
+
+
+def data_table(facts: Facts) -> dict[str, Rows]:
+    """What was read and set aside, if anything was."""
     data = facts.data()
     counts = list(dict.fromkeys(key for numbers in data.values() for key, value in numbers.items() if isinstance(value, int)))
     read = [[name, *(str(numbers.get(key, "")) for key in counts)] for name, numbers in data.items()]
-    found: dict[str, Rows] = {"Data": [["rows of", *(key.replace("_", " ") for key in counts)], *read]} if data else {}
-    return found | {"Versions": [["software", "version"], *([name, version] for name, version in facts.versions.items())]}
+    return {"Data": [["rows of", *(key.replace("_", " ") for key in counts)], *read]} if data else {}
 
 
 def table(rows: Rows) -> str:

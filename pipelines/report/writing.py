@@ -1,8 +1,9 @@
 """The report's files, written anew whenever a stage begins or ends: a run in progress can be looked at."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from actors.storage import replacing
 from pipelines.artifacts import Stage
@@ -22,6 +23,8 @@ class Reporter:
     def __init__(self, root: Path, stages: Sequence[Stage], prefix: str = ""):
         self.root, self.stages, self.prefix = root, stages, prefix
         self.page = root / f"{prefix}report.html"
+        self.log: Sequence[Mapping[str, Any]] = ()
+        """what `Run.log` tells so far: which stages were done before"""
 
     def __call__(self, failure: str | None = None) -> None:
         """Writes both. A report that cannot be written costs no stage: the log says why.
@@ -33,7 +36,7 @@ class Reporter:
         from pipelines.report.page import html, markdown
 
         try:
-            facts = gather(self.root, self.stages, self.prefix, failure)
+            facts = gather(self.root, self.stages, self.prefix, failure, self.log)
             for path, text in ((self.page, html(facts)), (self.page.with_suffix(".md"), markdown(facts))):
                 with replacing(path) as temporary:
                     temporary.write_text(text, encoding="utf-8")
