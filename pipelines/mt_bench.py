@@ -6,6 +6,7 @@ question.jsonl --> first turn --> answers --> second turn, behind the first answ
 """
 
 import json
+import logging
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from pipelines.judging_settings import JudgeModel, MtBench
 from pipelines.keeping import Need
 from pipelines.means import mean_and_error
 from pipelines.records import DEMONSTRATION, shards, write_rows
+
+log = logging.getLogger(__name__)
 
 TURNS = (1, 2)
 GRADE = pa.schema(
@@ -154,6 +157,8 @@ def write_questions(settings: MtBench, names: list[str]) -> Work:
         (stage,) = stages
         questions = {row["id"]: row for row in read(settings)}
         rows = []
+        if not any(question["references"] for question in questions.values()):
+            log.warning("mt_bench.path=%r has no reference_answer_*.jsonl: mathematics is graded with nothing to compare with", settings.path)
         for name in names:
             for turn in TURNS:
                 for path in shards(run.directory(stage.inputs[f"{name}-{turn}"]) / "train"):

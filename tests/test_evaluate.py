@@ -248,6 +248,7 @@ def test_who_cannot_be_evaluated(tiny: Path, tmp_path: Path) -> None:
 def test_a_longer_answer_wins_before_a_judge_of_length(tiny: Path, undisturbed: Path, tmp_path: Path) -> None:
     with endpoint(longer) as (url, _):
         options = {"run.name": "x", "policies.run": undisturbed, "policies.only": "[sft]", "judge.url": url, "judge.url_model": "m"}
+        options["engine.backend"] = "transformers"
         done = finish(command(tmp_path, **options, **{"tournament.contestants": "[sft, demonstrations]", "tournament.limit": 5}))
     assert done.returncode == 0, done.stdout + done.stderr
     (pair,) = summary(tmp_path, "x")["tournament"]["pairs"]

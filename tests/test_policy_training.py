@@ -37,7 +37,7 @@ def planned(root: Path, model: Path, spoils: list[dict[int, float] | None], **se
         return {}
 
     run, base = Run(root), base_model.plan(Model(path=str(model)))
-    training = Training(**({"epochs": 20, "learning_rate": 1e-4, "checkpoint_every": 5, "zero_stage": 2} | settings))
+    training = Training(**({"epochs": 12, "learning_rate": 1e-4, "checkpoint_every": 5, "zero_stage": 2} | settings))
     run.do(base_model.prepare(Model(path=str(model))), base)
     stages = []
     for number in range(len(spoils)):
