@@ -158,7 +158,7 @@ def write_questions(settings: MtBench, names: list[str]) -> Work:
         questions = {row["id"]: row for row in read(settings)}
         rows = []
         if not any(question["references"] for question in questions.values()):
-            log.warning("mt_bench.path=%r has no reference_answer_*.jsonl: mathematics is graded with nothing to compare with", settings.path)
+            log.warning("mt_bench.path=%r has no reference_answer_*.jsonl: mathematics is graded with nothing beside it", settings.path)
         for name in names:
             for turn in TURNS:
                 for path in shards(run.directory(stage.inputs[f"{name}-{turn}"]) / "train"):
