@@ -36,7 +36,7 @@ def iteration_numbers(pairs: dict[str, Any], negatives: dict[str, Any], training
         "margin": held_out.get("margin"),
         "classification_accuracy": held_out.get("accuracy"),
         "held_out_pairs": held_out.get("rows", 0),
-        "held_out_prompts": held_out.get("prompts", 0),
+        "held_out_prompts": held_out.get("prompts", held_out.get("rows", 0)),
     }
 
 
