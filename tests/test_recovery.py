@@ -24,7 +24,7 @@ def undisturbed(tiny: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize(
     ("zero", "before", "after"),
-    [(0, 2, 2), (2, 2, 2), (3, 2, 2), (1, 2, 1), (3, 2, 1)],
+    [(0, 2, 2), *(pytest.param(zero, 2, 2, marks=pytest.mark.slow) for zero in (2, 3)), (1, 2, 1), (3, 2, 1)],
     ids=lambda value: str(value),
 )
 def test_killed_it_goes_on_from_the_checkpoint_also_with_another_number_of_workers(
@@ -102,7 +102,7 @@ def test_what_was_good_before_three_in_a_row_is_kept(tiny: Path, tmp_path: Path)
     assert f"the last good checkpoint is {kept}" in str(failure_of(tmp_path)) and (kept / "done.json").exists()
 
 
-@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 1, 3])
 def test_a_gradient_that_is_not_finite_counts_though_the_loss_is(zero: int, tiny: Path, pairs: Path, tmp_path: Path) -> None:
     end(start(tiny, pairs, tmp_path, 2, Objective(), zero_stage=zero, spoil_gradient=True))
     assert "not finite in 3 steps in a row, up to step 3, on the rows row-0, row-1, row-10" in str(failure_of(tmp_path))

@@ -93,13 +93,8 @@ def test_it_learns_to_tell_the_sides_apart_with_any_number_of_workers(objective:
     assert held_out["accuracy"] > 0.9 and held_out["margin"] > 0.5 and alone[-1]["loss"] < 0.7 * alone[0]["loss"]
 
 
-@pytest.mark.parametrize(
-    ("family", "side", "lora_r"),
-    [(family, side, 0) for family in ("llama", "gpt2", "qwen2") for side in ("left", "right")] + [("llama", "left", 4)],
-)
-def test_transformers_reads_the_same_rewards_whatever_the_padding_side(
-    family: str, side: str, lora_r: int, pairs: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("family", "lora_r"), [("llama", 0), ("gpt2", 0), ("qwen2", 0), ("llama", 4)])
+def test_transformers_reads_the_same_rewards_whatever_the_padding_side(family: str, lora_r: int, pairs: Path, tmp_path: Path) -> None:
     source = write_tiny(tmp_path / "policy", family, std=0.2)
     # A policy whose padding is its EOS, as SmolLM2's is, and which has no special token to spare.
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -113,18 +108,19 @@ def test_transformers_reads_the_same_rewards_whatever_the_padding_side(
     assert prompts.identity(its) == prompts.identity(ours), "the service passes tokens on"
     assert prompts.conversations(its, reward=True) == prompts.conversations(ours)
     want = Scorer(str(directory), Scoring(), "float32", kind="reward")(EXAMPLES)
-    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side=side)
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.chat_template
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
-    assert model.config.num_labels == 1 and model.config.pad_token_id == tokenizer.pad_token_id
     rows = [[*e.prompt_ids, *r] for e in EXAMPLES for r in e.responses]
-    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-    # GPT-2 counts positions itself, which left padding shifts: its users pass them.
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad():
-        got = model(**batch, position_ids=positions).logits[:, 0]
-    assert got.tolist() == pytest.approx([value for row in want for value in row], abs=1e-4)
-    assert np.std(got.numpy()) > 0
+    for side in ("left", "right"):
+        tokenizer = AutoTokenizer.from_pretrained(directory, padding_side=side)
+        assert tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.chat_template
+        assert model.config.num_labels == 1 and model.config.pad_token_id == tokenizer.pad_token_id
+        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        # GPT-2 counts positions itself, which left padding shifts: its users pass them.
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            got = model(**batch, position_ids=positions).logits[:, 0]
+        assert got.tolist() == pytest.approx([value for row in want for value in row], abs=1e-4)
+        assert np.std(got.numpy()) > 0
 
 
 def test_a_served_reward_is_the_same_in_company(tmp_path: Path) -> None:
