@@ -45,7 +45,7 @@ def plan(settings: Demonstrations, base: Stage, name: str | None = None) -> Stag
         identity | {"pairs": isinstance(settings, Preferences)},
         {"base": base},
         "1 task (1 CPU, 0 GPU) a file",
-        version=2,
+        version=3,
     )
 
 
@@ -222,6 +222,8 @@ class _Writer:
         self.directory, self.settings = directory, settings
         self.schema = PREFERENCE if isinstance(settings, Preferences) else DEMONSTRATION
         self.ids: set[bytes] = set()
+        self.held_out: set[bytes] = set()
+        """prompts that were drawn"""
         self.buffers: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self.rows = dict.fromkeys(SPLITS, 0)
         self.written = dict.fromkeys(SPLITS, 0)
@@ -245,10 +247,7 @@ class _Writer:
             if key in self.ids:
                 self._reject(row, "the same prompt and response stand in an earlier row")
                 continue
-            split = self._drawn(record["id"]) if cuts else source_split
-            if cuts and split == "held_out" and self._full(split):
-                # Enough are held out: the others are there to learn from.
-                split = "train"
+            split = self._drawn(record["prompt"]) if cuts else source_split
             if not self._full(split):
                 self.ids.add(key)
                 self._add(split, record)
@@ -274,11 +273,17 @@ class _Writer:
         """Whether held-out rows are cut from this source."""
         return source_split == "train" and self.settings.held_out_fraction > 0 and _origin(self.settings, "held_out") is None
 
-    def _drawn(self, row_id: str) -> str:
-        """The split of a row, where one source feeds both."""
-        # Chosen by content: the same rows stay held out when data is added.
-        draw = hashlib.sha256(f"{self.settings.seed}:{row_id}".encode()).digest()
-        return "held_out" if int.from_bytes(draw[:8], "big") < self.settings.held_out_fraction * 2**64 else "train"
+    def _drawn(self, prompt: list[dict[str, str]]) -> str:
+        """The split of a row, where one source feeds both: the same for all responses to a prompt."""
+        # Chosen by content: the same prompts stay held out when data is added.
+        draw = hashlib.sha256(f"{self.settings.seed}:{json.dumps(prompt, ensure_ascii=False)}".encode()).digest()[:8]
+        if int.from_bytes(draw, "big") >= self.settings.held_out_fraction * 2**64:
+            return "train"
+        if self._full("held_out") and draw not in self.held_out:
+            # Enough are held out: the others are there to learn from.
+            return "train"
+        self.held_out.add(draw)
+        return "held_out"
 
     def _reject(self, row: dict[str, Any], reason: str) -> None:
         self.rejected.append({"source": row["source"], "reason": reason, "row": row["row"]})

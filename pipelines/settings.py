@@ -85,7 +85,7 @@ class Demonstrations(Settings):
     held_out_split: str | None = None
     """split of the held-out demonstrations; without one, and without held_out_path, held_out_fraction of the rows are taken"""
     held_out_fraction: float = Field(0.1, ge=0, lt=1)
-    """share of the rows held out for evaluation, chosen by a hash of their content"""
+    """share of the prompts held out for evaluation with all their responses, chosen by a hash"""
     limit: int | None = Field(None, ge=1)
     """use the first N valid rows ("arithmetic": make N); held-out ones are counted by held_out_limit alone"""
     held_out_limit: int | None = Field(None, ge=1)

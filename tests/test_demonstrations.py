@@ -249,6 +249,18 @@ def test_wrong_data_as_a_whole_is_one_clear_line(
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_all_responses_to_a_prompt_are_on_one_side(tiny: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {k}?", "completion": f"{k} and {n}"} for n in range(3) for k in range(40)]
+    path = write(tmp_path / "a.jsonl", rows)
+    for limit in (None, 4):
+        run, stage, numbers = prepare(tmp_path / str(limit), tiny, path=str(path), held_out_fraction=0.3, held_out_limit=limit)
+        asked = [{row["prompt"][0]["content"] for row in rows_of(run, stage, split)} for split in ("train", "held_out")]
+        assert len(asked[1]) == limit or (not limit and len(asked[1]) > 4)
+        assert not asked[0] & asked[1], "nobody is examined in what was learned by heart"
+        assert numbers["train"] == 3 * len(asked[0]) and (limit or numbers["held_out"] == 3 * len(asked[1]))
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_columns_system_prompt_cut_responses_and_limits(tiny: Path, tmp_path: Path) -> None:
     rows = [{"q": f"What is {i}?", "a": "very " * 60 + str(i)} for i in range(12)]
     options = {"columns": {"prompt": "q", "completion": "a"}, "system_prompt": "Be brief.", "limit": 5, "held_out_fraction": 0.0}
