@@ -75,7 +75,9 @@ def test_a_published_model_reads_text_in_its_own_template(tmp_path: Path) -> Non
             text = text.removesuffix("</s> ")
         conversations.append(words(text, add_special_tokens=False).input_ids)
     assert [score for score, _ in got] == pytest.approx(by_transformers(directory, conversations), abs=1e-4)
-    assert scorer.retemplated
+    assert scorer.retemplated and not scorer.untemplated
+    (directory / "chat_template.jinja").unlink()
+    assert ByModel(str(directory), False, TRANSFORMERS, "float32", 512, False).untemplated, "the log says so"
 
 
 def test_a_response_beyond_the_context_is_set_aside(tmp_path: Path) -> None:
