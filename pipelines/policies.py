@@ -1,5 +1,6 @@
 """The policies of a run, found from its files."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import yaml
 from pipelines.artifacts import StageError
 from pipelines.manifests import present
 from pipelines.settings import Model
+
+log = logging.getLogger(__name__)
 
 CONFIGS = ("config.yaml", "reward-config.yaml")
 
@@ -26,7 +29,11 @@ def of_run(root: Path) -> dict[str, Model]:
         raise StageError(f"{root} is no run directory: it has no {' or '.join(CONFIGS)}")
     base = Model(**_section(config, "model"))
     found = {"base": base}
-    for manifest in present(root, "*/*/manifest.json"):
+    manifests = present(root, "*/*/manifest.json")
+    for path in root.glob("*/training/manifest.json"):
+        if not any(root / manifest["name"] == path.parent for manifest in manifests):
+            log.warning("%s was made from what the run has replaced since: it is none of its policies", path.parent)
+    for manifest in manifests:
         folder = root / manifest["name"] / "policy"
         if manifest["name"].endswith("/training") and folder.is_dir():
             found[manifest["name"].partition("/")[0]] = Model(path=str(folder), trust_remote_code=base.trust_remote_code)
