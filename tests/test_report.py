@@ -231,6 +231,9 @@ def test_runs_side_by_side(ended: Path, tmp_path: Path, capsys: pytest.CaptureFi
         run.do(work, stage)
     (other / "config.yaml").write_text("objective:\n  beta: 2.0\nrun:\n  name: other\n")
     assert differences([gather(ended), gather(other)]) == [["setting", "ended", "other"], ["objective.beta", "1.0", "2.0"]]
+    with (other / "config.yaml").open("a") as file:
+        file.write("best_of_n:\n  n: 4\n  prompts: 8\n")
+    assert differences([gather(ended), gather(other)])[2:] == [["best_of_n", "", "used"]], "another job's settings are not listed"
     output = tmp_path / "both.html"
     assert compare.main([str(ended), str(other), "--output", str(output)]) == 0
     told = capsys.readouterr().out

@@ -14,25 +14,30 @@ from pipelines.status import duration
 
 
 def tables(runs: Sequence[Facts]) -> dict[str, page.Rows]:
-    """By title: the settings and versions that differ and the times of the stages, a run a column; then every table that a run has, the
-    rows of all runs one below the other."""
+    """By title: the settings and versions that differ, a run a column; every table that a run has, the rows of all runs one below the
+    other; the times of the stages."""
     found: dict[str, page.Rows] = {}
     for title, differing in (("Settings", differences(runs)), ("Versions", _differing("software", runs, [run.versions for run in runs]))):
         found[f"{title} that differ" if len(differing) > 1 else f"{title} that differ: none"] = differing
-    found["Times"] = _side_by_side("stage", runs, [{stage.name: _took(stage) for stage in run.stages} for run in runs])
     by_title: dict[str, list[list[str]]] = {}
     for run in runs:
         for title, (header, *rows) in (page.tables(run) | page.data_table(run)).items():
             # Columns are there where something was measured: runs that differ in them have tables of their own.
             key = next((k for k in (title, f"{title}, {run.name}") if k not in by_title or by_title[k][0] == ["run", *header]), title)
             by_title.setdefault(key, [["run", *header]]).extend([run.name, *row] for row in rows)
-    return found | by_title
+    times = _side_by_side("stage", runs, [{stage.name: _took(stage) for stage in run.stages} for run in runs])
+    return found | by_title | {"Times": times}
 
 
 def differences(runs: Sequence[Facts]) -> list[list[str]]:
-    """Settings that are not the same in all runs; the header first."""
-    settings = [dict(_flat(yaml.safe_load(run.config) or {})) for run in runs]
-    return _differing("setting", runs, [{key: value for key, value in flat.items() if key != "run.name"} for flat in settings])
+    """Settings that are not the same in all runs; the header first. Of a section that the job of a run does not have, that alone."""
+    configs: list[dict[str, Any]] = [yaml.safe_load(run.config) or {} for run in runs]
+    shared = set.intersection(*(set(config) for config in configs))
+    told = []
+    for config in configs:
+        flat = dict(_flat({section: value for section, value in config.items() if section in shared}))
+        told.append(flat | {section: "used" for section in config if section not in shared})
+    return _differing("setting", runs, [{key: value for key, value in flat.items() if key != "run.name"} for flat in told])
 
 
 def _side_by_side(what: str, runs: Sequence[Facts], values: Sequence[Mapping[str, str]]) -> list[list[str]]:
