@@ -54,7 +54,7 @@ def undisturbed(tiny: Path, demonstrations: Path, tmp_path_factory: pytest.TempP
     root = tmp_path_factory.mktemp("undisturbed")
     done = finish(command(tiny, demonstrations, root), env=os.environ | {"GSIL_TEST": str(root)})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "told apart" in done.stdout and "final policy" in done.stdout and f"logs: {root / 'job' / 'logs'}" in done.stdout
+    assert "iteration-1" in done.stdout and "final policy" in done.stdout and f"logs: {root / 'job' / 'logs'}" in done.stdout
     assert f"report: {root / 'job' / 'report.html'}" in done.stdout and (root / "job" / "report.html").exists()
     chatter = [line for line in done.stdout.splitlines() if any(word in line for word in ("INFO", "WARNING", "[deepspeed]", "pid="))]
     assert not chatter and not done.stderr.strip(), done.stdout + done.stderr
