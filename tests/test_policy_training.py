@@ -92,6 +92,7 @@ def test_one_that_dies_while_it_waits_costs_nothing_but_the_start_of_another_gan
     run.keeper.close()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_only(
     undisturbed: Any, local_ray: None, tiny: Path, tmp_path: Path
 ) -> None:

@@ -187,7 +187,7 @@ def seen_at_once(process: str) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("backend", "seeds"), [("transformers", (0, 1)), ("vllm", (0,)), pytest.param("vllm", (0, 1), marks=pytest.mark.slow)]
+    ("backend", "seeds"), [("vllm", (0,)), *(pytest.param(backend, (0, 1), marks=pytest.mark.slow) for backend in ("transformers", "vllm"))]
 )
 def test_policies_answer_tasks(
     backend: str, seeds: tuple[int, ...], local_ray: None, gsm8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
