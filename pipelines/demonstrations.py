@@ -301,17 +301,20 @@ def _check(numbers: dict[str, Any], writer: _Writer, settings: Demonstrations) -
     rejected, read = numbers["rejected"], max(1, numbers["read"])
     if rejected:
         log.warning("%d of %d rows rejected, see %s", rejected, read, writer.directory / "rejected.parquet")
+    first = [f"{row['source']}: {row['reason']}" for row in writer.rejected[:5]]
+    listed = "\n".join(f"  {line}" for line in first)
     if rejected == numbers["read"] > 0:
-        worst = writer.rejected[0]
+        # Of a wrong layout every row says the same: once is enough.
+        alike = len({row["reason"] for row in writer.rejected[:5]}) == 1
+        said = f" The first, {first[0]}. " if alike else f" The first:\n{listed}\n"
         raise StageError(
-            f"{settings.path}: not one row can be used. The first, {worst['source']}: {worst['reason']}. Name the layout with "
+            f"{settings.path}: not one row can be used.{said}Name the layout with "
             f"--{settings.section}.layout, or the columns (--{settings.section}.columns '{{prompt: YOURS, completion: YOURS}}')"
         )
     if rejected > settings.max_rejected_fraction * read:
-        first = "\n".join(f"  {row['source']}: {row['reason']}" for row in writer.rejected[:5])
         raise StageError(
             f"{rejected} of {read} rows of {settings.path} cannot be used, "
-            f"more than max_rejected_fraction={settings.max_rejected_fraction}. The first:\n{first}\n"
+            f"more than max_rejected_fraction={settings.max_rejected_fraction}. The first:\n{listed}\n"
             f"All of them: {writer.directory / 'rejected.parquet'}"
         )
     if not numbers["train"]:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -220,12 +221,20 @@ def test_an_empty_row_is_set_aside_in_every_layout(good: dict[str, Any], bad: di
 
 @pytest.mark.usefixtures("local_ray")
 def test_too_many_bad_rows_stop_the_job_and_show_the_first(tiny: Path, tmp_path: Path) -> None:
+    def first_of(rows: Iterable[int]) -> list[str]:
+        return [f"  a.jsonl:{row}: no layout fits the columns that are filled: prompt" for row in rows]
+
     path = write(tmp_path / "a.jsonl", [*ROWS[:3], *({"prompt": f"{i}"} for i in range(7))])
     with pytest.raises(StageError) as error:
         prepare(tmp_path, tiny, path=str(path))
-    first = [f"  a.jsonl:{row}: no layout fits the columns that are filled: prompt" for row in range(4, 9)]
-    assert "7 of 10 rows" in str(error.value) and str(error.value).splitlines()[1:-1] == first
+    assert "7 of 10 rows" in str(error.value) and str(error.value).splitlines()[1:-1] == first_of(range(4, 9))
     assert (tmp_path / "run" / "demonstrations" / "rejected.parquet").exists()
+    # Nor is one reason taken for all where not one row is good.
+    write(path, [{"text": "a"}, *({"prompt": f"{i}"} for i in range(7))])
+    with pytest.raises(StageError, match=r"not one row can be used\. The first:\n") as error:
+        prepare(tmp_path / "all", tiny, path=str(path))
+    assert "Name the layout" in str(error.value)
+    assert str(error.value).splitlines()[1:-1] == ["  a.jsonl:1: no layout fits the columns that are filled: text", *first_of(range(2, 6))]
 
 
 @pytest.mark.usefixtures("local_ray")
