@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -14,11 +15,13 @@ from typing import Any
 
 import httpx
 import openai
+import pyarrow.parquet as pq
 import pytest
 import torch
 from running import finish, free_ports, ours_alive, wait_until_gone
 from serving import listening, replicas_of, service
 from test_rewards import reward_model
+from tournaments import ROWS, Played
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.judge import prompts
@@ -29,12 +32,33 @@ http = httpx.Client(timeout=60)
 ASKED = [{"role": "user", "content": "how many apples are there?"}]
 
 
+def labels_of(chat: Chat) -> list[int]:
+    """The tokens of a judge's two labels."""
+    return [chat.tokenizer(label, add_special_tokens=False).input_ids[0] for label in ("A", "B")]
+
+
 @pytest.fixture(scope="module")
-def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def policy(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a leaning to both labels of a judge: of random weights they would not be among its likeliest words."""
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("leaning") / "policy")
+    chat, model = Chat(str(tiny)), AutoModelForCausalLM.from_pretrained(tiny).eval()
+    with torch.no_grad():
+        asked = [chat.prompt_ids([{"role": "user", "content": f"{number} words"}]) for number in range(20)]
+        ends = [model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1] for ids in asked]
+        rows = model.get_output_embeddings().weight
+        for token in labels_of(chat):
+            rows[token] = 0.3 * torch.stack(ends).mean(dim=0) + 0.1 * rows[token]
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     folder = tmp_path_factory.mktemp("served")
     reward = reward_model(folder / "reward", "llama")
-    flags = ["--reward.models", f"{{reward: {reward}}}", "--policy.path", tiny, "--judge.path", "policy", "--judge.mode", "logprob"]
+    flags = ["--reward.models", f"{{reward: {reward}}}", "--policy.path", policy, "--judge.path", "policy", "--judge.mode", "logprob"]
     sizes = {
+        "policy.dtype": "float32",
         "policy.max_model_len": 512,
         "reward.max_model_len": 512,
         "policy.kv_cache_gib": 0.1,
@@ -87,13 +111,13 @@ def test_best_of_n_is_the_best_by_the_reward_model(served: tuple[str, Path]) -> 
         client.chat.completions.create(model="policy", messages=ASKED, seed=1)  # type: ignore[arg-type]
 
 
-def test_the_judge_compares_probabilities(served: tuple[str, Path], tiny: Path) -> None:
+def test_the_judge_compares_probabilities(served: tuple[str, Path], policy: Path) -> None:
     found = http.post(
         f"{served[0]}/v1/judge", json={"messages": ASKED, "responses": ["12 apples", "no"], "template": "{first} {second}"}
     ).json()
     assert found["winner"] in (0, 1, "tie") and len(found["verdicts"]) == 2
-    chat, model = Chat(str(tiny)), AutoModelForCausalLM.from_pretrained(tiny).eval()
-    labels = [chat.tokenizer(label, add_special_tokens=False).input_ids[0] for label in ("A", "B")]
+    chat, model = Chat(str(policy)), AutoModelForCausalLM.from_pretrained(policy).eval()
+    labels = labels_of(chat)
     shares = []
     for order in (["12 apples", "no"], ["no", "12 apples"]):
         question = prompts.fill("{first} {second}", ASKED, order, "logprob")
@@ -104,20 +128,24 @@ def test_the_judge_compares_probabilities(served: tuple[str, Path], tiny: Path) 
     assert told == pytest.approx([shares[0], 1 - shares[1]], abs=1e-3), found
 
 
-def test_the_judge_answers_by_its_name_with_log_probs(served: tuple[str, Path], tiny: Path) -> None:
+def test_the_judge_answers_by_its_name_with_log_probs(served: tuple[str, Path], policy: Path) -> None:
     client = openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none")
     options: dict[str, Any] = {"model": "judge", "messages": ASKED, "max_tokens": 4}
-    chat = Chat(str(tiny))
+    chat = Chat(str(policy))
     prompt = chat.prompt_ids(ASKED)
-    vocabulary = {chat.tokenizer.decode([token]): token for token in range(len(chat.tokenizer))}
-    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
     found = client.chat.completions.create(**options, temperature=0, logprobs=True, top_logprobs=5).choices[0]
     content = (found.logprobs and found.logprobs.content) or []
-    assert content and "".join(said.token for said in content) == found.message.content
-    said = [vocabulary[said.token] for said in content]
+    said: list[int] = []
     with torch.no_grad():
+        for _ in content:
+            said.append(int(model(torch.tensor([prompt + said])).logits[0, -1].argmax()))
         logits = model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
     expected = torch.log_softmax(logits.double(), dim=-1)
+    text = found.message.content or ""
+    # Bytes that end no letter have no text of their own, and none at the end of all.
+    whole = chat.tokenizer.decode(said, skip_special_tokens=True).replace("\ufffd", "")
+    assert content and "".join(token.token for token in content) == text.replace("\ufffd", "") == whole
     for row, token, at in zip(expected, said, content, strict=True):
         assert at.logprob == pytest.approx(float(row[token]), abs=1e-3) and at.logprob == at.top_logprobs[0].logprob
         assert [other.logprob for other in at.top_logprobs] == pytest.approx(row.topk(5).values.tolist(), abs=1e-3)
@@ -128,6 +156,23 @@ def test_the_judge_answers_by_its_name_with_log_probs(served: tuple[str, Path], 
     first = ((drawn.logprobs and drawn.logprobs.content) or [])[0]
     assert [other.logprob for other in first.top_logprobs] == pytest.approx(expected[0].topk(5).values.tolist(), abs=1e-3)
     assert float((expected[0] - first.logprob).abs().min()) < 1e-3
+
+
+def test_a_tournament_is_judged_by_the_service(served: tuple[str, Path], policy: Path, tmp_path: Path) -> None:
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "helpful.txt").write_text("{conversation} {first} or {second}")
+    played = Played(tmp_path / "run")
+    found = played.play(f"{served[0]}/v1", "judge", mode="logprob", templates=str(tmp_path / "templates"))
+    assert found["games"] == 3 * ROWS and found["asking"]["failed"] == 0
+    answers = pq.read_table(played.run.root / "evaluation" / "tournament" / "answers" / "00000.parquet").to_pylist()
+    chat, model = Chat(str(policy)), AutoModelForCausalLM.from_pretrained(policy).eval()
+    firsts = labels_of(chat)
+    assert len(answers) == 2 * 3 * ROWS
+    for row in answers:
+        with torch.no_grad():
+            logits = model(torch.tensor([chat.prompt_ids([{"role": "user", "content": row["question"]}])])).logits[0, -1]
+        expected = torch.log_softmax(logits.double(), dim=-1)[firsts].tolist()
+        assert row["logps"] == pytest.approx(expected, abs=1e-3), row
 
 
 def test_a_stop_word_ends_a_response(served: tuple[str, Path]) -> None:

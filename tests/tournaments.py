@@ -44,9 +44,9 @@ class Played:
         folder.mkdir(parents=True)
         write_rows(folder / "00000.parquet", rows, schema)
 
-    def play(self, **judge: Any) -> dict[str, Any]:
+    def play(self, url: str, url_model: str = "m", **judge: Any) -> dict[str, Any]:
         """Its numbers, and those of the asking under "asking"."""
-        asked = Judge(url_model="m", **judge)
+        asked = Judge(url=url, url_model=url_model, **judge)
         questions = tournament.plan_questions(self.data, self.samples, self.settings, asked)
         answers = judging.plan("evaluation/tournament/answers", questions, asked, None)
         games = tournament.plan_games(questions, answers, self.settings)
