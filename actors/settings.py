@@ -212,9 +212,7 @@ class Training(Settings):
     offload: bool = placement(False)
     """keep the optimizer's state (ZeRO 3: also the weights) in CPU memory"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """of weights and activations in the step; bfloat16 keeps float32 master weights"""
-    save_precision: Literal["float32", "bfloat16"] = "float32"
-    """of the weights on disk; bfloat16 halves them and rounds away updates below 0.4 % of a weight"""
+    """of weights and activations in the step, and of the weights on disk; bfloat16 keeps float32 master weights while it trains"""
     lora_r: int = Field(0, ge=0)
     """rank of low-rank adapters (peft), merged into the policy when it is written and kept beside it; 0 trains all weights"""
     lora_alpha: int = Field(32, ge=1)

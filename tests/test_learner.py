@@ -117,6 +117,9 @@ def test_rows_beyond_the_budget_are_recomputed(how: Any, tiny: Path) -> None:
 def test_the_exported_policy_scores_as_the_trainer_did(precision: str, tiny: Path, pairs: Path, tmp_path: Path) -> None:
     train(tiny, pairs, tmp_path, 2, Objective(beta=0.1), precision=precision, micro_batch_tokens=40, zero_stage=2)
     table = pq.read_table(pairs).to_pylist()
+    # Whoever loads it and asks for nothing has the policy that was trained, not its master weights.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert {str(weight.dtype) for weight in loaded.state_dict().values()} == {f"torch.{precision}"}
     scorer = Scorer(str(tmp_path / "policy"), Scoring(), precision)
     logps = scorer([Example(r["id"], r["prompt_ids"], (r["real_ids"], r["generated_ids"])) for r in table])
     rho = [[a - r["ref_logp_real"], b - r["ref_logp_generated"]] for (a, b), r in zip(logps, table, strict=True)]
@@ -188,12 +191,15 @@ def test_low_rank_adapters_are_merged_and_kept(zero: int, precision: str, tiny: 
 
     lora = {"lora_r": 4, "lora_alpha": 8, "lora_targets": "q_proj, v_proj", "learning_rate": 2e-2}
     train(tiny, pairs, tmp_path, 2, Objective(), zero_stage=zero, precision=precision, checkpoint_every=2, **lora)
-    before, merged = AutoModelForCausalLM.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    before = AutoModelForCausalLM.from_pretrained(tiny, dtype=merged.dtype)
     changed = {name for (name, p), q in zip(before.named_parameters(), merged.parameters(), strict=True) if not torch.equal(p, q)}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "v_proj"} and len(changed) == 4
     adapted = PeftModel.from_pretrained(before, str(tmp_path / "adapter"))
     ids = torch.arange(6, 30)[None]
-    torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-3)
+    # Of bfloat16 the sums are rounded, too.
+    apart = (adapted(ids).logits - merged(ids).logits).float().abs()
+    assert apart.max() < (1e-3 if precision == "float32" else 0.5) and apart.mean() < (1e-4 if precision == "float32" else 0.05)
 
 
 def test_targets_that_match_nothing_are_an_error_that_names_them(tiny: Path, pairs: Path, tmp_path: Path) -> None:

@@ -124,4 +124,4 @@ def test_a_policy_on_disk_that_is_not_the_trained_one_fails_the_stage(tiny: Path
     assert "what was written is not it" in str(failure_of(tmp_path))
     end(start(tiny, pairs, tmp_path / "reward", 1, Objective(), spoil=True, kind="reward", precision="bfloat16", learning_rate=3e-3))
     assert "what was written is not it" in str(failure_of(tmp_path / "reward"))
-    train(tiny, pairs, tmp_path / "rounded", 1, Objective(), save_precision="bfloat16")
+    train(tiny, pairs, tmp_path / "rounded", 1, Objective(), precision="bfloat16")

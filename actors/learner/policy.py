@@ -177,7 +177,8 @@ def export(
             model, state = _merged(weights, settings, state, directory.parent / "adapter", trust_remote_code, kind)
         else:
             state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
-        dtype = DTYPES[settings.save_precision]
+        # As it was trained, sampled and measured: of the master weights a reader would get a policy that nobody looked at.
+        dtype = DTYPES[settings.precision]
         words = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
         if kind == "policy":
             GenerationConfig.from_pretrained(tokenizer).save_pretrained(directory)
@@ -189,7 +190,7 @@ def export(
             )
         model.save_pretrained(directory, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
         words.save_pretrained(directory)
-        _finish(directory, {"dtype": settings.save_precision, **(facts or {})})
+        _finish(directory, {"dtype": settings.precision, **(facts or {})})
     dist.barrier()
 
 

@@ -201,7 +201,7 @@ def check_export(job: TrainJob, learner: Learner, examples: Examples, probe: lis
         scorer = Scorer(weights, scoring, settings.precision, job.longest, job.trust_remote_code, job.kind)
         loaded = [value for row in range(min(2, len(examples))) for value in scorer([examples[row]])[0]]
         relative, absolute = 1e-3, 1e-2
-        if "bfloat16" in (settings.precision, settings.save_precision):
+        if settings.precision == "bfloat16":
             # A log-prob is a sum over the tokens of a response, a reward a single number.
             relative, absolute = 2e-2, 0.2 if job.kind == "reward" else 0.5
         if any(abs(a - b) > absolute + relative * abs(b) for a, b in zip(loaded, probe, strict=True)):
