@@ -129,6 +129,9 @@ def _execute(
                 run.verify(graph.stages())
                 try:
                     result = work(config, graph, run)
+                except KeyboardInterrupt:
+                    terminal.say("stopping: what runs is ended")
+                    raise
                 except Exception:
                     # Who interrupts does not wait: they end with Ray.
                     run.keeper.close()

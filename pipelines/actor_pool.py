@@ -20,7 +20,7 @@ from actors.orders import Orders, beside_the_driver, here
 from actors.settings import Pool
 from pipelines.artifacts import StageError
 from pipelines.cluster import LOOK_SECONDS, living
-from pipelines.keeping import CLOSE_SECONDS
+from pipelines.keeping import CLOSE_SECONDS, WAITS_FOR_ACTORS
 from pipelines.restarts import restarted
 from pipelines.tally import Tally
 
@@ -86,7 +86,7 @@ class ActorPool:
         # In Ray's dashboard; Ray makes a file name of it, too.
         made.set_name(f"{run}-{actor.__name__}".replace("/", "-")[:NAME_LENGTH])
         self.done: queue.SimpleQueue[dict[str, Any] | BaseException | None] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._run, args=(made,), daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(made,), name=WAITS_FOR_ACTORS, daemon=True)
         self.thread.start()
 
     def _run(self, made: Any) -> None:

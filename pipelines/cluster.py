@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.artifacts import Run, StageError
-from pipelines.keeping import Keeper, Need
+from pipelines.keeping import WAITS_FOR_ACTORS, Keeper, Need
 from pipelines.settings import RaySettings
 
 log = logging.getLogger(__name__)
@@ -57,8 +57,28 @@ def connected(settings: RaySettings) -> Iterator[str]:
         _to_files_only("ray.data", "ray.train")
         with _watching_nodes() if address else contextlib.nullcontext():
             yield str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs")
+    except BaseException:
+        _let_go()
+        raise
     finally:
         ray.shutdown()
+
+
+def _let_go() -> None:
+    """Ends the job's actors, and waits for the threads that wait for them: Ray that is shut down under a thread within it takes the whole
+    process along, before a word is said."""
+    import ray
+    from ray._private.state import actors
+
+    job = ray.get_runtime_context().get_job_id()
+    for name in actors(job_id=ray.JobID.from_hex(job)):
+        # Those that others own end with these.
+        with contextlib.suppress(ValueError):
+            ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(name), True)
+    until = time.monotonic() + ANSWER_SECONDS
+    for thread in threading.enumerate():
+        if thread.name == WAITS_FOR_ACTORS:
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 def _start_here(settings: RaySettings, options: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from actors.orders import Orders, beside_the_driver
 from actors.settings import Training
 from actors.storage import advice, is_full
 from pipelines.artifacts import Run, StageError
-from pipelines.keeping import CLOSE_SECONDS
+from pipelines.keeping import CLOSE_SECONDS, WAITS_FOR_ACTORS
 from pipelines.restarts import restarted
 from pipelines.shards import last_words
 
@@ -86,7 +86,7 @@ class Gang:
         self.over: concurrent.futures.Future[None] = concurrent.futures.Future()
         trainer = _trainer(self.orders, run, training, notices)
         # In the main thread Ray Train takes over Ctrl-C, and keeps it.
-        threading.Thread(target=self._fit, args=(trainer,), daemon=True).start()
+        threading.Thread(target=self._fit, args=(trainer,), name=WAITS_FOR_ACTORS, daemon=True).start()
 
     def _fit(self, trainer: Any) -> None:
         try:

@@ -20,6 +20,8 @@ from typing import Any, Protocol, TypeVar
 log = logging.getLogger(__name__)
 CLOSE_SECONDS = 20.0
 """in which who waits ends, once told"""
+WAITS_FOR_ACTORS = "waits for actors"
+"""Name of the threads that do, within Ray, for as long as who they wait for lives."""
 SETTLE_SECONDS = 1.5
 """within which Ray says of all nodes what those that have just ended gave back"""
 

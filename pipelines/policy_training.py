@@ -70,6 +70,9 @@ def train(training: Training, tracking: Tracking, longest: int, trust_remote_cod
         places = {job["name"]: Path(job["output"]) for job in jobs}
         for place in places.values():
             shutil.rmtree(place / "failed", ignore_errors=True)
+            if not trained(str(place)) and not any(place.glob("checkpoints/*/done.json")):
+                # From the first step again: what an attempt had reached that was stopped is no progress.
+                (place / "metrics.jsonl").unlink(missing_ok=True)
 
         def reached() -> list[dict[str, Any]]:
             return [newest(place / "metrics.jsonl") for place in places.values()]
