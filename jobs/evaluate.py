@@ -99,7 +99,9 @@ def plan(config: EvaluateConfig) -> Graph:
     named = found | {name: Model(path=path, trust_remote_code=trust) for name, path in config.policies.paths.items()}
     for name in (*config.policies.only, *([config.answers.reference] if config.answers.reference else [])):
         if name not in named:
-            raise StageError(f"there is no policy {name!r}; there are {', '.join(named) or 'none'}")
+            begun = (root / name / "training").is_dir()
+            left = " (its training is not finished, or damaged: the job of the run goes on with it)" if begun else ""
+            raise StageError(f"there is no policy {name!r}{left}; there are {', '.join(named) or 'none'}")
     wanted = {*config.policies.only, config.answers.reference} if config.policies.only else named
     chosen = {name: model for name, model in named.items() if name in wanted} or {"model": config.model}
     config = _resolved(config)

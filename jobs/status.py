@@ -24,7 +24,7 @@ from pipelines.states import RUNNING, WAITING
 from pipelines.status import ENDED, JobStatus, StageStatus, duration, look
 from pipelines.watching import Progress
 
-COLOURS = {"running": "bold", "stopped": "yellow", "died": "red", "to do": "dim"}
+COLOURS = {"running": "bold", "stopped": "yellow", "died": "red", "damaged": "red", "to do": "dim"}
 
 
 def main(argv: Sequence[str]) -> int:

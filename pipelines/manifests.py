@@ -89,7 +89,7 @@ def present(root: Path, pattern: str = "**/manifest.json") -> list[dict[str, Any
         root: the run directory.
         pattern: of the files.
     """
-    found = in_order(manifest for path in root.glob(pattern) if (manifest := read_json(path)) and "fingerprint" in manifest)
+    found = in_order(manifest for path in root.glob(pattern) if (manifest := read_manifest(path)) and "fingerprint" in manifest)
     now = {manifest["name"]: manifest["fingerprint"] for manifest in found}
     for manifest in found:
         if any(now.get(came["name"], came.get("fingerprint")) != came.get("fingerprint") for came in manifest["inputs"].values()):

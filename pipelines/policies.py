@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
+from actors.storage import damage
 from pipelines.artifacts import StageError
-from pipelines.manifests import present
+from pipelines.manifests import present, read_manifest
 from pipelines.settings import Model
 
 log = logging.getLogger(__name__)
@@ -32,12 +33,32 @@ def of_run(root: Path) -> dict[str, Model]:
     manifests = present(root, "*/*/manifest.json")
     for path in root.glob("*/training/manifest.json"):
         if not any(root / manifest["name"] == path.parent for manifest in manifests):
-            log.warning("%s was made from what the run has replaced since: it is none of its policies", path.parent)
+            damaged = "has a damaged manifest, and its job makes it anew"
+            why = "was made from what the run has replaced since" if read_manifest(path) else damaged
+            log.warning("%s %s: it is none of the run's policies", path.parent, why)
     for manifest in manifests:
         folder = root / manifest["name"] / "policy"
         if manifest["name"].endswith("/training") and folder.is_dir():
             found[manifest["name"].partition("/")[0]] = Model(path=str(folder), trust_remote_code=base.trust_remote_code)
     return found
+
+
+def require_intact(path: str) -> None:
+    """Makes sure that a local file or folder, where a stage of some run made it, is what was written.
+
+    Raises:
+        StageError: it is not.
+    """
+    place = Path(path).expanduser().absolute()
+    for stage in place.parents:
+        manifest = read_manifest(stage / "manifest.json")
+        if not manifest or "checksums" not in manifest:
+            continue
+        within = place.relative_to(stage).as_posix()
+        sizes = {name: size for name, size in manifest["files"].items() if name == within or name.startswith(f"{within}/")}
+        if why := damage(stage, sizes, {name: manifest["checksums"][name] for name in sizes}):
+            raise StageError(f"{stage / why}: run the job that made it again, which makes it anew")
+        return
 
 
 def demonstrations(root: Path) -> dict[str, Any] | None:
@@ -51,5 +72,27 @@ def demonstrations(root: Path) -> dict[str, Any] | None:
     return given | {"path": str(folder), "layout": "prompt_completion", "columns": {"completion": "response"}}
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """The config that a job left in its run directory.
+
+    Raises:
+        StageError: it cannot be read.
+    """
+    mend = "mend it, or run the job that wrote it again"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise StageError(f"{file}{line}: not valid YAML: {error.problem or error.context}; {mend}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StageError(f"{file}: not valid YAML: {' '.join(str(error).split())}; {mend}") from None
+    if not isinstance(content, dict):
+        raise StageError(f"{file} must hold sections (run:, model:, ...), not {type(content).__name__}; {mend}")
+    return content
+
+
 def _section(file: Path, name: str) -> dict[str, Any]:
-    return yaml.safe_load(file.read_text(encoding="utf-8")).get(name) or {}
+    found = read_config(file).get(name) or {}
+    if not isinstance(found, dict):
+        raise StageError(f"{file}: {name!r} must be a section, not {found!r}; mend it, or run the job that wrote it again")
+    return found

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.manifests import present, read_json
+from pipelines.manifests import present, read_json, read_manifest
 from pipelines.plan import Planned
 
-SKIPPED, DONE, RUNNING, STOPPED, WAITING = "skipped", "done", "running", "stopped", "to do"
+SKIPPED, DONE, RUNNING, STOPPED, WAITING, DAMAGED = "skipped", "done", "running", "stopped", "to do", "damaged"
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ def planned(root: Path, stages: Sequence[Planned], ended: Mapping[str, Any] | No
     """
     for stage in stages:
         folder = root / stage.name
-        manifest, started = read_json(folder / "manifest.json") or {}, read_json(folder / "started.json") or {}
+        manifest, started = read_manifest(folder / "manifest.json") or {}, read_json(folder / "started.json") or {}
         if manifest.get("fingerprint") == stage.fingerprint:
             state, numbers, settings = _state(stage.name, ended), manifest["numbers"], manifest["settings"]
             yield StageFacts(stage.name, state, manifest["seconds"], stage.inputs, numbers, settings, manifest.get("work_seconds"))
         else:
-            state = under_way if started.get("fingerprint") == stage.fingerprint else WAITING
+            waiting = DAMAGED if not manifest and (folder / "manifest.json").exists() else WAITING
+            state = under_way if started.get("fingerprint") == stage.fingerprint else waiting
             yield StageFacts(stage.name, state, None, stage.inputs)
 
 

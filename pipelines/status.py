@@ -19,7 +19,7 @@ from typing import Any
 from pipelines import states
 from pipelines.artifacts import read_json, write_json
 from pipelines.plan import Plan, read_plans
-from pipelines.states import DONE, RUNNING, SKIPPED, STOPPED, WAITING, StageFacts
+from pipelines.states import DAMAGED, DONE, RUNNING, SKIPPED, STOPPED, WAITING, StageFacts
 from pipelines.watching import Progress, Watcher
 
 FILE = "progress.json"
@@ -213,7 +213,7 @@ def _stage(stage: StageFacts, like: StageFacts | None, job: str, running: float 
 def _left(stages: Sequence[StageStatus], progress: Mapping[str, Any], running: float | None) -> tuple[float, tuple[str, ...]]:
     """Seconds that are left of those stages of which it can be known, and the names of the others."""
     now = [stage for stage in stages if stage.state in (RUNNING, STOPPED)]
-    later = [stage for stage in stages if stage.state == WAITING]
+    later = [stage for stage in stages if stage.state in (WAITING, DAMAGED)]
     left, unknown = 0.0, [stage.name for stage in later if stage.expected is None]
     if progress.get("left") is not None:
         left += progress["left"]

@@ -17,6 +17,7 @@ from running import ROOT
 from jobs import status
 from pipelines.artifacts import Run, Stage, StageError, read_json, write_json
 from pipelines.lock import locked
+from pipelines.manifests import read_manifest, write_manifest
 from pipelines.plan import Planned, read_plans, write_plan
 from pipelines.status import ENDED, ProgressFile, duration, look
 from pipelines.watching import Watch
@@ -49,8 +50,8 @@ def under_way(root: Path, done: int, at: int = 3) -> Iterator[Watch]:
 
         for stage in stages[:done]:
             run.do(works, stage)
-            manifest = read_json(run.directory(stage) / "manifest.json") or {}
-            write_json(run.directory(stage) / "manifest.json", manifest | {"seconds": 10.0})
+            manifest = read_manifest(run.directory(stage) / "manifest.json") or {}
+            write_manifest(run.directory(stage) / "manifest.json", manifest | {"seconds": 10.0})
         if done < len(stages):
             run._open(stages[done])
             display.started((stages[done],))
@@ -136,6 +137,8 @@ def test_a_run_that_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         write_json(tmp_path / "summary.json", {"stages": [{"name": "demonstrations", "skipped": True}], "stopped": None})
     job = only(tmp_path)
     assert job.state == ENDED and [stage.state for stage in job.stages] == ["skipped", *["done"] * 4] and job.left is None
+    (tmp_path / "iteration-2/training/manifest.json").write_text('{"name": "iter')
+    assert [stage.state for stage in only(tmp_path).stages][-1] == "damaged"
     (tmp_path / "iteration-2/training/manifest.json").unlink()
     write_json(tmp_path / "summary.json", {"stages": [], "stopped": "iteration-1: the held-out metric fell"})
     assert status.main([str(tmp_path)]) == 0
