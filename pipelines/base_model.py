@@ -19,6 +19,7 @@ from actors.settings import Training
 from pipelines.artifacts import Run, Stage, StageError, Work, write_json
 from pipelines.chat import PLAIN_TEMPLATE, Chat
 from pipelines.keeping import Need
+from pipelines.policies import require_intact
 from pipelines.settings import Model
 
 log = logging.getLogger(__name__)
@@ -28,10 +29,12 @@ def plan(model: Model, name: str = "base/model") -> Stage:
     """The stage that readies a model, of a run its base model.
 
     Raises:
-        StageError: a local model is not there.
+        StageError: a local model is not there, or is a file of another kind.
     """
     if model.path.startswith((".", "/", "~")) and not Path(model.path).expanduser().exists():
         raise StageError(f"the model {model.path!r}: there is no such directory")
+    if Path(model.path).expanduser().is_file() and not model.path.endswith(".gguf"):
+        raise StageError(f"the model {model.path!r} is a file, not a model directory: name the directory, or a file that ends in .gguf")
     settings = model.identity() | {"files": files(model.path)}
     if model.chat_template:
         settings["chat_template"] = _template(model.chat_template)
@@ -99,6 +102,7 @@ def prepare(model: Model) -> Work:
         # In workers: the driver never loads a model, nor the libraries for one. Tokenizer and weights at the same time.
         resolved = model.model_copy(update={"chat_template": stages[0].settings["chat_template"]})
         path, directory = absolute(model.path), run.directory(stages[0])
+        require_intact(path)
         run.keeper.make_room(Need(2, cpus=1))
         numbers, _ = ray.get([ray.remote(tokenize).remote(resolved, path, directory), ray.remote(convert).remote(path, directory)])
         if numbers["plain_chat_template"]:
@@ -148,7 +152,7 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
         names of its linear modules, whether responses can share their prompt, and the window in tokens up to which (None: any length).
 
     Raises:
-        StageError: the model cannot be loaded.
+        StageError: the model cannot be loaded, or lacks an embedding for a token.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -157,9 +161,18 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         config = AutoConfig.from_pretrained(**source)
-        modules = _linear_modules(config, model.trust_remote_code)
+        skeleton = _skeleton(config, model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise StageError(f"the model {model.path!r} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from None
+    # Special tokens that nobody uses may lack one: the image tokens of a model of text.
+    used = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    words = set(tokenizer.get_vocab().values()) - {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    tokens, embeddings = max(words | set(filter(None, used))) + 1, skeleton.get_input_embeddings().weight.shape[0]
+    if tokens > embeddings:
+        raise StageError(
+            f"the model {model.path!r}: the tokenizer has {tokens} tokens, the model {embeddings} embeddings: "
+            "use the tokenizer that the model was trained with, or give the model an embedding for every token, be it used or not"
+        )
     if model.chat_template:
         tokenizer.chat_template = model.chat_template
     plain = tokenizer.chat_template is None
@@ -181,19 +194,25 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
     generation.eos_token_id = sorted({*chat.stop_ids, *(declared if isinstance(declared, list) else [declared])} - {None})
     generation.save_pretrained(directory / "tokenizer")
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    found = {"plain_chat_template": plain, "stop_ids": generation.eos_token_id, "context": context, "modules": modules}
+    found = {"plain_chat_template": plain, "stop_ids": generation.eos_token_id, "context": context, "modules": _linear_modules(skeleton)}
     window = getattr(config.get_text_config(), "sliding_window", None)
     return found | {"shares_prompt": shares_prompt(config, 1), "window": window if not shares_prompt(config) else None}
 
 
-def _linear_modules(config: Any, trust_remote_code: bool) -> list[str]:
-    """Last names of the modules that can get a low-rank adapter, without loading a weight."""
+def _skeleton(config: Any, trust_remote_code: bool) -> Any:
+    """The model without a weight."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _linear_modules(model: Any) -> list[str]:
+    """Last names of the modules that can get a low-rank adapter."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
     head = model.get_output_embeddings()
     return sorted(
         {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head}

@@ -19,6 +19,7 @@ from pipelines import arithmetic, base_model, layouts, sources
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.chat import Chat
 from pipelines.keeping import Need
+from pipelines.policies import require_intact
 from pipelines.records import DEMONSTRATION, PREFERENCE, REJECTED, write_rows
 from pipelines.settings import Demonstrations, Preferences
 from pipelines.shards import last_words
@@ -60,8 +61,14 @@ def prepare(settings: Demonstrations, trust_remote_code: bool) -> Any:
         run.keeper.make_room(Need(1, cpus=1))
         # Held-out first: a row that is in both belongs there.
         for split in ("held_out", "train"):
-            if _origin(settings, split) is not None:
+            if (origin := sources.origin(settings, split)) is not None:
+                for file in origin[0]:
+                    require_intact(file)
                 writer.take(split, _rows(settings, split, tokenizer, trust_remote_code))
+                if split == "held_out" and not writer.rows[split]:
+                    writer.close()
+                    named = "held_out_path" if settings.held_out_path else "held_out_split"
+                    raise _unusable(f"{settings.held_out_path or settings.path} ({settings.section}.{named})", writer, settings)
         numbers = writer.close()
         _check(numbers, writer, settings)
         return {stage.name: numbers}
@@ -69,29 +76,10 @@ def prepare(settings: Demonstrations, trust_remote_code: bool) -> Any:
     return work
 
 
-def _origin(settings: Demonstrations, split: str) -> tuple[list[str], str] | None:
-    """(files, split name) of a split; None where it is cut from the training data or absent."""
-    if settings.path == "arithmetic":
-        return ["arithmetic"], split
-    section = settings.section
-    train = sources.find(settings.path, settings.split, must=settings.split != "train", key=f"{section}.path")
-    if settings.held_out_path is None and settings.held_out_split is None:
-        return (train, settings.split) if split == "train" else None
-    name = settings.held_out_split or settings.split
-    key = f"{section}.held_out_path" if settings.held_out_path else f"{section}.path"
-    held_out = sources.find(settings.held_out_path or settings.path, name, settings.held_out_split is not None, key)
-    if not sources.is_hub(train[0]):
-        if held_out == train:
-            # One file for both: held-out rows are cut from it.
-            return (train, settings.split) if split == "train" else None
-        train = [file for file in train if file not in held_out]
-    return (train, settings.split) if split == "train" else (held_out, name)
-
-
 def _identity(settings: Demonstrations, split: str) -> Any:
     if settings.path == "arithmetic":
         return {"arithmetic": arithmetic.VERSION}
-    origin = _origin(settings, split)
+    origin = sources.origin(settings, split)
     return sources.identity(origin[0], settings.subset, origin[1]) if origin else None
 
 
@@ -99,7 +87,7 @@ def _rows(settings: Demonstrations, split: str, tokenizer: str, trust_remote_cod
     import ray
     from ray.exceptions import RayError
 
-    origin = _origin(settings, split)
+    origin = sources.origin(settings, split)
     assert origin
     files, name = origin
     context = ray.data.DataContext.get_current()
@@ -271,7 +259,7 @@ class _Writer:
 
     def _cuts(self, source_split: str) -> bool:
         """Whether held-out rows are cut from this source."""
-        return source_split == "train" and self.settings.held_out_fraction > 0 and _origin(self.settings, "held_out") is None
+        return source_split == "train" and self.settings.held_out_fraction > 0 and sources.origin(self.settings, "held_out") is None
 
     def _drawn(self, prompt: list[dict[str, str]]) -> str:
         """The split of a row, where one source feeds both: the same for all responses to a prompt."""
@@ -301,20 +289,17 @@ def _check(numbers: dict[str, Any], writer: _Writer, settings: Demonstrations) -
     rejected, read = numbers["rejected"], max(1, numbers["read"])
     if rejected:
         log.warning("%d of %d rows rejected, see %s", rejected, read, writer.directory / "rejected.parquet")
-    first = [f"{row['source']}: {row['reason']}" for row in writer.rejected[:5]]
-    listed = "\n".join(f"  {line}" for line in first)
+    kept = numbers["train"] + numbers["held_out"]
+    # Of prompts alone nobody learns.
+    if numbers["truncated"] > kept / 10 and settings.section != "prompts":
+        told = "%d of %d responses are cut at %s.max_tokens=%d: they do not teach a policy to stop. Raise it, or leave the longest rows out"
+        log.warning(told, numbers["truncated"], kept, settings.section, settings.max_tokens)
     if rejected == numbers["read"] > 0:
-        # Of a wrong layout every row says the same: once is enough.
-        alike = len({row["reason"] for row in writer.rejected[:5]}) == 1
-        said = f" The first, {first[0]}. " if alike else f" The first:\n{listed}\n"
-        raise StageError(
-            f"{settings.path}: not one row can be used.{said}Name the layout with "
-            f"--{settings.section}.layout, or the columns (--{settings.section}.columns '{{prompt: YOURS, completion: YOURS}}')"
-        )
+        raise _unusable(settings.path, writer, settings)
     if rejected > settings.max_rejected_fraction * read:
         raise StageError(
             f"{rejected} of {read} rows of {settings.path} cannot be used, "
-            f"more than max_rejected_fraction={settings.max_rejected_fraction}. The first:\n{listed}\n"
+            f"more than max_rejected_fraction={settings.max_rejected_fraction}. The first:\n{_listed(writer.rejected)}\n"
             f"All of them: {writer.directory / 'rejected.parquet'}"
         )
     if not numbers["train"]:
@@ -322,3 +307,21 @@ def _check(numbers: dict[str, Any], writer: _Writer, settings: Demonstrations) -
             f"{settings.path} holds no demonstration to train on: {numbers['read']} rows read, {numbers['held_out']} of them held out; "
             "name a file with rows, or hold out less"
         )
+
+
+def _unusable(where: str, writer: _Writer, settings: Demonstrations) -> StageError:
+    """Says why not one of the rows read can be used."""
+    if not writer.read:
+        return StageError(f"{where} holds no row: name a file with rows")
+    first = writer.rejected[0]
+    # Of a wrong layout every row says the same: once is enough.
+    alike = len({row["reason"] for row in writer.rejected[:5]}) == 1
+    said = f", {first['source']}: {first['reason']}. " if alike else f":\n{_listed(writer.rejected)}\n"
+    return StageError(
+        f"none of the {writer.read} rows read from {where} can be used. The first{said}Name the layout with "
+        f"--{settings.section}.layout, or the columns (--{settings.section}.columns '{{prompt: YOURS, completion: YOURS}}')"
+    )
+
+
+def _listed(rejected: list[dict[str, Any]]) -> str:
+    return "\n".join(f"  {row['source']}: {row['reason']}" for row in rejected[:5])

@@ -180,7 +180,7 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Turns]] = {
 def _prompt(row: Mapping[str, Any], column: str) -> list[Message]:
     if isinstance(row.get(column), str):
         return [{"role": "user", "content": row[column]}]
-    return _conversation(row, column)
+    return _conversation(row, column, "text or a list of messages")
 
 
 def _response(row: Mapping[str, Any], column: str) -> str:
@@ -189,12 +189,12 @@ def _response(row: Mapping[str, Any], column: str) -> str:
     return _split([{"role": "user", "content": "-"}, *_conversation(row, column)])[1]
 
 
-def _conversation(row: Mapping[str, Any], column: str) -> list[Message]:
+def _conversation(row: Mapping[str, Any], column: str, wanted: str = "a list of messages") -> list[Message]:
     value = row.get(column)
     if value is None:
         raise RowError(f"'{column}' is missing")
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise RowError(f"'{column}' is {_kind(value)}, not a list of messages")
+        raise RowError(f"'{column}' is {_kind(value)}, not {wanted}")
     return [_message(item, f"{column}[{i}]") for i, item in enumerate(value)]
 
 

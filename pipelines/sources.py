@@ -9,6 +9,7 @@ import csv
 import glob
 import hashlib
 import io
+import itertools
 import json
 import re
 import zlib
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.artifacts import StageError
+from pipelines.settings import Demonstrations
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -55,6 +57,8 @@ def find(path: str, split: str, must: bool = False, key: str = "demonstrations.p
     except (OSError, ValueError, ImportError) as error:
         raise StageError(f"{key}={path!r} cannot be listed: {error}") from None
     files = sorted(str(file) for file in found if _suffix(str(file)) and Path(str(file)).name not in NO_ROWS)
+    if not found and glob.has_magic(root):
+        raise StageError(f"{key}={path!r}: nothing matches {root}: check the directory and the pattern")
     asked = must or not glob.has_magic(path)
     named = [file for file in files if asked and split in (Path(file).name.split(".")[0].split("-")[0], Path(file).parent.name)]
     if not files:
@@ -63,6 +67,25 @@ def find(path: str, split: str, must: bool = False, key: str = "demonstrations.p
         names = ", ".join(Path(file).name for file in files[:9])
         raise StageError(f"{key}={path!r} holds no file or folder of the split {split!r}, but {names}")
     return [str(fs.unstrip_protocol(file)) if "://" in path else str(Path(file).resolve()) for file in named or files]
+
+
+def origin(settings: Demonstrations, split: str) -> tuple[list[str], str] | None:
+    """(files, split name) of a split of the demonstrations; None where it is cut from the training data or absent."""
+    if settings.path == "arithmetic":
+        return ["arithmetic"], split
+    section = settings.section
+    train = find(settings.path, settings.split, must=settings.split != "train", key=f"{section}.path")
+    if settings.held_out_path is None and settings.held_out_split is None:
+        return (train, settings.split) if split == "train" else None
+    name = settings.held_out_split or settings.split
+    key = f"{section}.held_out_path" if settings.held_out_path else f"{section}.path"
+    held_out = find(settings.held_out_path or settings.path, name, settings.held_out_split is not None, key)
+    if not is_hub(train[0]):
+        if held_out == train:
+            # One file for both: held-out rows are cut from it.
+            return (train, settings.split) if split == "train" else None
+        train = [file for file in train if file not in held_out]
+    return (train, settings.split) if split == "train" else (held_out, name)
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -195,12 +218,28 @@ def _read_csv(file: str) -> Iterator[Parsed]:
     with _open(file) as opened:
         # A wrong byte spoils its row, not the file.
         text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        for row in csv.DictReader(text):
-            extra = row.pop(None, None)
-            if extra:
+        # Strict: a stray quote would else make one field of all rows up to the next quote, or to the end.
+        reader, header = csv.reader(text, strict=True), list[str]()
+        while True:
+            begun = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                open_yet = "end of data" in str(error)
+                if not header or open_yet or reader.line_num > begun:
+                    # Behind it nobody knows where a row begins.
+                    what = "is not closed" if open_yet else f"is closed in line {reader.line_num} with more text behind it"
+                    raise csv.Error(f'the row in line {begun} opens a quote that {what} (within a text, write "" for a quote)') from None
+                yield "", f'broken CSV: {error} (within a text, write "" for a quote)'
+                continue
+            if not header:
+                header = row
+            elif len(row) > len(header):
                 yield "", "the row has more fields than the header"
-            else:
-                yield _object(row)
+            elif row:
+                yield _object(dict(itertools.zip_longest(header, row)))
 
 
 def _read_hub(name: str, subset: str | None, split: str) -> Iterator[RawRow]:

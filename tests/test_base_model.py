@@ -10,7 +10,8 @@ import pytest
 
 from actors.settings import Training
 from pipelines.artifacts import Run, Stage, StageError
-from pipelines.base_model import check, convert
+from pipelines.base_model import check, convert, plan, write_tokenizer
+from pipelines.settings import Model
 
 
 @pytest.fixture
@@ -43,6 +44,24 @@ def test_a_part_of_the_weights_that_is_not_there(model: Path, tmp_path: Path) ->
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
     with pytest.raises(StageError, match=r"lacks model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json names"):
         convert(str(model), tmp_path / "stage")
+
+
+def test_a_file_that_is_no_model(model: Path) -> None:
+    with pytest.raises(StageError, match=r"model\.safetensors' is a file, not a model directory: name the directory"):
+        plan(Model(path=str(model / "model.safetensors")))
+
+
+def test_tokens_without_an_embedding(tiny: Path, model: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, source = AutoTokenizer.from_pretrained(tiny), {"pretrained_model_name_or_path": str(model)}
+    config, tokens = json.loads((model / "config.json").read_text()), len(tokenizer)
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": tokens + 5}))
+    write_tokenizer(Model(path=str(model)), source, tmp_path)
+    tokenizer.add_tokens([f"<more{k}>" for k in range(6)])
+    tokenizer.save_pretrained(model)
+    with pytest.raises(StageError, match=rf"the tokenizer has {tokens + 6} tokens, the model {tokens + 5} embeddings: use the tokenizer"):
+        write_tokenizer(Model(path=str(model)), source, tmp_path)
 
 
 def known(root: Path, **numbers: Any) -> tuple[Run, Stage]:

@@ -194,6 +194,7 @@ def test_rows_become_shards_and_bad_ones_are_set_aside(tiny: Path, tmp_path: Pat
     ):
         assert words in reason
     assert f"7 of 37 rows rejected, see {run.directory(stage) / 'rejected.parquet'}" in caplog.text
+    assert "are cut at" not in caplog.text and numbers["truncated"] == 0
     assert rejected[0]["source"] == "a.jsonl:31" and json.loads(rejected[0]["row"]) == bad[0]
 
 
@@ -231,7 +232,7 @@ def test_too_many_bad_rows_stop_the_job_and_show_the_first(tiny: Path, tmp_path:
     assert (tmp_path / "run" / "demonstrations" / "rejected.parquet").exists()
     # Nor is one reason taken for all where not one row is good.
     write(path, [{"text": "a"}, *({"prompt": f"{i}"} for i in range(7))])
-    with pytest.raises(StageError, match=r"not one row can be used\. The first:\n") as error:
+    with pytest.raises(StageError, match=r"none of the 8 rows read from .* can be used\. The first:\n") as error:
         prepare(tmp_path / "all", tiny, path=str(path))
     assert "Name the layout" in str(error.value)
     assert str(error.value).splitlines()[1:-1] == ["  a.jsonl:1: no layout fits the columns that are filled: text", *first_of(range(2, 6))]
@@ -270,12 +271,13 @@ def test_all_responses_to_a_prompt_are_on_one_side(tiny: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_columns_system_prompt_cut_responses_and_limits(tiny: Path, tmp_path: Path) -> None:
+def test_columns_system_prompt_cut_responses_and_limits(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"q": f"What is {i}?", "a": "very " * 60 + str(i)} for i in range(12)]
     options = {"columns": {"prompt": "q", "completion": "a"}, "system_prompt": "Be brief.", "limit": 5, "held_out_fraction": 0.0}
     run, stage, numbers = prepare(tmp_path, tiny, path=str(write(tmp_path / "a.jsonl", rows)), **options)
     made = rows_of(run, stage, "train")
     assert numbers == {"train": 5, "held_out": 0, "rejected": 0, "read": 5, "truncated": 5}
+    assert "5 of 5 responses are cut at demonstrations.max_tokens=96: they do not teach a policy to stop. Raise it" in caplog.text
     for row in made:
         assert row["prompt"][0] == {"role": "system", "content": "Be brief."}
         # Cut at max_tokens: no EOS, as nothing ended.
