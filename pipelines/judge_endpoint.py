@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -68,6 +69,7 @@ class Endpoint:
         from openai import AsyncOpenAI
 
         assert settings.url
+        self.url = settings.url
         self.model = settings.url_model
         self.key_env = settings.url_key_env
         key = os.environ.get(settings.url_key_env) or "none"
@@ -122,21 +124,27 @@ class Endpoint:
         try:
             # The client's own time-out begins anew with every piece of an answer that drips.
             async with asyncio.timeout(self.timeout):
-                found = await self.client.chat.completions.create(model=self.model, messages=asked, temperature=0, seed=0, **options)
+                create = self.client.chat.completions.with_raw_response.create
+                answer = await create(model=self.model, messages=asked, temperature=0, seed=0, **options)
         except AuthenticationError:
             raise EndpointError(f"the judge's endpoint refuses the key in {self.key_env}", hopeless=True, denied=True) from None
         except APIStatusError as error:
             again = error.status_code in (408, 409, 429) or error.status_code >= 500
-            why = f"the judge's endpoint answers {error.status_code}: {error.message[:200]}"
+            why = f"the judge's endpoint {self.url} answers {error.status_code}: {' '.join(error.message.split())[:200]}"
             raise EndpointError(why, not again, seconds(error.response.headers.get("retry-after", ""))) from None
         except TimeoutError:
             raise EndpointError(f"the judge's endpoint gives no whole answer within {self.timeout:g} s") from None
         except (OpenAIError, ValueError) as error:
             why = f"{type(error).__name__}: {error.__cause__ or error}"
             raise EndpointError(f"the judge's endpoint {self.client.base_url} does not answer: {why[:200]}") from None
+        found: Any = None
+        with contextlib.suppress(OpenAIError, ValueError):
+            found = answer.parse()
         read, written = _cost(found)
         self.spent.read += read
         self.spent.written += written
+        if not getattr(found, "choices", None):
+            raise _no_completion(self.url, answer.headers.get("content-type", ""), answer.text)
         return found
 
 
@@ -147,6 +155,18 @@ def seconds(retry_after: str) -> float | None:
     with contextlib.suppress(ValueError):
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
     return None
+
+
+def _no_completion(url: str, kind: str, text: str) -> EndpointError:
+    """For an answer that came in full and is none: with the server's own reason, or how it begins."""
+    start = " ".join(text[:1000].split())[:100]
+    if "html" in kind or start.lower().startswith(("<!doctype html", "<html")):
+        why = "with a page for browsers (another address, or one that wants a sign-in?): set judge.url"
+        return EndpointError(f"the judge's endpoint {url} answers {why}; it begins {start!r}", hopeless=True)
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        if error := json.loads(text)["error"]:
+            return EndpointError(f"the judge's endpoint {url} answers with an error: {str(error['message'])[:200]}")
+    return EndpointError(f"the judge's endpoint {url} answers with no chat completion, but with {start!r}")
 
 
 def _read(get: Callable[[], Any], what: str) -> Any:

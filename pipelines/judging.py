@@ -155,6 +155,8 @@ class Asking:
         self.next = 0.0
         self.told = 5.0
         """seconds of the longest wait that was said"""
+        self.warned = False
+        """whether it was said that questions are asked again"""
         self.stopped: str | None = None
 
     async def all(self, questions: dict[str, Row], most: float) -> dict[str, str]:
@@ -202,6 +204,9 @@ class Asking:
                     raise Stopped(f"{error}: set that variable where the job runs") from None
                 if error.hopeless or attempt == self.judge.retries:
                     raise
+                if not self.warned:
+                    self.warned = True
+                    log.warning("%s; it is asked again, up to %d times a question, with growing waits", error, self.judge.retries)
                 # Never sooner than the endpoint wants.
                 await asyncio.sleep(max(self._wanted(error), min(60.0, FIRST_WAIT * 2.0**attempt)) * random.uniform(1, 1.5))
             else:

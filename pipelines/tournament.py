@@ -8,6 +8,7 @@ A win needs both orders to agree, disagreement is a tie, an answer that cannot b
 
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pipelines.judging_settings import JudgeModel, Tournament
 from pipelines.means import FEW, cell
 from pipelines.records import shards, write_rows
 
+log = logging.getLogger(__name__)
 DEMONSTRATIONS = "demonstrations"
 GAME = pa.schema(
     {
@@ -80,7 +82,7 @@ def write_questions(tournament: Tournament) -> Work:
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         (stage,) = stages
         rows, numbers = [], {"games": 0, "equal": 0, "missing": 0}
-        for game in _games(run, stage, tournament):
+        for game in _games(run, stage, tournament, warn=True):
             numbers["games"] += 1
             if None in (game["response_first"], game["response_second"]):
                 numbers["missing"] += 1
@@ -106,8 +108,8 @@ def _questions(game: dict[str, Any], settings: Mapping[str, Any]) -> list[dict[s
     ]
 
 
-def _games(run: Run, stage: Stage, tournament: Tournament) -> Iterator[dict[str, Any]]:
-    """Every pair of contestants on every prompt, with its two responses (None where one has none)."""
+def _games(run: Run, stage: Stage, tournament: Tournament, warn: bool = False) -> Iterator[dict[str, Any]]:
+    """Every pair of contestants on every prompt, with its two responses (None where one has none); `warn` of rows that are not used."""
     prompted = _rows(run.directory(stage.inputs["demonstrations"]) / "train", ["id", "prompt", "response"])
     prompted = prompted[: stage.settings["limit"]]
     said: dict[str, Mapping[str, str]] = {}
@@ -118,7 +120,7 @@ def _games(run: Run, stage: Stage, tournament: Tournament) -> Iterator[dict[str,
             rows = _rows(run.directory(stage.inputs[f"samples-{name}"]) / "train", ["id", "sample", "response"])
             said[name] = {row["id"]: row["response"] for row in rows if row["sample"] == 0}
         else:
-            said[name] = _from_files(name, tournament.responses[name], prompted)
+            said[name] = _from_files(name, tournament.responses[name], prompted, warn)
     for first, second in itertools.combinations(said, 2):
         for row in prompted:
             responses = {"response_first": said[first].get(row["id"]), "response_second": said[second].get(row["id"])}
@@ -129,12 +131,13 @@ def _rows(folder: Path, columns: list[str] | None = None) -> list[dict[str, Any]
     return [row for path in shards(folder) for row in pq.read_table(path, columns=columns).to_pylist()]
 
 
-def _from_files(name: str, path: str, prompted: list[dict[str, Any]]) -> dict[str, str]:
+def _from_files(name: str, path: str, prompted: list[dict[str, Any]], warn: bool) -> dict[str, str]:
     """Responses of somebody else by the prompt's id, in any of the layouts of demonstrations; rows for other prompts are passed over."""
     by_prompt = {_spoken(row["prompt"]): row["id"] for row in prompted}
-    found, wrong = {}, ""
+    found, read, wrong, twice = dict[str, str](), 0, list[str](), list[str]()
     for file in sources.find(path, "", key=f"tournament.responses.{name}"):
         for raw in sources.read(file):
+            read += 1
             try:
                 if raw["reason"]:
                     raise layouts.RowError(raw["reason"])
@@ -144,12 +147,20 @@ def _from_files(name: str, path: str, prompted: list[dict[str, Any]]) -> dict[st
                     raise layouts.RowError(f"no layout fits the columns {', '.join(sorted(row))}")
                 messages, response = layouts.turns(row, layout)
             except layouts.RowError as error:
-                wrong = wrong or f"{raw['source']}: {error}"
+                wrong.append(f"{raw['source']}: {error}")
                 continue
             if (key := by_prompt.get(_spoken(messages))) is not None:
+                if found.get(key, response) != response:
+                    twice.append(raw["source"])
                 found[key] = response
     if not found:
-        raise StageError(f"tournament.responses.{name}={path!r} holds no response to any of the prompts{wrong and f' ({wrong})'}")
+        reason = f" ({wrong[0]})" if wrong else ""
+        raise StageError(f"tournament.responses.{name}={path!r} holds no response to any of the prompts{reason}")
+    if warn and wrong:
+        log.warning("tournament.responses.%s: %d of %d rows cannot be used. The first, %s", name, len(wrong), read, wrong[0])
+    if warn and twice:
+        told = "tournament.responses.%s: %d of %d rows answer a prompt anew, of which the last answer counts. The first, %s"
+        log.warning(told, name, len(twice), read, twice[0])
     return found
 
 
@@ -205,8 +216,9 @@ def _reading(answer: dict[str, Any]) -> Reading:
 
 
 def numbers(games: list[dict[str, Any]], contestants: list[str], seed: int, missing: int = 0, cut: int = 0) -> dict[str, Any]:
-    """What GAME rows say: `pairs` (win, tie, lose of each pair), `ranking`, `position` (bias and consistency of the judge), `failed` and
-    `unparsed` games, those `missing` because somebody has no response to the prompt, and how many answers were `cut`."""
+    """What GAME rows say: `pairs` (win, tie, lose of each pair), `ranking` (empty where nobody won), `position` (bias and consistency of
+    the judge), `failed` and `unparsed` games, those `missing` because somebody has no response to the prompt, and how many answers were
+    `cut`."""
     heard = [game for game in games if game["outcome"] != "failed"]
     read = [game for game in heard if game["outcome"] != "unparsed"]
     number = {name: k for k, name in enumerate(contestants)}
@@ -216,7 +228,8 @@ def numbers(games: list[dict[str, Any]], contestants: list[str], seed: int, miss
         counted = [game for game in own if game["outcome"] != "unparsed"]
         won = np.array([points(READINGS[game["outcome"]]) for game in counted])
         longer = np.array([float(len(game["response_first"]) - len(game["response_second"])) for game in counted])
-        controlled = length_controlled(won, longer, [game["id"] for game in counted], seed)
+        # Of games that nobody won the prior alone would speak.
+        controlled = length_controlled(won, longer, [game["id"] for game in counted], seed) if _decided(counted) else None
         found = shares([READINGS[game["outcome"]] for game in own])
         found["failed"] = sum((game["first"], game["second"]) == (first, second) for game in games) - len(own)
         longer_wins = [game["outcome"] == ("first" if gap > 0 else "second") for game, gap in zip(counted, longer, strict=True) if gap]
@@ -227,7 +240,7 @@ def numbers(games: list[dict[str, Any]], contestants: list[str], seed: int, miss
     asked = [(READINGS[game["given"]], READINGS[game["swapped"]]) for game in heard if game.get("given")]
     return {
         "pairs": pairs,
-        "ranking": ranking(contestants, played, seed),
+        "ranking": ranking(contestants, played, seed) if _decided(read) else [],
         "position": position_bias(asked),
         "games": len(games),
         "failed": len(games) - len(heard),
@@ -237,14 +250,19 @@ def numbers(games: list[dict[str, Any]], contestants: list[str], seed: int, miss
     }
 
 
+def _decided(games: list[dict[str, Any]]) -> bool:
+    """Whether anybody won one."""
+    return any(game["outcome"] in ("first", "second") for game in games)
+
+
 def tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     """Tables for a person, by title; the header first."""
     pairs = [["first", "second", "win", "tie", "lose", "n", "unread", "no answer", "at equal length"]]
     for pair in found["pairs"]:
         controlled = pair["length_controlled"]
-        shown = [cell(pair[name], pair[f"{name}_stderr"], 2) for name in ("win", "tie", "lose")]
+        won = [cell(pair[name], pair[f"{name}_stderr"], 2) for name in ("win", "tie", "lose")]
         rate = cell(controlled["rate"], controlled["stderr"], 2) if controlled else ""
-        pairs.append([pair["first"], pair["second"], *shown, str(pair["n"]), str(pair["unparsed"]), str(pair["failed"]), rate])
+        pairs.append([pair["first"], pair["second"], *won, str(pair["n"]), str(pair["unparsed"]), str(pair["failed"]), rate])
     ranks = [["contestant", "rating", "95 % band", "games"]]
     for row in found["ranking"]:
         rated = [f"{row['rating']:.0f}", f"{row['low']:.0f} to {row['high']:.0f}"] if row["games"] else ["", ""]
@@ -254,11 +272,8 @@ def tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     judge.append(["a winner is the response shown first (0.5 is fair)", *_cells(position["first"], position["stderr"])])
     judge[-1].append(f"{position['answers']} answers")
     judge.append(["both orders say the same", *_cells(position["consistent"]), f"{position['n']} games"])
-    return {
-        "Tournament: games of the first against the second": pairs,
-        "Ranking (Bradley-Terry, on the scale of Elo)": ranks,
-        "The judge": judge,
-    }
+    shown = {"Tournament: games of the first against the second": pairs}
+    return shown | ({"Ranking (Bradley-Terry, on the scale of Elo)": ranks} if found["ranking"] else {}) | {"The judge": judge}
 
 
 def _cells(share: float | None, error: float | None = None) -> list[str]:
@@ -268,6 +283,8 @@ def _cells(share: float | None, error: float | None = None) -> list[str]:
 def doubts(found: Mapping[str, Any]) -> list[str]:
     """Warns of a judge whose verdicts say little."""
     told, position = [], found["position"]
+    if not found["ranking"]:
+        told.append("nobody won a game: there is no ranking")
     if position["first"] is not None and abs(position["first"] - 0.5) > max(0.1, 2 * position["stderr"]):
         told.append(
             f"the judge is biased by position: {position['first']:.2f} of its choices name the response that it was shown first "

@@ -1,5 +1,6 @@
 """What a judge is asked, once: its limits, its failures, and what is kept of its answers."""
 
+import re
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -219,7 +220,39 @@ def test_a_key_that_is_refused_stops_at_once(tmp_path: Path) -> None:
 
 def test_a_question_that_is_refused_is_not_asked_again(tmp_path: Path) -> None:
     # In words that tell of no key of ours.
-    with endpoint(lambda question: (400, {"error": {"message": "it refuses the key 'seed'"}})) as (url, asked):
-        with pytest.raises(StageError, match=r"1 of 36 questions got no answer.*answers 400"):
+    with endpoint(lambda question: (400, {"error": {"message": "it refuses\n the key 'seed'"}})) as (url, asked):
+        with pytest.raises(StageError, match=rf"1 of 36 questions got no answer.*endpoint {url} answers 400: .*refuses.*the key"):
             Played(tmp_path).play(url=url, concurrency=1)
         assert len(asked) == 1
+
+
+def test_a_page_for_browsers_is_no_judge_and_is_not_asked_again(tmp_path: Path) -> None:
+    for folder, headers in (("a", {"content-type": "text/html"}), ("b", {"content-type": "application/json"})):
+        sign_in = (200, "<!DOCTYPE html>\n<html>\n<title>Sign in</title>" + "x" * 200, headers)
+        with endpoint(lambda question, page=sign_in: page) as (url, asked):  # type: ignore[misc]
+            why = rf"1 x the judge's endpoint {url} answers with a page for browsers.*set judge.url.*<!DOCTYPE html> <html> <title>Sign in"
+            with pytest.raises(StageError, match=why) as error:
+                Played(tmp_path / folder).play(url=url, concurrency=1)
+            assert len(asked) == 1 and "x" * 100 not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"error": {"message": "quota exceeded", "code": 1}}, "answers with an error: quota exceeded"),
+        ({"result": "[[A]]"}, 'answers with no chat completion, but with \'{"result":"[[A]]"}\''),
+        ({"error": "quota exceeded"}, 'answers with no chat completion, but with \'{"error":"quota exceeded"}\''),
+        ([1], "answers with no chat completion, but with '[1]'"),
+        ("no json", "answers with no chat completion, but with 'no json'"),
+    ],
+)
+def test_what_is_no_completion_is_quoted_and_its_first_failure_told(
+    wrong: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(judging, "FIRST_WAIT", 0.01)
+    with endpoint(lambda question: (200, wrong)) as (url, asked):
+        with pytest.raises(StageError, match=re.escape(f"the judge's endpoint {url} {why}")):
+            Played(tmp_path).play(url=url, retries=2, concurrency=1, max_failed_fraction=0.05)
+        assert len(asked) == 6
+    told = [record.getMessage() for record in caplog.records if "it is asked again" in record.getMessage()]
+    assert told == [f"the judge's endpoint {url} {why}; it is asked again, up to 2 times a question, with growing waits"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from actors.settings import Objective
-from pipelines import evaluation
+from pipelines import evaluation, scoreboard, tournament
 from pipelines.artifacts import Run, Stage, StageError
 from pipelines.evaluation import exact_answer, final_number
 from pipelines.means import cell, mean_and_error
@@ -101,3 +101,19 @@ def test_the_table_shows_what_was_measured() -> None:
     header, _, row = table({"base": unmeasured, "dil": unmeasured}, {"dil": trained})
     assert header == ["policy", "reward real", "generated", "pairs told apart"] and row == ["dil", "0.500", "-0.250", "0.750 of 60"]
     assert table({"base": measured, "dil": measured}, {"dil": trained})[2][:4] == ["dil", "0.500", "0.050", "100"]
+
+
+@pytest.mark.parametrize("outcome", ["tie", "failed", "unparsed"])
+def test_where_no_game_was_decided_nobody_is_ranked(outcome: str) -> None:
+    games = [
+        {"id": str(k), "first": "a", "second": second, "outcome": outcome if second == "b" else "second"}
+        | {"response_first": "x", "response_second": "y"}
+        for k in range(20)
+        for second in ("b", "c")
+    ]
+    undecided = tournament.numbers([game for game in games if game["second"] == "b"], ["a", "b"], seed=0)
+    pairs, _ = scoreboard.tables({"tournament": undecided}).values()
+    assert undecided["ranking"] == [] and pairs[1][-1] == ""
+    assert "nobody won a game: there is no ranking" in tournament.doubts(undecided)
+    pairs, ranks, _ = scoreboard.tables({"tournament": tournament.numbers(games, ["a", "b", "c"], seed=0)}).values()
+    assert ranks[1][0] == "c" and int(ranks[1][1]) > 1000 and [bool(row[-1]) for row in pairs[1:]] == [False, True, False]

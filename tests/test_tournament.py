@@ -18,7 +18,7 @@ def test_a_judge_that_always_says_a_gives_nothing_but_ties(tmp_path: Path) -> No
         found = Played(tmp_path).play(url=url)
     assert [(pair["win"], pair["tie"], pair["lose"], pair["n"]) for pair in found["pairs"]] == [(0, 1, 0, ROWS)] * 3
     assert found["position"] == {"first": 1.0, "answers": 6 * ROWS, "stderr": 0.0, "consistent": 0.0, "n": 3 * ROWS}
-    assert [row["rating"] for row in found["ranking"]] == pytest.approx([1000] * 3)
+    assert found["ranking"] == [] and "nobody won a game: there is no ranking" in tournament.doubts(found)
     assert any("biased by position" in text for text in tournament.doubts(found))
     assert {(body["temperature"], body["seed"]) for _, body in asked} == {(0, 0)} and len(asked) == 2 * 3 * ROWS
     assert tournament.tables(found)["The judge"][1:] == [
@@ -101,3 +101,22 @@ def test_who_is_not_there(tmp_path: Path) -> None:
     played.settings = Tournament(contestants=["short", "theirs"], responses={"theirs": str(other)})
     with pytest.raises(StageError, match="holds no response to any of the prompts"):
         played.play(url="http://x/v1")
+
+
+def test_responses_that_are_not_used_are_counted_in_the_log_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = tmp_path / "others.jsonl"
+    lines = [json.dumps({"prompt": f"Say {k}.", "completion": f"{k}"}) for k in range(ROWS)]
+    again = [json.dumps({"prompt": "Say 0.", "completion": said}) for said in ("0", "nil", "null")]
+    other.write_text("\n".join([*lines[:3], "{broken", *lines[3:], '{"prompt": "Say 1."}', *again]))
+    played = Played(tmp_path / "run", responses={"theirs": str(other)})
+    played.settings = played.settings.model_copy(update={"contestants": ["long", "theirs"]})
+    with endpoint(longer) as (url, _):
+        played.play(url=url)
+    assert {game["response_second"] for game in played.games() if game["id"] == "r0"} == {"null"}
+    told = [record.message for record in caplog.records if record.name == "pipelines.tournament"]
+    assert len(told) == 2 and told[0].startswith(
+        "tournament.responses.theirs: 2 of 11 rows cannot be used. The first, others.jsonl:4: broken JSON"
+    )
+    assert told[1] == (
+        "tournament.responses.theirs: 2 of 11 rows answer a prompt anew, of which the last answer counts. The first, others.jsonl:10"
+    )
