@@ -22,6 +22,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
 
     from jobs.schemas import EvaluateConfig, GsilConfig, IrlConfig
+    from pipelines.artifacts import StageError
+    from pipelines.policies import read_config
     from pipelines.progress import print_result
     from pipelines.report import comparison
     from pipelines.report.facts import gather
@@ -31,10 +33,15 @@ def main(argv: Sequence[str]) -> int:
     for path in {path.resolve(): path for path in options.runs}.values():
         # A run of one of the other jobs alone has that job's own files.
         jobs = [job for job in (GsilConfig, IrlConfig, EvaluateConfig) if (path / job.file("config.yaml")).exists()]
+        try:
+            configs = [read_config(path / job.file("config.yaml")) for job in jobs]
+        except StageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         facts = gather(path, prefix=jobs[0].prefix if jobs else "")
         # What else was asked in the same directory is told apart by its job.
-        others = {job.prefix.rstrip("-"): yaml.safe_load((path / job.file("config.yaml")).read_text(encoding="utf-8")) for job in jobs[1:]}
-        facts = replace(facts, config=yaml.safe_dump((yaml.safe_load(facts.config) or {}) | others))
+        others = {job.prefix.rstrip("-"): config for job, config in zip(jobs[1:], configs[1:], strict=True)}
+        facts = replace(facts, config=yaml.safe_dump((configs[0] if configs else {}) | others))
         if not facts.stages:
             print(f"error: {path} is no run directory: no stage has left a manifest.json in it", file=sys.stderr)
             return 1
@@ -46,7 +53,9 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         print(f"error: --output {options.output}: {error.strerror}", file=sys.stderr)
         return 1
-    print_result(Shown([Table(title, rows) for title, rows in comparison.tables(found).items()], [f"page: {options.output}"]))
+    shown = comparison.tables(found)
+    same = [title for title, rows in shown.items() if not rows]
+    print_result(Shown([Table(title, rows) for title, rows in shown.items() if rows], [*same, f"page: {options.output}"]))
     return 0
 
 

@@ -149,17 +149,18 @@ def doubts(name: str, numbers: Mapping[str, Any]) -> list[str]:
         found.append(f"{name}: held-out pairs are told apart no better than by chance ({told:.3f} of {numbers['pairs']})")
     if numbers["pairs"] < FEW:
         return found
-    for what, how in (("length", "the length alone"), ("origin", "the words of whoever wrote it")):
+    for what, how in (("length", "the length alone tells"), ("origin", "the words alone tell")):
         alone = numbers[f"baseline_{what}"]
-        if alone > 0.5 + 2 * error and told <= alone + 2 * error:
-            found.append(f"{name}: {how} tells held-out pairs apart as well ({alone:.3f}, the reward model {told:.3f})")
+        # Above chance, or at least above a reward model that is not.
+        if alone > max(0.5, min(told, 0.5 + 2 * error)) and told <= alone + 2 * error:
+            found.append(f"{name}: {how} held-out pairs apart as well ({alone:.3f}, the reward model {told:.3f})")
     return found
 
 
 def table(rewards: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Rows for a person, the header first."""
     columns = {"AUC": "auc", "right at 0": "accuracy", "calibration error": "calibration_error"}
-    columns |= {"by length alone": "baseline_length", "by origin alone": "baseline_origin"}
+    columns |= {"by the length alone": "baseline_length", "by the words alone": "baseline_origin"}
     rows = [["reward model", "pairs", "told apart", *columns]]
     for name, numbers in rewards.items():
         told = cell(numbers["pair_accuracy"], numbers["stderr"], 3)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from jobs import compare
+from pipelines import tournament
 from pipelines.artifacts import Run, Stage, write_json
 from pipelines.evaluation import SCORES
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
@@ -18,6 +19,7 @@ from pipelines.report import facts, figures
 from pipelines.report.comparison import differences
 from pipelines.report.doubts import doubts
 from pipelines.report.facts import gather
+from pipelines.report.page import notes
 from pipelines.report.writing import Reporter
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -160,6 +162,7 @@ def test_the_page_is_whole_and_shows_everybody(ended: Path) -> None:
     assert "ended: 8 of 8 stages" in page and "final policy: sft" in page and 'class="box skipped"' in page
     table = (ended / "report.md").read_text()
     assert "| iteration-1 | 0.250 | 0.050 | 100 | -0.200 |  | 0.750 of 40 |" in table, table
+    assert "| demonstrations | done before |" in table and "Training on demonstrations: sft<" in page
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
@@ -218,6 +221,64 @@ def test_scores_of_another_command_are_not_shown(ended: Path) -> None:
     assert {row.answers["sft"][1] for row in gather(ended, [s for s in graph() if s.name != "sft/evaluation"]).rows} == {None}
 
 
+def write_curve(root: Path, stage: Stage, **values: float) -> None:
+    def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        lines = [json.dumps({"step": k + 1, **values}) + "\n" for k in range(14)]
+        (run.directory(stage) / "metrics.jsonl").write_text("".join(lines))
+        return {stage.name: {}}
+
+    Run(root).do(work, stage)
+
+
+def test_a_reward_model_is_drawn_by_its_scores(tmp_path: Path) -> None:
+    values = {"reward_real": 1.0, "reward_generated": 0.5, "margin": 0.5, "logps_real": 1.0, "logps_generated": 0.5}
+    write_curve(tmp_path, Stage("rewards/sft-demo/seed-0", {}), **values)
+    ((heading, drawn),) = figures.training(gather(tmp_path)).items()
+    assert heading == "Training of reward models: sft-demo/seed-0" and "rewards (scores)" in drawn
+    assert "log ratio" not in drawn and "log-probs" not in drawn and "logps" not in drawn
+
+
+def test_steps_are_whole(tmp_path: Path) -> None:
+    write_curve(tmp_path, Stage("sft/training", {}), loss=1.0)
+    (drawn,) = figures.training(gather(tmp_path)).values()
+    assert ">3<" in drawn and ">2.5<" not in drawn
+
+
+EVALUATION = {
+    "evaluation/policies/sft/prompts": ({}, {"train": 12, "held_out": 0, "rejected": 1}),
+    "evaluation/judge/model": ({"path": "org/judge"}, {}),
+    "evaluation/tournament/questions": ({"mode": "logprob"}, {"games": 36, "equal": 3}),
+    "evaluation/tournament/answers": ({"url": None, "url_model": ""}, {}),
+    "evaluation/mt_bench/answers": ({"url": "http://host/v1", "url_model": "large"}, {}),
+}
+
+
+@pytest.mark.parametrize("outcome", ["tie", "first"])
+def test_an_evaluation_says_who_judged_and_ranks_what_was_decided(tmp_path: Path, outcome: str) -> None:
+    said = {"response_first": "a", "response_second": "b"}
+    games = [{"id": str(k), "first": "sft", "second": "dil", "outcome": outcome, **said} for k in range(20)]
+    found = EVALUATION | {"evaluation/tournament/games": ({}, tournament.numbers(games, ["sft", "dil"], seed=0))}
+
+    def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        (stage,) = stages
+        write_json(run.directory(stage) / "made.json", {})
+        return {stage.name: found[stage.name][1]}
+
+    stages = [Stage(name, settings) for name, (settings, _) in found.items()]
+    for stage in stages:
+        Run(tmp_path / "x").do(work, stage)
+    reporter = Reporter(tmp_path / "x", stages, "evaluation-")
+    reporter()
+    page, text = (reporter.page.with_suffix(f".{ending}").read_text() for ending in ("html", "md"))
+    assert "<h1>x: evaluation</h1>" in page and text.startswith("# x: evaluation\n")
+    for told in (page, text):
+        assert "Who judged: org/judge, mode logprob. 3 of 36 games were between equal responses" in told
+        assert ("nobody won a game: there is no ranking" in told) == (outcome == "tie") != ("Ranking (Bradley-Terry" in told)
+    assert ('aria-label="ranking"' in page) == (outcome != "tie")
+    assert "## Prompts\n\n| rows of | prompts | rejected |\n" in text and "| evaluation/policies/sft/prompts | 12 | 1 |" in text
+    assert notes(gather(tmp_path / "x"))["MT-Bench, grades from 1 to 10"] == "Who judged: large at http://host/v1."
+
+
 def test_a_metrics_file_may_end_in_half_a_line(ended: Path) -> None:
     with (ended / "sft" / "training" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
@@ -240,6 +301,7 @@ def test_runs_side_by_side(ended: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert all(text in told for text in ("objective.beta", "Versions that differ: none", "Times", "iteration-1/training", "Data"))
     page = output.read_text()
     assert page.count('aria-label="training"') == 1 and "ended and other" in page and "objective.beta" in page
+    assert "Versions that differ: none</h2><h2>" in page and "software" not in told, "no table where nothing differs"
     (other / "config.yaml").rename(other / "reward-config.yaml")
     assert compare.main([str(ended), str(other), "--output", str(output)]) == 0
     assert "objective.beta" in output.read_text(), "a run of the reward job alone has its own files"

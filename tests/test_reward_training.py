@@ -87,9 +87,14 @@ def test_doubts_name_what_does_as_well() -> None:
     assert "no better than by chance" in doubts("r", good | {"pair_accuracy": 0.51, "baseline_length": 0.5, "baseline_origin": 0.5})[0]
     (length,) = doubts("r", good | {"baseline_length": 0.89})
     assert length == "r: the length alone tells held-out pairs apart as well (0.890, the reward model 0.900)"
-    assert "the words of whoever wrote it" in doubts("r", good | {"baseline_origin": 0.95})[0]
+    assert "the words alone" in doubts("r", good | {"baseline_origin": 0.95})[0]
+    weak = {"pairs": 23, "pair_accuracy": 0.522, "stderr": 0.106, "baseline_length": 0.457, "baseline_origin": 0.696}
+    assert doubts("r", good | weak) == [
+        "r: held-out pairs are told apart no better than by chance (0.522 of 23)",
+        "r: the words alone tell held-out pairs apart as well (0.696, the reward model 0.522)",
+    ]
     perfect = {"pair_accuracy": 1.0, "stderr": 0.0, "baseline_origin": 1.0}
-    assert "the words of whoever wrote it" in doubts("r", good | perfect)[0], "a standard error of 0 hides nothing"
+    assert "the words alone" in doubts("r", good | perfect)[0], "a standard error of 0 hides nothing"
     assert "no held-out pair" in doubts("r", good | {"pairs": 0})[0]
     few = doubts("r", good | {"pairs": 2, "trained_pairs": 11, "pair_accuracy": 1.0, "stderr": 0.0})
     assert few == ["r: learned from 11 pairs, too few to say anything", "r: is measured on 2 pairs, too few to say anything"]

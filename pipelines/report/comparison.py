@@ -12,13 +12,15 @@ from pipelines.report.facts import Facts
 from pipelines.states import StageFacts
 from pipelines.status import duration
 
+FOUND, SAMPLES = (figures.accuracy, figures.ranking), (figures.lengths, figures.best_of_n)
+
 
 def tables(runs: Sequence[Facts]) -> dict[str, page.Rows]:
     """By title: the settings and versions that differ, a run a column; every table that a run has, the rows of all runs one below the
-    other; the times of the stages."""
+    other; the times of the stages. Without rows where nothing differs."""
     found: dict[str, page.Rows] = {}
     for title, differing in (("Settings", differences(runs)), ("Versions", _differing("software", runs, [run.versions for run in runs]))):
-        found[f"{title} that differ" if len(differing) > 1 else f"{title} that differ: none"] = differing
+        found |= {f"{title} that differ": differing} if len(differing) > 1 else {f"{title} that differ: none": []}
     by_title: dict[str, list[list[str]]] = {}
     for run in runs:
         for title, (header, *rows) in (page.tables(run) | page.data_table(run)).items():
@@ -58,7 +60,7 @@ def _took(stage: StageFacts) -> str:
 def html(runs: Sequence[Facts]) -> str:
     """One self-contained page."""
     names = " and ".join(dict.fromkeys(run.name for run in runs))
-    shared = "".join(f"<h2>{escape(title)}</h2>{page.table(rows)}" for title, rows in tables(runs).items())
+    shared = "".join(f"<h2>{escape(title)}</h2>{page.table(rows) if rows else ''}" for title, rows in tables(runs).items())
     columns = "".join(f"<article><h3>{escape(run.name)}</h3>{_column(run)}</article>" for run in runs)
     return page.TEMPLATE.substitute(
         title=escape(names), state="runs side by side", contents="", sections=f'{shared}<h2>Curves</h2><div class="columns">{columns}</div>'
@@ -67,8 +69,9 @@ def html(runs: Sequence[Facts]) -> str:
 
 def _column(run: Facts) -> str:
     warned = "".join(f"<li>{escape(text)}</li>" for text in doubts(run))
-    drawn = (draw(run) for draw in (figures.accuracy, figures.ranking, figures.training, figures.sft, figures.lengths, figures.best_of_n))
-    return f"<p>{escape(page.state(run))}</p>{f'<ul class=warnings>{warned}</ul>' if warned else ''}" + "".join(map(page.figure, drawn))
+    found, samples = ("".join(page.figure(draw(run)) for draw in drawn) for drawn in (FOUND, SAMPLES))
+    state = f"<p>{escape(page.state(run))}</p>{f'<ul class=warnings>{warned}</ul>' if warned else ''}"
+    return state + found + page.training(run) + samples
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

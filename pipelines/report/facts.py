@@ -70,6 +70,13 @@ class Facts:
     best_of_n: Mapping[str, Any] | None
     failure: str | None = None
     """why it stopped before its end"""
+    prefix: str = ""
+    """of the names of the job's own files"""
+
+    @property
+    def title(self) -> str:
+        """The run, and which job it is about where others share its directory."""
+        return f"{self.name}: {self.prefix.rstrip('-')}" if self.prefix else self.name
 
     def evaluations(self) -> dict[str, Mapping[str, Any]]:
         """Accuracy of every policy that has one so far."""
@@ -78,7 +85,15 @@ class Facts:
 
     def data(self) -> dict[str, Mapping[str, Any]]:
         """What was read and set aside, by the stage that read it."""
-        return {s.name: s.numbers for s in self.stages if "rejected" in s.numbers}
+        return {s.name: s.numbers for s in self.stages if "rejected" in s.numbers and not s.name.startswith(EVALUATED)}
+
+    def prompts(self) -> dict[str, Mapping[str, Any]]:
+        """The same of an evaluation: nothing is held out, all rows are prompts."""
+        found = {s.name: s.numbers for s in self.stages if "rejected" in s.numbers and s.name.startswith(EVALUATED)}
+        return {
+            stage: {"prompts" if key == "train" else key: value for key, value in numbers.items() if key != "held_out"}
+            for stage, numbers in found.items()
+        }
 
     def trained(self) -> dict[str, Mapping[str, Any]]:
         """Numbers of the trainings on pairs that are done, by policy."""
@@ -98,6 +113,10 @@ class Facts:
     def stage(self, name: str) -> Mapping[str, Any]:
         """Numbers of a stage; nothing where it is not done."""
         return next((s.numbers for s in self.stages if s.name == name), {})
+
+    def settings(self, name: str) -> Mapping[str, Any]:
+        """Settings of a stage; nothing where it is not done."""
+        return next((s.settings for s in self.stages if s.name == name), {})
 
 
 def gather(
@@ -130,6 +149,7 @@ def gather(
         rows=_rows(root, done),
         best_of_n=next((read_json(root / s.name / "report.json") for s in done if (root / s.name / "report.json").exists()), None),
         failure=failure,
+        prefix=prefix,
     )
 
 

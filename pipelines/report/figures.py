@@ -22,21 +22,27 @@ PANELS = {
     "gradient norm": ("grad_norm",),
 }
 """What a training step logs, and what is drawn together."""
+REWARD_PANELS = {"rewards (scores)": PANELS["rewards (beta x log ratio)"]} | {
+    title: keys for title, keys in PANELS.items() if not title.startswith(("rewards", "log-probs"))
+}
+"""The same of a reward model, whose reward is its score: there is no policy with log-probs."""
+REWARDS = "rewards/"
+TRAININGS = {"training": "Training on pairs", "rewards": "Training of reward models", "sft": "Training on demonstrations"}
+"""What is drawn of a training, and what that is called."""
+MOST_NAMED = 60
+"""Letters above a panel at most; longer names stand in the heading alone."""
 SHOWN = {"grad_norm": "gradient norm"}
 MOST_POINTS = 400
 """Points of a curve at most; a longer one shows means of neighbours."""
 
 
-def training(facts: Facts) -> str:
-    """Every training on pairs, one after the other: the paper's Fig. 2 and the rest of what a step logs."""
-    curves = {name: steps for name, steps in facts.curves.items() if "reward_real" in steps[0]}
-    return _drawn("training", curves) if curves else ""
-
-
-def sft(facts: Facts) -> str:
-    """Trainings on demonstrations alone, and of reward models."""
-    curves = {name: steps for name, steps in facts.curves.items() if "reward_real" not in steps[0]}
-    return _drawn("sft", curves) if curves else ""
+def training(facts: Facts) -> dict[str, str]:
+    """Every training, those of a kind one after the other or over each other, by a heading that names them in their order."""
+    found: dict[str, dict[str, Sequence[Mapping[str, float]]]] = {kind: {} for kind in TRAININGS}
+    for name, steps in facts.curves.items():
+        kind = "sft" if "reward_real" not in steps[0] else "rewards" if name.startswith(REWARDS) else "training"
+        found[kind][name.removesuffix("/training").removeprefix(REWARDS)] = steps
+    return {f"{TRAININGS[kind]}: {', '.join(curves)}": _drawn(kind, curves) for kind, curves in found.items() if curves}
 
 
 def accuracy(facts: Facts) -> str:
@@ -91,28 +97,29 @@ def _cached(name: str, data: str) -> str:
     return svg.replace(INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
 
 
-def _training(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    figure.set_size_inches(10, 5.2)
+def _training(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]], panels: Mapping[str, Sequence[str]] = PANELS) -> None:
+    """The paper's Fig. 2 and the rest of what a step logs."""
+    figure.set_size_inches(10, 5.6)
+    figure.get_layout_engine().set(hspace=0.08)
     grid = figure.subplots(2, 3)
-    for axes, (title, keys) in zip(grid.flat, PANELS.items(), strict=True):
+    for unused in grid.flat[len(panels) :]:
+        unused.remove()
+    for axes, (title, keys) in zip(grid.flat, panels.items(), strict=False):
         start = 0
         for number, (name, steps) in enumerate(curves.items()):
             for key, colour in zip(keys, COLOURS, strict=False):
                 values = [(start + k, step[key]) for k, step in enumerate(steps) if step.get(key) is not None]
-                axes.plot(*_thinned(values), color=colour, label=key.replace("_", " ") if number == 0 else None)
+                mark = "." if len(values) == 1 else ""
+                axes.plot(*_thinned(values), color=colour, marker=mark, label=key.replace("_", " ") if number == 0 else None)
             if number:
                 axes.axvline(start - 0.5, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
-            if title.startswith("rewards"):
-                axes.annotate(
-                    name.partition("/")[0], (start, 1), xycoords=("data", "axes fraction"), fontsize=7, va="bottom", annotation_clip=False
-                )
+            if title.startswith("rewards") and len("".join(curves)) <= MOST_NAMED:
+                axes.annotate(name, (start, 1), xycoords=("data", "axes fraction"), fontsize=7, va="bottom", annotation_clip=False)
             start += len(steps)
         if title.startswith(("rewards", "margin")):
             axes.axhline(0, color=INK, alpha=0.4, linewidth=0.8)
         axes.set_title(title, fontsize=9, pad=14 if title.startswith("rewards") else 6)
-        axes.set_xlabel("step")
-        if len(keys) > 1:
-            axes.legend(fontsize=7)
+        _steps(axes, legend=len(keys) > 1)
 
 
 def _sft(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
@@ -120,11 +127,22 @@ def _sft(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> No
     for axes, key in zip(figure.subplots(1, 3), ("loss", "grad_norm", "tokens_per_second"), strict=True):
         for (name, steps), colour in zip(curves.items(), itertools.cycle(COLOURS)):
             values = [(k, step[key]) for k, step in enumerate(steps) if step.get(key) is not None]
-            axes.plot(*_thinned(values), color=colour, label=name.removesuffix("/training").removeprefix("rewards/"))
+            axes.plot(*_thinned(values), color=colour, marker="." if len(values) == 1 else "", label=name)
         axes.set_title(SHOWN.get(key, key.replace("_", " ")), fontsize=9)
-        axes.set_xlabel("step")
-        if len(curves) > 1:
-            axes.legend(fontsize=7)
+        _steps(axes, legend=len(curves) > 1)
+
+
+def _steps(axes: Any, legend: bool) -> None:
+    """An axis of whole steps, and room for the legend above the curves, of which it would hide some."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    if legend:
+        low, high = axes.get_ylim()
+        rows = -(-len(axes.get_legend_handles_labels()[1]) // 3)
+        axes.set_ylim(low, high + 0.15 * rows * (high - low))
+        axes.legend(fontsize=7, loc="upper center", ncols=3, columnspacing=1, handlelength=1.2)
 
 
 def _accuracy(figure: Any, found: Mapping[str, Sequence[float | None]]) -> None:
@@ -196,6 +214,7 @@ def _thinned(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[flo
 
 DRAW: dict[str, Callable[[Any, Any], None]] = {
     "training": _training,
+    "rewards": functools.partial(_training, panels=REWARD_PANELS),
     "sft": _sft,
     "accuracy": _accuracy,
     "ranking": _ranking,

@@ -18,6 +18,11 @@ REWARDS = (
     "Rewards are beta times the log ratio of the trained policy to its reference, in nats; they and the share of pairs told apart are "
     "measured on held-out pairs. ± is one standard error."
 )
+BASELINES = (
+    "By the length alone: a threshold. By the words alone: a classifier that sees only which words and marks occur in a response, not "
+    "their order, which tells which model wrote it. Where these do as well, the reward model may know no more than they do."
+)
+AGAIN = "done before"
 TEMPLATE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 Rows = Sequence[Sequence[str]]
 
@@ -26,7 +31,7 @@ def html(facts: Facts) -> str:
     """The page: figures, tables and rows are in the file, nothing comes over a network."""
     sections = [(title, body) for title, make in SECTIONS.items() if (body := make(facts))]
     return TEMPLATE.substitute(
-        title=escape(facts.name),
+        title=escape(facts.title),
         state=escape(state(facts)),
         contents="".join(f'<a href="#{_anchor(title)}">{escape(title)}</a>' for title, _ in sections),
         sections="".join(f'<section id="{_anchor(title)}"><h2>{escape(title)}</h2>{body}</section>' for title, body in sections),
@@ -35,10 +40,12 @@ def html(facts: Facts) -> str:
 
 def markdown(facts: Facts) -> str:
     """Tables and warnings."""
-    parts = [f"# {facts.name}", state(facts)]
+    parts = [f"# {facts.title}", state(facts)]
     if said := [*([f"- **Stopped**: {facts.failure}"] if facts.failure else []), *(f"- **Warning**: {text}" for text in doubts(facts))]:
         parts.append("\n".join(said))
-    parts += [f"## {title}\n\n{ruled(rows)}" for title, rows in tables(facts).items()]
+    told = notes(facts)
+    for title, rows in tables(facts).items():
+        parts += [f"## {title}\n\n{ruled(rows)}", *([told[title]] if title in told else [])]
     parts.append(f"## Stages\n\n{ruled(stage_table(facts.stages))}")
     parts += [f"## {title}\n\n{ruled(rows)}" for title, rows in ran_tables(facts).items()]
     parts.append(f"## Config\n\n```yaml\n{facts.config}```")
@@ -70,6 +77,28 @@ def tables(facts: Facts) -> dict[str, Rows]:
     return found | scoreboard.tables(facts.scoreboard())
 
 
+def notes(facts: Facts) -> dict[str, str]:
+    """What a reader of a table has to know, by its title."""
+    found = {"Policies": REWARDS} if facts.trained() else {}
+    found["Reward models on held-out pairs"] = BASELINES
+    if judge := _judge(facts, "tournament"):
+        asked = facts.stage("evaluation/tournament/questions")
+        equal = f"{asked['equal']} of {asked['games']} games were between equal responses: ties, about which the judge was not asked."
+        found["The judge"] = f"{judge} {equal}" if asked.get("equal") else judge
+    if judge := _judge(facts, "mt_bench"):
+        found["MT-Bench, grades from 1 to 10"] = judge
+    return found
+
+
+def _judge(facts: Facts, what: str) -> str:
+    """Who was asked, and how."""
+    asked = facts.settings(f"evaluation/{what}/answers")
+    who = asked.get("url_model") or facts.settings("evaluation/judge/model").get("path", "")
+    place = f"at {asked['url']}" if asked.get("url") else ""
+    mode = facts.settings(f"evaluation/{what}/questions").get("mode")
+    return f"Who judged: {' '.join(filter(None, (who, place)))}{f', mode {mode}' if mode else ''}." if who or place else ""
+
+
 def policy_table(facts: Facts) -> list[list[str]]:
     """Accuracy, and what training on pairs came to, of every policy so far."""
     trained = facts.trained()
@@ -82,7 +111,10 @@ def policy_table(facts: Facts) -> list[list[str]]:
 def stage_table(stages: Sequence[StageFacts]) -> list[list[str]]:
     """The job graph in rows."""
     rows = [["stage", "state", "time", "of it work", "reads"]]
-    return rows + [[s.name, s.state, *(_time(seconds) for seconds in (s.seconds, s.work_seconds)), ", ".join(s.inputs)] for s in stages]
+    for s in stages:
+        state = AGAIN if s.state == SKIPPED else s.state
+        rows.append([s.name, state, *(_time(seconds) for seconds in (s.seconds, s.work_seconds)), ", ".join(s.inputs)])
+    return rows
 
 
 def _time(seconds: float | None) -> str:
@@ -93,8 +125,8 @@ def _found(facts: Facts) -> str:
     said = [*([f"The job stopped: {facts.failure}"] if facts.failure else []), *doubts(facts)]
     warned = "".join(f"<li>{escape(text)}</li>" for text in said)
     warned = f'<ul class="warnings">{warned}</ul>' if warned else '<p class="calm">No warnings.</p>'
-    shown = "".join(f"<h3>{escape(title)}</h3>{table(rows)}" for title, rows in tables(facts).items())
-    shown += f'<p class="lead">{REWARDS}</p>' if facts.trained() else ""
+    told = {title: f'<p class="lead">{escape(note)}</p>' for title, note in notes(facts).items()}
+    shown = "".join(f"<h3>{escape(title)}</h3>{table(rows)}{told.get(title, '')}" for title, rows in tables(facts).items())
     return warned + shown + figure(figures.accuracy(facts)) + figure(figures.ranking(facts))
 
 
@@ -115,7 +147,7 @@ def _graph(facts: Facts) -> str:
 def _box(stage: StageFacts, most: float) -> str:
     label = escape(stage.own)
     time = stage.state if stage.seconds is None else duration(stage.seconds)
-    again = " (done before)" if stage.state == SKIPPED else ""
+    again = f" ({AGAIN})" if stage.state == SKIPPED else ""
     share = 100 * (stage.seconds or 0) / most
     reads = escape(", ".join(stage.inputs) or "nothing")
     kind = stage.state.replace(" ", "-")
@@ -125,9 +157,9 @@ def _box(stage: StageFacts, most: float) -> str:
     )
 
 
-def _training(facts: Facts) -> str:
-    parts = [("Training on pairs", figures.training(facts)), ("Other trainings", figures.sft(facts))]
-    return "".join(f"<h3>{title}</h3>{figure(svg)}" for title, svg in parts if svg)
+def training(facts: Facts) -> str:
+    """The curves of every training."""
+    return "".join(f"<h3>{escape(title)}</h3>{figure(svg)}" for title, svg in figures.training(facts).items())
 
 
 def _samples(facts: Facts) -> str:
@@ -173,10 +205,12 @@ def ran_tables(facts: Facts) -> dict[str, Rows]:
 
 def data_table(facts: Facts) -> dict[str, Rows]:
     """What was read and set aside, if anything was."""
-    data = facts.data()
-    counts = list(dict.fromkeys(key for numbers in data.values() for key, value in numbers.items() if isinstance(value, int)))
-    read = [[name, *(str(numbers.get(key, "")) for key in counts)] for name, numbers in data.items()]
-    return {"Data": [["rows of", *(key.replace("_", " ") for key in counts)], *read]} if data else {}
+    found: dict[str, Rows] = {}
+    for title, data in (("Data", facts.data()), ("Prompts", facts.prompts())):
+        counts = list(dict.fromkeys(key for numbers in data.values() for key, value in numbers.items() if isinstance(value, int)))
+        read = [[name, *(str(numbers.get(key, "")) for key in counts)] for name, numbers in data.items()]
+        found |= {title: [["rows of", *(key.replace("_", " ") for key in counts)], *read]} if data else {}
+    return found
 
 
 def table(rows: Rows) -> str:
@@ -198,7 +232,7 @@ def _anchor(title: str) -> str:
 SECTIONS: Mapping[str, Callable[[Facts], str]] = {
     "What was found": _found,
     "Job graph": _graph,
-    "Training": _training,
+    "Training": training,
     "Samples": _samples,
     "Best of N": _best_of_n,
     "Side by side": _rows,
