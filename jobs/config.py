@@ -6,8 +6,11 @@ Every key is a field of a `Settings` model; an unknown one is refused with the n
 """
 
 import difflib
+import inspect
 import re
+import shutil
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -23,6 +26,8 @@ from actors.settings import Settings
 C = TypeVar("C", bound=Settings)
 NULL = ("null", "~", "")
 """No value, on the command line."""
+WIDEST = 140
+"""Columns of the help, where the terminal has as many."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,17 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"--config {path}{line}: not valid YAML: {error.problem or error.context}") from None
+        raise ConfigError(f"--config {path}{line}: not valid YAML: {_reason(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must hold sections (run:, model:, ...), not {type(content).__name__}")
     return content
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    """In YAML's own words, without the place."""
+    return str(getattr(error, "problem", None) or getattr(error, "context", None) or error)
 
 
 def _read_value(schema: type[BaseModel], dotted: str, value: str) -> Any:
@@ -162,7 +172,16 @@ def _check_keys(schema: type[BaseModel], layer: dict[str, Any], where: str, pref
     for key, value in layer.items():
         dotted = f"{prefix}{key}"
         if dotted not in known:
-            raise ConfigError(f"{where}: there is no {dotted!r}; did you mean {_nearest(dotted, _all_keys(schema, prefix))!r}?")
+            first, dot, rest = str(key).partition(".")
+            if dot and prefix + first in known:
+                raise ConfigError(
+                    f"{where}: {dotted!r} has a dot, as on the command line: in a file write `{first}:` and below it `{rest}:`"
+                )
+            keys = _all_keys(schema)
+            # Who left out the section is told which.
+            nearest = _nearest(str(key), {name.rpartition(".")[2]: name for name in reversed(keys)} | {name: name for name in keys})
+            advice = f"did you mean {prefix + nearest!r}?" if nearest else "--help lists all keys"
+            raise ConfigError(f"{where}: there is no {dotted!r}; {advice}")
         section = _section(known[dotted].annotation)
         if section and not isinstance(value, dict):
             raise ConfigError(f"{where}: {dotted!r} is a section: give {dotted}.KEY, one of {', '.join(section.model_fields)}")
@@ -170,8 +189,9 @@ def _check_keys(schema: type[BaseModel], layer: dict[str, Any], where: str, pref
             _check_keys(section, value, where, prefix=f"{dotted}.")
 
 
-def _nearest(name: str, names: list[str]) -> str:
-    return difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+def _nearest(name: str, names: dict[str, str]) -> str | None:
+    """What the spelling nearest to `name` stands for; None where none is near."""
+    return next((names[spelling] for spelling in difflib.get_close_matches(name, names, n=1)), None)
 
 
 def _all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
@@ -185,19 +205,38 @@ def _all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
 def _readable(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "literal_error" and isinstance(item["input"], str):
-        nearest = _nearest(item["input"], re.findall(r"'([^']+)'", item["ctx"]["expected"]))
+    choices = re.findall(r"'([^']+)'", item["ctx"]["expected"]) if item["type"] == "literal_error" else []
+    if nearest := _nearest(str(item["input"]), {choice: choice for choice in choices}):
         return f"{where}={item['input']!r}: did you mean {nearest!r}? It {message.partition('should ')[1]}{message.partition('should ')[2]}"
     if item["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    if item["type"] in ("list_type", "tuple_type"):
-        # A text with brackets, colons or backslashes of its own wants quotes inside the list.
-        text = str(item["input"])
-        inside = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-        inside = inside if re.fullmatch(r"[\w., /-]*", inside) else "'" + inside.replace("'", "''") + "'"
-        quote = '"' if "'" in inside else "'"
-        return f"{where}='{text}': a list is wanted, such as {quote}[{inside}]{quote}"
+    if item["type"] in ("list_type", "tuple_type", "dict_type"):
+        text, what = str(item["input"]), "mapping" if item["type"] == "dict_type" else "list"
+        return f"{where}='{text}': {_yaml_trouble(text)}a {what} is wanted, such as {_meant(text, what)}"
     return f"{where}={item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _yaml_trouble(text: str) -> str:
+    """Why YAML cannot read a list or mapping."""
+    try:
+        yaml.safe_load(text if text.startswith(("[", "{")) else "")
+    except yaml.YAMLError as error:
+        return f"YAML cannot read it ({_reason(error)}): "
+    return ""
+
+
+def _meant(text: str, what: str) -> str:
+    """A list or mapping as a shell and YAML take it. Brackets, colons and backslashes of its own want single quotes inside."""
+    inside = text[1:-1] if text[:1] + text[-1:] in ("[]", "{}") else text
+    if '"' in inside:
+        # YAML reads \d within double quotes as a character of its own.
+        inside = inside.replace("'", "''").replace('"', "'")
+    elif what == "mapping":
+        inside = "NAME: VALUE"
+    elif not re.fullmatch(r"[\w., /-]*", inside):
+        inside = "'" + inside.replace("'", "''") + "'"
+    quote = '"' if "'" in inside else "'"
+    return quote + (f"{{{inside}}}" if what == "mapping" else f"[{inside}]") + quote
 
 
 def help_text(schema: type[BaseModel], usage: str) -> str:
@@ -206,12 +245,20 @@ def help_text(schema: type[BaseModel], usage: str) -> str:
     for name, field in schema.model_fields.items():
         section = _section(field.annotation)
         assert section, "a config is made of sections"
-        lines += ["", f"{name}: {(section.__doc__ or '').strip()}"]
+        lines += ["", *_wrapped(f"{name}: {inspect.getdoc(section)}", 0)]
         for key, option in section.model_fields.items():
             default = getattr(field.default, key)
-            lines.append(f"  --{name}.{key}  {_type_name(option.annotation)}, default {_shown(default)}")
-            lines.append(f"      {(option.description or '').strip()}")
+            lines += _wrapped(f"--{name}.{key}  {_type_name(option.annotation)}, default {_shown(default)}", 2)
+            lines += _wrapped(option.description or "", 6)
     return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    """Lines that fit the terminal; those that follow the first are indented as descriptions are."""
+    width = max(40, min(WIDEST, shutil.get_terminal_size((WIDEST, 0)).columns))
+    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    wrapper.initial_indent, wrapper.subsequent_indent = " " * indent, " " * 6
+    return wrapper.wrap(text)
 
 
 def _type_name(annotation: Any) -> str:

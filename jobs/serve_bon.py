@@ -15,6 +15,7 @@ running one (--ray.address, RAY_ADDRESS) the service stays and the job ends.
 """
 
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from pipelines.serving import models
 def main(argv: list[str]) -> int:
     """Runs the job; returns the exit status."""
     short = {"--no-auth": "--server.no_auth=true", "--run": "--server.run"}
+    update = ["python", "jobs/serve_bon.py", *argv, "--ray.address"]
     words = [word.partition("=") for word in argv]
     export, argv = _option(["".join((short.get(flag, flag), *rest)) for flag, *rest in words], "--export")
     asked = parse(ServeConfig, argv, __doc__ or "")
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> int:
         if asked.dry_run:
             print(to_yaml(config))
         if not export and not asked.dry_run:
-            _serve(config)
+            _serve(config, update)
         return 0
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -62,7 +64,13 @@ def _option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
     return None, argv
 
 
-def _serve(config: ServeConfig) -> None:
+def _serve(config: ServeConfig, update: list[str]) -> None:
+    """Starts the service and stays, where it is one of its own.
+
+    Args:
+        config: of the service.
+        update: the command that updates it later, but for the address of its cluster.
+    """
     import ray
 
     from pipelines import cluster
@@ -84,7 +92,7 @@ def _serve(config: ServeConfig) -> None:
         print(f"ready: {url} (a page to try it), {url}/docs (the API)", flush=True)
         if not stays:
             address = ray.get_runtime_context().gcs_address
-            print(f"to update it: RAY_AUTH_MODE=token and the same command with --ray.address {address}", flush=True)
+            print(f"to update it: RAY_AUTH_MODE=token {shlex.join([*update, address])}", flush=True)
             start.stay(config.server)
 
 

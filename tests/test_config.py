@@ -29,8 +29,8 @@ def test_a_section_that_is_given_in_part_keeps_the_jobs_defaults(schema: type[Jo
 @pytest.mark.parametrize(
     ("schema", "key", "value", "said"),
     [
-        (EvaluateConfig, "judge.backend", "transformers", "judge.backend='transformers': did you mean 'vllm'?"),
-        (ServeConfig, "judge.backend", "transformers", "judge.backend='transformers': did you mean 'vllm'?"),
+        (EvaluateConfig, "judge.backend", "transformers", "judge.backend='transformers': input should be 'vllm'"),
+        (ServeConfig, "judge.backend", "transformers", "judge.backend='transformers': input should be 'vllm'"),
         (EvaluateConfig, "prompts.held_out_path", "a.jsonl", "prompts.held_out_path: 'a.jsonl' is not used here, as all rows are prompts"),
         (EvaluateConfig, "prompts.held_out_limit", "4", "prompts.held_out_limit: 4 is not used here"),
         (EvaluateConfig, "prompts.held_out_fraction", "0.1", "prompts.held_out_fraction: 0.1 is not used here"),
@@ -55,6 +55,8 @@ def refused(*argv: str) -> str:
     [
         ("sft:\n  epochs: 1\n  workers: 2\n  epochs: 3\n", "a.yaml:4: not valid YAML: the key 'epochs' stands twice in its section"),
         ("sft:\n  epochs: [1\nrun: x\n", "a.yaml:3: not valid YAML"),
+        ("model.path: x\n", "a.yaml: 'model.path' has a dot, as on the command line: in a file write `model:` and below it `path:`"),
+        ("foo.bar: x\n", "a.yaml: there is no 'foo.bar'; --help lists all keys"),
     ],
 )
 def test_files_that_are_no_config(text: str, said: str, tmp_path: Path) -> None:
@@ -88,6 +90,10 @@ def test_overrides_win_over_files_and_numbers_are_read_as_people_write_them(tmp_
     [
         (["--training.learning_rat", "1"], ["'training.learning_rat'", "'training.learning_rate'"]),
         (["--trainin.epochs", "1"], ["'trainin'", "'training'"]),
+        (["--learning_rate", "1"], ["there is no 'learning_rate'; did you mean 'sft.learning_rate'?"]),
+        (["--best_of_n.n", "1"], ["there is no 'best_of_n'; --help lists all keys"]),
+        (["--training.frobnicate", "1"], ["there is no 'training.frobnicate'; --help lists all keys"]),
+        (["--objective.name", "foo"], ["objective.name='foo': input should be 'gsil_logistic', "]),
         (["--objective.name", "logistik"], ["objective.name", "logistik", "logistic"]),
         (["--objective.beta", "0"], ["objective.beta", "greater than 0"]),
         (["--training.batch_size", "7", "--training.workers", "2"], ["batch_size=7", "workers=2"]),
@@ -115,15 +121,49 @@ def test_mistakes_are_named(argv: list[str], words: list[str]) -> None:
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    ("text", "why", "meant"),
+    [
+        (r'["regex:is (\d+)"]', "YAML cannot read it (found unknown escape character 'd'): ", r"['regex:is (\d+)']"),
+        ("[regex:[a-z]+]", "YAML cannot read it (expected ',' or ']', but got '<scalar>'): ", "['regex:[a-z]+']"),
+        ("regex:[a-z]+", "", "['regex:[a-z]+']"),
+    ],
+)
+def test_a_list_that_yaml_cannot_read_is_written_as_it_can(text: str, why: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(EvaluateConfig, ["--answers.measures", text])
+    assert str(error.value) == f"answers.measures='{text}': {why}a list is wanted, such as \"{meant}\""
+    assert build(EvaluateConfig, ["--answers.measures", meant]).answers.measures == [meant[2:-2]]
+
+
+def test_a_mapping_that_yaml_cannot_read_is_written_as_it_can() -> None:
+    for text, meant in ((r'{a: "C:\models"}', r'''"{a: 'C:\models'}"'''), ("{a: b: c}", "'{NAME: VALUE}'"), ("a", "'{NAME: VALUE}'")):
+        with pytest.raises(ConfigError) as error:
+            build(EvaluateConfig, ["--policies.paths", text])
+        assert str(error.value).endswith(f"a mapping is wanted, such as {meant}"), error.value
+        assert ("YAML cannot read it" in str(error.value)) == (text != "a")
+
+
 @pytest.mark.parametrize("schema", [GsilConfig, DilConfig, IrlConfig, EvaluateConfig, ReproduceConfig, ServeConfig])
 def test_help_names_every_key_with_its_meaning(schema: type[Settings]) -> None:
     text = help_text(schema, "usage")
+    words = " ".join(text.split())
     for section, field in schema.model_fields.items():
         for key, option in field.annotation.model_fields.items():  # type: ignore[union-attr]
             assert f"--{section}.{key}  " in text
             assert option.description, f"{section}.{key} has no description"
-            assert option.description.strip() in text
+            assert " ".join(option.description.split()) in words
     assert "--ray.num_cpus  int | null, default null" in text
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_help_fits_the_terminal_and_keeps_its_indentation(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for schema in (EvaluateConfig, IrlConfig):
+        lines = help_text(schema, "usage").splitlines()
+        assert max(map(len, lines)) <= columns
+        begins = ("usage", "Keys (", *(f"{section}: " for section in schema.model_fields))
+        assert all(line.startswith(("  --", "      ", *begins)) for line in lines if line)
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 from stub_service import Local, StubPolicy, StubReward, application, client, post
 
@@ -107,6 +108,31 @@ def test_bad_requests_are_told_what_is_wrong(path: str, body: Any, status: int, 
     assert set(error) == {"message", "type", "param", "code"} and error["code"] == status and said in error["message"]
 
 
+def test_all_that_is_wrong_is_told_with_the_names_that_were_meant() -> None:
+    empty = "messages: List should have at least 1 item after validation, not 0"
+    answer = post(application(), "/v1/chat/completions", {"messages": [], "tmperature": 1, "x-y": 1})
+    assert answer.json()["error"] == {
+        "message": f"{empty}; tmperature: there is no such field, did you mean temperature?; x-y: there is no such field",
+        "type": "invalid_request_error",
+        "param": "messages",
+        "code": 422,
+    }
+    answer = post(application(), "/v1/chat/completions", {"messages": []} | {f"x{number}": 1 for number in range(5)})
+    message = answer.json()["error"]["message"]
+    assert message == f"{empty}; x0: there is no such field; x1: there is no such field (and 3 more)"
+
+
+def test_json_that_is_not_sent_as_json_is_told_which_header() -> None:
+    async def work(headers: dict[str, str]) -> httpx.Response:
+        async with client(application()) as http:
+            return await http.post("/classify", content='{"input": "a"}', headers=headers)
+
+    # As curl -d sends it.
+    for headers in ({"content-type": "application/x-www-form-urlencoded"}, {"content-type": "text/plain"}, {}):
+        answer = asyncio.run(work(headers))
+        assert answer.status_code == 422 and "send the header Content-Type: application/json" in answer.json()["error"]["message"]
+
+
 def test_a_body_beyond_the_limit_is_not_read() -> None:
     app = application(limits=Limits(body_bytes=2000))
     answer = post(app, "/classify", {"input": "a" * 3000})
@@ -203,7 +229,9 @@ def test_a_conversation_is_not_written_out_for_more_documents_than_are_allowed(m
 
 
 def test_a_million_wrong_things_are_told_as_one() -> None:
-    for path, body in (("/v1/completions", {"prompt": [None] * 5 * 10**5}), ("/get_reward", {"query": [None] * 5 * 10**5})):
+    many = {"input": "a"} | {f"x{number}": 1 for number in range(2 * 10**5)}
+    nothing = [None] * 5 * 10**5
+    for path, body in (("/v1/completions", {"prompt": nothing}), ("/get_reward", {"query": nothing}), ("/classify", many)):
         answer = post(application(), path, body)
         assert answer.status_code == 422 and len(answer.text) < 1000
 

@@ -27,6 +27,8 @@ def test_a_person_samples_and_lets_the_judge_compare(url: str) -> None:
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(url)
+        page.wait_for_selector("#does:not(:empty)")
+        assert page.text_content("#does") == "The policy answers N times, the reward model sorts, the judge compares two."
         page.fill("#prompt", "How many apples? <b>None</b>")
         page.fill("#n", "5")
         page.click("#send")
@@ -45,4 +47,24 @@ def test_a_person_samples_and_lets_the_judge_compare(url: str) -> None:
         page.wait_for_selector("#state.error")
         assert "the limit is 64" in (page.locator("#state").text_content() or "")
         assert not problems
+        browser.close()
+
+
+@pytest.mark.parametrize(
+    ("judge", "does", "n"), [(True, "The policy answers, the judge compares two.", 2), (False, "The policy answers.", 1)]
+)
+def test_without_a_reward_model_no_best_is_offered(judge: bool, does: str, n: int) -> None:
+    with over_http(application(policy=StubPolicy(), rewards=(), judge=judge)) as url, playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(url)
+        page.wait_for_selector("#does:not(:empty)")
+        assert page.text_content("#title") == "Samples" and page.text_content("#does") == does
+        assert page.text_content("#count") == "samples" and page.input_value("#n") == str(n) and page.is_hidden("#rewarder")
+        page.fill("#prompt", "How many apples?")
+        with page.expect_request("**/v1/chat/completions") as asked:
+            page.click("#send")
+        assert "best_of_n" not in asked.value.post_data_json
+        page.wait_for_selector("#candidates li")
+        assert page.locator("#candidates li").count() == n and page.locator("li.best").count() == 0
         browser.close()

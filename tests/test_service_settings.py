@@ -1,12 +1,15 @@
 """What a service refuses before it starts: addresses without keys, weights that run code, runs without models, ports that are taken."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -15,6 +18,7 @@ import yaml
 from models import write_tiny
 
 from jobs import serve_bon
+from pipelines import cluster
 from pipelines.artifacts import StageError
 from pipelines.serving import application, metrics, models, start
 from pipelines.serving.door import Access
@@ -166,3 +170,16 @@ def test_nobody_new_comes_in_where_a_service_ends(tmp_path: Path) -> None:
     (tmp_path / "closed").touch()
     answer = stub_service.post(app, "/classify", {"input": "a"})
     assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
+
+
+def test_the_command_that_updates_a_service_can_be_copied(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(models, "environment", lambda config: {})
+    monkeypatch.setattr(cluster, "connected", lambda settings: contextlib.nullcontext("logs"))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.7:6379"))
+    for name in ("check_port", "planned", "start", "stay"):
+        monkeypatch.setattr(start, name, lambda *_, **__: None)
+    assert serve_bon.main(["--reward.models", "{tiny: x}", "--no-auth"]) == 0
+    command = "RAY_AUTH_MODE=token python jobs/serve_bon.py --reward.models '{tiny: x}' --no-auth --ray.address 10.0.0.7:6379"
+    assert f"to update it: {command}\n" in capsys.readouterr().out

@@ -30,7 +30,7 @@ from pipelines.serving.edge import BodyLimit
 from pipelines.serving.judging import Judge
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import Message, as_list
-from pipelines.serving.refusal import Refused
+from pipelines.serving.refusal import Refused, invalid
 from pipelines.serving.rewards import Answered
 from pipelines.serving.samples import Sample
 from pipelines.serving.service import Service, squashed
@@ -240,15 +240,8 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first, *others = error.errors()
-        # Among the names of fields pydantic puts those of a union's members.
-        where = ".".join(str(part) for part in first["loc"] if part != "body" and (isinstance(part, int) or part.isidentifier()))
-        more = f" (and {len(others)} more)" if others else ""
-        if first["type"] == "json_invalid":
-            why = first.get("ctx", {}).get("error", first["msg"])
-            return refusal(Refused(400, f"the body is no JSON: {why} at character {first['loc'][-1]}"))
-        message = first["msg"].removeprefix("Value error, ")
-        return refusal(Refused(422, f"{where}: {message}{more}" if where else f"{message}{more}", where or None))
+        body = request.scope["endpoint"].__annotations__.get("request")
+        return refusal(invalid(error.errors(), body.model_fields if body else ()))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
