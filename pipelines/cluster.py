@@ -57,7 +57,7 @@ def connected(settings: RaySettings) -> Iterator[str]:
         _to_files_only("ray.data", "ray.train")
         with _watching_nodes() if address else contextlib.nullcontext():
             yield str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs")
-    except BaseException:
+    except KeyboardInterrupt:
         _let_go()
         raise
     finally:
@@ -71,10 +71,11 @@ def _let_go() -> None:
     from ray._private.state import actors
 
     job = ray.get_runtime_context().get_job_id()
-    for name in actors(job_id=ray.JobID.from_hex(job)):
-        # Those that others own end with these.
+    for name, actor in actors(job_id=ray.JobID.from_hex(job)).items():
+        # Those that others own end with these; a service is to stay.
         with contextlib.suppress(ValueError):
-            ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(name), True)
+            if not actor["IsDetached"]:
+                ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(name), True)
     until = time.monotonic() + ANSWER_SECONDS
     for thread in threading.enumerate():
         if thread.name == WAITS_FOR_ACTORS:
