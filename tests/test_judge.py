@@ -133,7 +133,8 @@ def test_a_judge_behind_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.verdicts == [0, 1] and f"probability {1 / (1 + math.exp(-3.9)):.3f}" in found.explanation
 
 
-BARE = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []}
+SAID = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "A"}}
+BARE = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [SAID]}
 
 
 @pytest.mark.parametrize(
