@@ -8,6 +8,7 @@ Every key is a field of a `Settings` model; an unknown one is refused with the n
 import difflib
 import inspect
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -211,7 +212,9 @@ def _readable(item: Any) -> str:
     if item["type"] == "value_error":
         return f"{where}: {message}" if where else message
     if item["type"] in ("list_type", "tuple_type", "dict_type"):
-        text, what = str(item["input"]), "mapping" if item["type"] == "dict_type" else "list"
+        text, what = item["input"], "mapping" if item["type"] == "dict_type" else "list"
+        if not isinstance(text, str):
+            return f"{where}={text!r}: a {what} is wanted, such as {'{NAME: VALUE}' if what == 'mapping' else '[VALUE, VALUE]'}"
         return f"{where}='{text}': {_yaml_trouble(text)}a {what} is wanted, such as {_meant(text, what)}"
     return f"{where}={item['input']!r}: {message[0].lower()}{message[1:]}"
 
@@ -227,16 +230,17 @@ def _yaml_trouble(text: str) -> str:
 
 def _meant(text: str, what: str) -> str:
     """A list or mapping as a shell and YAML take it. Brackets, colons and backslashes of its own want single quotes inside."""
-    inside = text[1:-1] if text[:1] + text[-1:] in ("[]", "{}") else text
-    if '"' in inside:
+    bare = text[:1] + text[-1:] not in ("[]", "{}")
+    inside = text if bare else text[1:-1]
+    if '"' in inside and not bare:
         # YAML reads \d within double quotes as a character of its own.
         inside = inside.replace("'", "''").replace('"', "'")
     elif what == "mapping":
         inside = "NAME: VALUE"
     elif not re.fullmatch(r"[\w., /-]*", inside):
         inside = "'" + inside.replace("'", "''") + "'"
-    quote = '"' if "'" in inside else "'"
-    return quote + (f"{{{inside}}}" if what == "mapping" else f"[{inside}]") + quote
+    whole = f"{{{inside}}}" if what == "mapping" else f"[{inside}]"
+    return f'"{whole}"' if "'" in whole and '"' not in whole else shlex.quote(whole)
 
 
 def help_text(schema: type[BaseModel], usage: str) -> str:

@@ -20,7 +20,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
-from pipelines.states import RUNNING, WAITING
+from pipelines.states import DONE, RUNNING, SKIPPED, WAITING
 from pipelines.status import ENDED, JobStatus, StageStatus, duration, look
 from pipelines.watching import Progress
 
@@ -107,7 +107,7 @@ def _progress(job: JobStatus) -> str:
 
 def _ends(job: JobStatus) -> Iterator[str]:
     """How much is done, and how long the rest takes."""
-    done = sum(stage.state not in (WAITING, RUNNING, "stopped") for stage in job.stages)
+    done = sum(stage.state in (DONE, SKIPPED) for stage in job.stages)
     yield f"{done} of {len(job.stages)} stages, {duration(job.seconds)} of work"
     if job.left is None:
         return

@@ -164,10 +164,13 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
         skeleton = _skeleton(config, model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise StageError(f"the model {model.path!r} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from None
-    # Special tokens that nobody uses may lack one: the image tokens of a model of text.
-    used = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    # Special tokens that nobody uses may lack one: a padding token, the image tokens of a model of text.
     words = set(tokenizer.get_vocab().values()) - {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    tokens, embeddings = max(words | set(filter(None, used))) + 1, skeleton.get_input_embeddings().weight.shape[0]
+    tokens = max(words | set(filter(None, (tokenizer.bos_token_id, tokenizer.eos_token_id)))) + 1
+    embeddings = tokens
+    # Not every model with code of its own says which they are.
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        embeddings = skeleton.get_input_embeddings().weight.shape[0]
     if tokens > embeddings:
         raise StageError(
             f"the model {model.path!r}: the tokenizer has {tokens} tokens, the model {embeddings} embeddings: "

@@ -71,11 +71,13 @@ def _let_go() -> None:
     from ray._private.state import actors
 
     job = ray.get_runtime_context().get_job_id()
-    for name, actor in actors(job_id=ray.JobID.from_hex(job)).items():
-        # Those that others own end with these; a service is to stay.
-        with contextlib.suppress(ValueError):
-            if not actor["IsDetached"]:
-                ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(name), True)
+    # Nothing stands in the way of who interrupts, not even a head that is gone.
+    with contextlib.suppress(Exception):
+        for name, actor in actors(job_id=ray.JobID.from_hex(job)).items():
+            # Those that others own end with these; a service is to stay.
+            with contextlib.suppress(ValueError):
+                if not actor["IsDetached"]:
+                    ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(name), True)
     until = time.monotonic() + ANSWER_SECONDS
     for thread in threading.enumerate():
         if thread.name == WAITS_FOR_ACTORS:

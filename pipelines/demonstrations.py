@@ -46,7 +46,7 @@ def plan(settings: Demonstrations, base: Stage, name: str | None = None) -> Stag
         identity | {"pairs": isinstance(settings, Preferences)},
         {"base": base},
         "1 task (1 CPU, 0 GPU) a file",
-        version=3,
+        version=4,
     )
 
 
@@ -290,8 +290,8 @@ def _check(numbers: dict[str, Any], writer: _Writer, settings: Demonstrations) -
     if rejected:
         log.warning("%d of %d rows rejected, see %s", rejected, read, writer.directory / "rejected.parquet")
     kept = numbers["train"] + numbers["held_out"]
-    # Of prompts alone nobody learns.
-    if numbers["truncated"] > kept / 10 and settings.section != "prompts":
+    # From preferences and prompts no policy learns how to end.
+    if numbers["truncated"] > kept / 10 and settings.section == "demonstrations":
         told = "%d of %d responses are cut at %s.max_tokens=%d: they do not teach a policy to stop. Raise it, or leave the longest rows out"
         log.warning(told, numbers["truncated"], kept, settings.section, settings.max_tokens)
     if rejected == numbers["read"] > 0:

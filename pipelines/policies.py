@@ -51,8 +51,12 @@ def require_intact(path: str) -> None:
     """
     place = Path(path).expanduser().absolute()
     for stage in place.parents:
-        manifest = read_manifest(stage / "manifest.json")
-        if not manifest or "checksums" not in manifest:
+        file = stage / "manifest.json"
+        manifest = read_manifest(file)
+        if manifest is None and file.is_file() and b'"fingerprint"' in file.read_bytes():
+            raise StageError(f"{file} is damaged: run the job that made it again, which makes {stage} anew")
+        # Others have files of that name, too.
+        if not manifest or not {"fingerprint", "files", "checksums"} <= manifest.keys():
             continue
         within = place.relative_to(stage).as_posix()
         sizes = {name: size for name, size in manifest["files"].items() if name == within or name.startswith(f"{within}/")}

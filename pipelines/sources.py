@@ -218,8 +218,16 @@ def _read_csv(file: str) -> Iterator[Parsed]:
     with _open(file) as opened:
         # A wrong byte spoils its row, not the file.
         text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        last = ""
+
+        def lines() -> Iterator[str]:
+            nonlocal last
+            for line in text:
+                last = line
+                yield line
+
         # Strict: a stray quote would else make one field of all rows up to the next quote, or to the end.
-        reader, header = csv.reader(text, strict=True), list[str]()
+        reader, header = csv.reader(lines(), strict=True), list[str]()
         while True:
             begun = reader.line_num + 1
             try:
@@ -228,7 +236,7 @@ def _read_csv(file: str) -> Iterator[Parsed]:
                 return
             except csv.Error as error:
                 open_yet = "end of data" in str(error)
-                if not header or open_yet or reader.line_num > begun:
+                if not header or open_yet or reader.line_num > begun or last.count('"') % 2:
                     # Behind it nobody knows where a row begins.
                     what = "is not closed" if open_yet else f"is closed in line {reader.line_num} with more text behind it"
                     raise csv.Error(f'the row in line {begun} opens a quote that {what} (within a text, write "" for a quote)') from None

@@ -171,9 +171,8 @@ def _spoken(messages: list[dict[str, str]]) -> str:
 
 def plan_games(questions: Stage, answers: Stage, tournament: Tournament) -> Stage:
     """The stage that reads the answers."""
-    return Stage(
-        "evaluation/tournament/games", {"seed": tournament.seed}, {"questions": questions, "answers": answers}, demand="the driver"
-    )
+    settings, inputs = {"seed": tournament.seed}, {"questions": questions, "answers": answers}
+    return Stage("evaluation/tournament/games", settings, inputs, demand="the driver", version=2)
 
 
 def judge_games(tournament: Tournament) -> Work:

@@ -64,3 +64,38 @@ def test_nobody_asks_for_nodes_when_the_connection_ends(monkeypatch: pytest.Monk
     connection.clear()
     time.sleep(0.7)
     assert not watchers[0].is_alive() and not caplog.text
+
+
+INTERRUPTED = """
+import threading, time
+import ray
+from pipelines import cluster
+from pipelines.keeping import WAITS_FOR_ACTORS
+from pipelines.settings import RaySettings
+
+@ray.remote
+class Sleeper:
+    def sleep(self): time.sleep(600)
+    def awake(self): return True
+
+def wait(actor):
+    try: ray.get(actor.sleep.remote())
+    except ray.exceptions.RayActorError: print("the thread is free")
+
+ray.shutdown, end = (lambda: None), ray.shutdown
+try:
+    with cluster.connected(RaySettings(num_cpus=2)):
+        own, service = Sleeper.remote(), Sleeper.options(name="service", lifetime="detached").remote()
+        ray.get([own.awake.remote(), service.awake.remote()])
+        waiting = threading.Thread(target=wait, args=(own,), name=WAITS_FOR_ACTORS, daemon=True)
+        waiting.start()
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    print("interrupted", waiting.is_alive(), ray.get(service.awake.remote()))
+end()
+"""
+
+
+def test_who_interrupts_waits_for_no_actor_and_leaves_services_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.splitlines()[-2:] == ["the thread is free", "interrupted False True"], done.stdout + done.stderr

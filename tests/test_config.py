@@ -1,5 +1,6 @@
 """Config: YAML and overrides, nearest names, cross-field checks, quick and light start."""
 
+import shlex
 import subprocess
 import sys
 import time
@@ -127,12 +128,14 @@ def test_mistakes_are_named(argv: list[str], words: list[str]) -> None:
         (r'["regex:is (\d+)"]', "YAML cannot read it (found unknown escape character 'd'): ", r"['regex:is (\d+)']"),
         ("[regex:[a-z]+]", "YAML cannot read it (expected ',' or ']', but got '<scalar>'): ", "['regex:[a-z]+']"),
         ("regex:[a-z]+", "", "['regex:[a-z]+']"),
+        (r'regex:say "(\w+)"', "", r"""['regex:say "(\w+)"']"""),
     ],
 )
 def test_a_list_that_yaml_cannot_read_is_written_as_it_can(text: str, why: str, meant: str) -> None:
     with pytest.raises(ConfigError) as error:
         build(EvaluateConfig, ["--answers.measures", text])
-    assert str(error.value) == f"answers.measures='{text}': {why}a list is wanted, such as \"{meant}\""
+    told, _, suggestion = str(error.value).partition("a list is wanted, such as ")
+    assert told == f"answers.measures='{text}': {why}" and shlex.split(suggestion) == [meant]
     assert build(EvaluateConfig, ["--answers.measures", meant]).answers.measures == [meant[2:-2]]
 
 

@@ -117,6 +117,9 @@ def test_all_that_is_wrong_is_told_with_the_names_that_were_meant() -> None:
         "param": "messages",
         "code": 422,
     }
+    within = {"messages": [{"role": "user", "content": "a", "prefix": True}]}
+    told = post(application(), "/v1/chat/completions", within).json()["error"]["message"]
+    assert told == "messages.0.prefix: there is no such field"
     answer = post(application(), "/v1/chat/completions", {"messages": []} | {f"x{number}": 1 for number in range(5)})
     message = answer.json()["error"]["message"]
     assert message == f"{empty}; x0: there is no such field; x1: there is no such field (and 3 more)"

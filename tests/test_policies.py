@@ -94,3 +94,11 @@ def test_what_a_run_made_is_read_only_as_it_was_written(tmp_path: Path) -> None:
     rows.unlink()
     with pytest.raises(StageError, match="held_out/00000 is gone"):
         policies.require_intact(str(rows))
+    manifest = tmp_path / "sft/training/manifest.json"
+    manifest.write_text(manifest.read_text()[:100])
+    with pytest.raises(StageError, match=r"manifest\.json is damaged"):
+        policies.require_intact(str(policy))
+    # A file of that name that is somebody else's.
+    for other in ('{"checksums": {"a": 1}, "files": [1]}', "[1]", "no JSON"):
+        manifest.write_text(other)
+        policies.require_intact(str(policy))

@@ -32,8 +32,9 @@ GOOD = [f"What is {k}?,{k}" for k in range(200)]
             [*GOOD[:150], '"What is this?,it', *GOOD[150:], 'Why?,"d, e"'],
             "the row in line 152 opens a quote that is closed in line 203 with",
         ),
+        (['"She said "yes"\r\nand left",ok'], "the row in line 2 opens a quote that is closed in line 2 with more text"),
     ],
-    ids=["stray", "last", "closed far below"],
+    ids=["stray", "last", "closed far below", "over two lines"],
 )
 def test_a_quote_left_open_swallows_no_rows(rows: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=rf"a\.csv cannot be read as csv: {words}") as error:

@@ -139,6 +139,7 @@ def test_a_run_that_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert job.state == ENDED and [stage.state for stage in job.stages] == ["skipped", *["done"] * 4] and job.left is None
     (tmp_path / "iteration-2/training/manifest.json").write_text('{"name": "iter')
     assert [stage.state for stage in only(tmp_path).stages][-1] == "damaged"
+    assert status.main([str(tmp_path)]) == 0 and "4 of 5 stages" in capsys.readouterr().out
     (tmp_path / "iteration-2/training/manifest.json").unlink()
     write_json(tmp_path / "summary.json", {"stages": [], "stopped": "iteration-1: the held-out metric fell"})
     assert status.main([str(tmp_path)]) == 0

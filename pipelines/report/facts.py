@@ -19,7 +19,7 @@ from pipelines.artifacts import Stage
 from pipelines.manifests import read_json
 from pipelines.plan import Planned
 from pipelines.records import shards
-from pipelines.states import DONE, RUNNING, SKIPPED, STOPPED, WAITING, StageFacts
+from pipelines.states import DAMAGED, DONE, RUNNING, SKIPPED, STOPPED, WAITING, StageFacts
 
 ROWS = 10
 """Held-out prompts that are shown side by side."""
@@ -144,7 +144,7 @@ def gather(
         stages=tuple(known),
         summary=ended,
         versions=manifests[-1].get("versions", {}) if manifests else {},
-        curves={s.name: steps for s in known if s.state != WAITING and (steps := _steps(root / s.name / "metrics.jsonl"))},
+        curves={s.name: steps for s in known if s.state not in (WAITING, DAMAGED) and (steps := _steps(root / s.name / "metrics.jsonl"))},
         lengths={s.name: _lengths(root / s.name, m["fingerprint"]) for s, m in zip(done, manifests, strict=True) if _samples(s)},
         rows=_rows(root, done),
         best_of_n=next((read_json(root / s.name / "report.json") for s in done if (root / s.name / "report.json").exists()), None),

@@ -71,7 +71,7 @@ def _where(error: Any) -> str:
 def _wrong(error: Any, known: Collection[str]) -> str:
     where, message = _where(error), error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(where, known, n=1)
+        near = difflib.get_close_matches(where, known, n=1) if "." not in where else []
         message = "there is no such field" + (f", did you mean {near[0]}?" if near else "")
     return f"{where}: {message}" if where else message
 
