@@ -269,7 +269,9 @@ def test_commands_of_the_guide_name_files_and_settings_that_are_there() -> None:
 def test_a_gpu_is_taken_where_its_driver_answers_or_by_name(answers: bool, given: list[str], device: str, tmp_path: Path) -> None:
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nexit {int(not answers)}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    # Not what the make above it was given.
+    above = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "DEVICE"}
+    environment = {k: v for k, v in os.environ.items() if k not in above} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     # What it would do: a venv elsewhere, so that nothing counts as set up.
     said = subprocess.run(
         ["make", "-n", "run", f"VENV={tmp_path}/venv", *given], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
