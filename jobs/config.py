@@ -16,13 +16,13 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from actors.settings import Settings
+from pipelines import sections
 
 C = TypeVar("C", bound=Settings)
 NULL = ("null", "~", "")
@@ -101,35 +101,11 @@ def _pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield flag, value
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML in which a key that stands twice is a mistake: its first value would be lost in silence."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, (key, _) in enumerate(node.value):
-            if keys[number] in keys[:number]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {keys[number]!r} stands twice in its section", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_EachKeyOnce)
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"--config {path}{line}: not valid YAML: {_reason(error)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} must hold sections (run:, model:, ...), not {type(content).__name__}")
-    return content
-
-
-def _reason(error: yaml.YAMLError) -> str:
-    """In YAML's own words, without the place."""
-    return str(getattr(error, "problem", None) or getattr(error, "context", None) or error)
+        return sections.read(path)
+    except sections.SectionsError as error:
+        raise ConfigError(f"--config {error}") from None
 
 
 def _read_value(schema: type[BaseModel], dotted: str, value: str) -> Any:
@@ -224,7 +200,7 @@ def _yaml_trouble(text: str) -> str:
     try:
         yaml.safe_load(text if text.startswith(("[", "{")) else "")
     except yaml.YAMLError as error:
-        return f"YAML cannot read it ({_reason(error)}): "
+        return f"YAML cannot read it ({sections.reason(error)}): "
     return ""
 
 

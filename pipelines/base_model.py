@@ -167,11 +167,10 @@ def write_tokenizer(model: Model, source: dict[str, Any], directory: Path) -> di
     # Special tokens that nobody uses may lack one: a padding token, the image tokens of a model of text.
     words = set(tokenizer.get_vocab().values()) - {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     tokens = max(words | set(filter(None, (tokenizer.bos_token_id, tokenizer.eos_token_id)))) + 1
-    embeddings = tokens
-    # Not every model with code of its own says which they are.
-    with contextlib.suppress(NotImplementedError, AttributeError):
-        embeddings = skeleton.get_input_embeddings().weight.shape[0]
-    if tokens > embeddings:
+    embeddings = _embeddings(skeleton)
+    if embeddings is None:
+        log.info("the code of %s does not say how many tokens it embeds: its tokenizer is taken as it is", model.path)
+    elif tokens > embeddings:
         raise StageError(
             f"the model {model.path!r}: the tokenizer has {tokens} tokens, the model {embeddings} embeddings: "
             "use the tokenizer that the model was trained with, or give the model an embedding for every token, be it used or not"
@@ -209,6 +208,14 @@ def _skeleton(config: Any, trust_remote_code: bool) -> Any:
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _embeddings(model: Any) -> int | None:
+    """How many tokens a model embeds; None where code of its own does not say which module does so."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except NotImplementedError:
+        return None
 
 
 def _linear_modules(model: Any) -> list[str]:

@@ -4,9 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from actors.storage import damage
+from pipelines import sections
 from pipelines.artifacts import StageError
 from pipelines.manifests import present, read_manifest
 from pipelines.settings import Model
@@ -14,6 +13,7 @@ from pipelines.settings import Model
 log = logging.getLogger(__name__)
 
 CONFIGS = ("config.yaml", "reward-config.yaml")
+MEND = "mend it, or run the job that wrote it again"
 
 
 def of_run(root: Path) -> dict[str, Model]:
@@ -82,21 +82,14 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         StageError: it cannot be read.
     """
-    mend = "mend it, or run the job that wrote it again"
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise StageError(f"{file}{line}: not valid YAML: {error.problem or error.context}; {mend}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StageError(f"{file}: not valid YAML: {' '.join(str(error).split())}; {mend}") from None
-    if not isinstance(content, dict):
-        raise StageError(f"{file} must hold sections (run:, model:, ...), not {type(content).__name__}; {mend}")
-    return content
+        return sections.read(file)
+    except sections.SectionsError as error:
+        raise StageError(f"{error}; {MEND}") from None
 
 
 def _section(file: Path, name: str) -> dict[str, Any]:
     found = read_config(file).get(name) or {}
     if not isinstance(found, dict):
-        raise StageError(f"{file}: {name!r} must be a section, not {found!r}; mend it, or run the job that wrote it again")
+        raise StageError(f"{file}: {name!r} must be a section, not {found!r}; {MEND}")
     return found

@@ -51,6 +51,17 @@ def test_a_file_that_is_no_model(model: Path) -> None:
         plan(Model(path=str(model / "model.safetensors")))
 
 
+def test_a_model_that_does_not_say_how_many_tokens_it_embeds_is_taken(tiny: Path, model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from transformers import LlamaModel
+
+    def unsaid(self: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(LlamaModel, "get_input_embeddings", unsaid)
+    write_tokenizer(Model(path=str(model)), {"pretrained_model_name_or_path": str(model)}, tmp_path)
+    assert (tmp_path / "tokenizer" / "tokenizer.json").exists()
+
+
 def test_tokens_without_an_embedding(tiny: Path, model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
