@@ -24,9 +24,9 @@ import psutil
 from actors.generator import Response
 from actors.settings import Engine, RewardScoring, Sampling
 from pipelines import base_model, best_of_n, demonstrations, generation, scoring
-from pipelines.artifacts import Run, Stage
-from pipelines.cluster import connected
+from pipelines.run.artifacts import Run, Stage
 from pipelines.settings import Combination, Demonstrations, Model, RaySettings
+from pipelines.workers.cluster import connected
 
 TOKENS = 60
 

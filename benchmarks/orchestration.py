@@ -18,7 +18,7 @@ from typing import Any
 
 from train_step import ROOT, cpu_name, matmul_peak
 
-from pipelines.manifests import read_json
+from pipelines.run.manifests import read_json
 
 sys.path.append(str(ROOT))
 from deploy import sizing

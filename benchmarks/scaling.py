@@ -30,10 +30,10 @@ from train_step import cpu_name
 
 from actors.generator import Response
 from actors.settings import Engine, Pool, Sampling
-from pipelines.artifacts import Run, Stage, write_json
 from pipelines.generation import SampleShards, _tasks, plan
 from pipelines.records import DEMONSTRATION, write_rows
-from pipelines.shards import map_shards
+from pipelines.run.artifacts import Run, Stage, write_json
+from pipelines.workers.shards import map_shards
 
 RATE = 32.0
 """Prompts a second of a stub."""

@@ -241,12 +241,12 @@ def fastapi_server(reward: str, precision: str, port: int) -> None:
 
 def stub_server(port: int) -> None:
     """Our service with a reward model that costs nothing."""
-    from pipelines import cluster
     from pipelines.serving import application, models, start
     from pipelines.serving.prompts import About
     from pipelines.serving.rewards import Rewards
     from pipelines.serving.settings import RewardService, Server, ServiceConfig
     from pipelines.settings import RaySettings
+    from pipelines.workers import cluster
 
     class Stub:
         def __init__(self, *_: Any):
@@ -274,8 +274,8 @@ def bare_server(port: int) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    from pipelines import cluster
     from pipelines.settings import RaySettings
+    from pipelines.workers import cluster
 
     app = FastAPI()
 

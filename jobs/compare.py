@@ -22,12 +22,12 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
 
     from jobs.schemas import EvaluateConfig, GsilConfig, IrlConfig
-    from pipelines.artifacts import StageError
-    from pipelines.policies import read_config
-    from pipelines.progress import print_result
     from pipelines.report import comparison
     from pipelines.report.facts import gather
+    from pipelines.run.artifacts import StageError
+    from pipelines.run.policies import read_config
     from pipelines.tables import Shown, Table
+    from pipelines.watching.terminal import print_result
 
     found = []
     for path in {path.resolve(): path for path in options.runs}.values():

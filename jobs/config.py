@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from actors.settings import Settings
-from pipelines import sections
+from pipelines.run import sections
 
 C = TypeVar("C", bound=Settings)
 NULL = ("null", "~", "")

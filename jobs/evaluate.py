@@ -20,21 +20,10 @@ from typing import Any
 
 from jobs import runner
 from jobs.schemas import EvaluateConfig
-from pipelines import (
-    base_model,
-    demonstrations,
-    generation,
-    judging,
-    measures,
-    mt_bench,
-    policies,
-    scoreboard,
-    scoring,
-    tables,
-    tasks,
-    tournament,
-)
-from pipelines.artifacts import Run, Stage, StageError, write_json
+from pipelines import base_model, demonstrations, generation, judging, measures, mt_bench, scoring, tables, tasks, tournament
+from pipelines.report import scoreboard
+from pipelines.run import policies
+from pipelines.run.artifacts import Run, Stage, StageError, write_json
 from pipelines.settings import Model
 
 log = logging.getLogger("gsil")

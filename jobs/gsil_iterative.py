@@ -20,7 +20,7 @@ from typing import Any
 from jobs import runner
 from jobs.schemas import GsilConfig
 from pipelines import base_model, demonstrations, evaluation, generation, policy_training, reference, summary
-from pipelines.artifacts import Run, Stage
+from pipelines.run.artifacts import Run, Stage
 
 log = logging.getLogger("gsil")
 

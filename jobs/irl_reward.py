@@ -36,7 +36,7 @@ from pipelines import (
     reward_training,
     scoring,
 )
-from pipelines.artifacts import Run, Stage, write_json
+from pipelines.run.artifacts import Run, Stage, write_json
 from pipelines.tables import Shown, Table
 
 log = logging.getLogger("gsil")

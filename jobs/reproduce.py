@@ -17,10 +17,10 @@ from typing import Any
 
 from jobs import runner
 from jobs.schemas import ReproduceConfig
-from pipelines import best_of_n, evaluation, generation, reference, reward_training, scoring, training_pool
-from pipelines.artifacts import Run, Stage, StageError, write_json
-from pipelines.reproduction import arms, data, order, plans, search, tables, tiny
+from pipelines import best_of_n, evaluation, generation, reference, reward_training, scoring
+from pipelines.reproduction import arms, data, order, plans, search, tables, tiny, training_pool
 from pipelines.reproduction.graph import Builder
+from pipelines.run.artifacts import Run, Stage, StageError, write_json
 from pipelines.tables import Shown, Table
 
 

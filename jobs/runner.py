@@ -12,10 +12,11 @@ from actors.settings import Tracking
 from actors.storage import advice, is_full, write_bytes
 from jobs.config import parse, to_yaml
 from jobs.schemas import JobConfig
-from pipelines import cluster, summary
-from pipelines.artifacts import Run, Stage
-from pipelines.lock import locked
+from pipelines import summary
+from pipelines.run.artifacts import Run, Stage
+from pipelines.run.lock import locked
 from pipelines.tables import Shown
+from pipelines.workers import cluster
 
 
 class Plan(Protocol):
@@ -97,15 +98,15 @@ def _execute(
     show: Callable[[dict[str, Any], Path], Shown],
     reported: list[Stage],
 ) -> None:
-    from pipelines.job_metadata import JobMetadata
-    from pipelines.logs import Where, set_up_logs
-    from pipelines.metrics import Metrics
-    from pipelines.plan import write_plan
-    from pipelines.progress import Terminal, chatter_to, print_result
     from pipelines.report.attached import attach
     from pipelines.report.writing import Reporter
-    from pipelines.status import ProgressFile
-    from pipelines.watching import Watch
+    from pipelines.run.plan import write_plan
+    from pipelines.watching.job_metadata import JobMetadata
+    from pipelines.watching.logs import Where, set_up_logs
+    from pipelines.watching.metrics import Metrics
+    from pipelines.watching.status import ProgressFile
+    from pipelines.watching.terminal import Terminal, chatter_to, print_result
+    from pipelines.watching.watch import Watch
 
     write_bytes(root / config.file("config.yaml"), to_yaml(config).encode())
     # A summary is there only when the run that it describes has ended.

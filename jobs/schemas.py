@@ -18,7 +18,8 @@ from actors.settings import (
     Tracking,
     Training,
 )
-from pipelines.judging_settings import Answers, Judge, MtBench, Policies, Prompts, Tournament
+from pipelines.judges.settings import Answers, Judge, MtBench, Policies, Prompts, Tournament
+from pipelines.lmeval.settings import Tasks
 from pipelines.reproduction.settings import ENGINE, PRETRAINING, REWARDS, SCORING, TRAINING, WORKERS, ProblemSets, Scope, Tiny
 from pipelines.serving.settings import ServiceConfig
 from pipelines.settings import (
@@ -35,7 +36,6 @@ from pipelines.settings import (
     RunSettings,
     SelfPlayEvaluation,
 )
-from pipelines.task_settings import Tasks
 
 
 class JobConfig(Settings):

@@ -23,7 +23,7 @@ from typing import Any
 
 from jobs.config import parse, to_yaml
 from jobs.schemas import ServeConfig
-from pipelines.artifacts import StageError
+from pipelines.run.artifacts import StageError
 from pipelines.serving import models
 
 
@@ -73,8 +73,8 @@ def _serve(config: ServeConfig, update: list[str]) -> None:
     """
     import ray
 
-    from pipelines import cluster
     from pipelines.serving import start
+    from pipelines.workers import cluster
 
     stays = config.ray.address or os.environ.get("RAY_ADDRESS")
     if not stays:

@@ -20,9 +20,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
-from pipelines.states import DONE, RUNNING, SKIPPED, WAITING
-from pipelines.status import ENDED, JobStatus, StageStatus, duration, look
-from pipelines.watching import Progress
+from pipelines.watching.states import DONE, RUNNING, SKIPPED, WAITING
+from pipelines.watching.status import ENDED, JobStatus, StageStatus, duration, look
+from pipelines.watching.watch import Progress
 
 COLOURS = {"running": "bold", "stopped": "yellow", "died": "red", "damaged": "red", "to do": "dim"}
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from actors.loading import loading
 from actors.settings import Training
-from pipelines.artifacts import Run, Stage, StageError, Work, write_json
 from pipelines.chat import PLAIN_TEMPLATE, Chat
-from pipelines.keeping import Need
-from pipelines.policies import require_intact
+from pipelines.run.artifacts import Run, Stage, StageError, Work, write_json
+from pipelines.run.keeping import Need
+from pipelines.run.policies import require_intact
 from pipelines.settings import Model
 
 log = logging.getLogger(__name__)

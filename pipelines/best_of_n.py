@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 from actors.settings import Engine, RewardScoring
 from actors.storage import replacing
 from pipelines import base_model, demonstrations, generation, scoring
-from pipelines.artifacts import Run, Stage, write_json
 from pipelines.best_of_n_report import Array, Prompt, centres_of, report, select
 from pipelines.plots import plot_best_of_n
 from pipelines.records import shards
+from pipelines.run.artifacts import Run, Stage, write_json
 from pipelines.settings import BestOfN, Combination, Demonstrations, Model
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def choose_from(
     engine: Engine | None = None,
     scoring_pool: RewardScoring | None = None,
 ) -> Path:
-    """Best-of-N from Python, with any policy and any scorers; `pipelines.cluster.connected` has to hold a Ray connection.
+    """Best-of-N from Python, with any policy and any scorers; `pipelines.workers.cluster.connected` has to hold a Ray connection.
 
         with connected(RaySettings()):
             folder = choose_from(Path("runs/mine"), "path/to/policy", Demonstrations(path="rows.jsonl"), ["path/to/reward-model"])

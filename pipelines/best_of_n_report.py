@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from actors.reward.best_of_n import bootstrap_band, chosen_with_probability, combine, kl_to_policy, sizes_up_to
-from pipelines.artifacts import Run, Stage, StageError
 from pipelines.means import cell
 from pipelines.records import shards
+from pipelines.run.artifacts import Run, Stage, StageError
 
 Array = npt.NDArray[np.float64]
 RANDOM, ORACLE = "random", "oracle (golden)"

@@ -15,14 +15,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines import arithmetic, base_model, layouts, sources
-from pipelines.artifacts import Run, Stage, StageError
+from pipelines import base_model
 from pipelines.chat import Chat
-from pipelines.keeping import Need
-from pipelines.policies import require_intact
+from pipelines.data import arithmetic, layouts, sources
 from pipelines.records import DEMONSTRATION, PREFERENCE, REJECTED, write_rows
+from pipelines.run.artifacts import Run, Stage, StageError
+from pipelines.run.keeping import Need
+from pipelines.run.policies import require_intact
 from pipelines.settings import Demonstrations, Preferences
-from pipelines.shards import last_words
+from pipelines.workers.shards import last_words
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "held_out")

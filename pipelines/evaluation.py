@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.artifacts import Run, Stage, StageError
 from pipelines.means import mean_and_error
 from pipelines.records import shards, uncut, write_rows
+from pipelines.run.artifacts import Run, Stage, StageError
 from pipelines.settings import Evaluation
 
 SCORES = pa.schema({"id": pa.string(), "score": pa.float64()})

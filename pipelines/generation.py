@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from actors.generator import Generator, environment
 from actors.settings import Engine, Sampling
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage, StageError, Work
 from pipelines.chat import Chat
 from pipelines.records import SAMPLE, shards, sum_counts, write_rows
-from pipelines.shards import Shard, map_shards
+from pipelines.run.artifacts import Run, Stage, StageError, Work
+from pipelines.workers.shards import Shard, map_shards
 
 RESPONSES_A_FILE = 2048
 """The unit of work, of memory and of resume where many samples of a prompt are drawn."""

@@ -22,13 +22,13 @@ import pyarrow.parquet as pq
 from actors.generator import environment
 from actors.judge.engine import JudgeEngine, Words
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage, StageError
 from pipelines.chat import Chat
-from pipelines.judge_answers import Cache
-from pipelines.judge_endpoint import Endpoint, EndpointError, Said, Spent
-from pipelines.judging_settings import Judge
+from pipelines.judges.answers import Cache
+from pipelines.judges.endpoint import Endpoint, EndpointError, Said, Spent
+from pipelines.judges.settings import Judge
 from pipelines.records import shards, write_rows
-from pipelines.shards import Shard, map_shards
+from pipelines.run.artifacts import Run, Stage, StageError
+from pipelines.workers.shards import Shard, map_shards
 
 log = logging.getLogger(__name__)
 

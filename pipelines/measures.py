@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from actors.allocator import environment
 from actors.settings import Scoring
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage, StageError, Work, write_json
 from pipelines.means import cell, mean_and_error
 from pipelines.records import SCORE, shards, write_rows
-from pipelines.shards import Shard, map_shards
+from pipelines.run.artifacts import Run, Stage, StageError, Work, write_json
+from pipelines.workers.shards import Shard, map_shards
 
 SPLIT = "train"
 ORDERS = (1, 2, 3)

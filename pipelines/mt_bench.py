@@ -17,14 +17,15 @@ import pyarrow.parquet as pq
 
 from actors.judge import prompts
 from actors.judge.verdicts import read_grade
-from pipelines import base_model, sources
-from pipelines.artifacts import Run, Stage, StageError, Work
+from pipelines import base_model
 from pipelines.chat import Chat
+from pipelines.data import sources
+from pipelines.judges.settings import JudgeModel, MtBench
 from pipelines.judging import QUESTION
-from pipelines.judging_settings import JudgeModel, MtBench
-from pipelines.keeping import Need
 from pipelines.means import mean_and_error
 from pipelines.records import DEMONSTRATION, shards, write_rows
+from pipelines.run.artifacts import Run, Stage, StageError, Work
+from pipelines.run.keeping import Need
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""SFT, GSIL and reward training: parquet in, a model out. Ray Train gangs the workers (`pipelines.gang`).
+"""SFT, GSIL and reward training: parquet in, a model out. Ray Train gangs the workers (`pipelines.workers.gang`).
 
 INPUT  demonstrations/train (SFT), iteration-1/pairs/train (GSIL) or rewards/init-sft/pairs/train (reward model)
 OUTPUT policy/ or reward/ (Hugging Face directory; with LoRA also adapter/), metrics.jsonl, TensorBoard events,
@@ -18,13 +18,13 @@ from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
 from actors.learner.entry import trained
 from actors.settings import Objective, Tracking, Training
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage, StageError, Work
-from pipelines.cluster import wait_for
-from pipelines.gang import Gang
-from pipelines.keeping import Need
 from pipelines.records import shards
-from pipelines.restarts import restarts
-from pipelines.shards import last_words
+from pipelines.run.artifacts import Run, Stage, StageError, Work
+from pipelines.run.keeping import Need
+from pipelines.run.restarts import restarts
+from pipelines.workers.cluster import wait_for
+from pipelines.workers.gang import Gang
+from pipelines.workers.shards import last_words
 
 STEP_BYTES = 16384
 """A recorded step is shorter."""

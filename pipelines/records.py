@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from actors.storage import WriteError, patiently, write_bytes
-from pipelines.artifacts import StageError
+from pipelines.run.artifacts import StageError
 
 SEAL = "gsil:xxh3"
 """Key in a shard's footer of the checksum of the file: a shard that was finished by an attempt that was killed stands in no manifest."""

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from actors.allocator import environment
 from actors.settings import Objective, Scoring, Training
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage, Work
 from pipelines.records import PAIR, shards, sum_counts, uncut, write_rows
-from pipelines.shards import Shard, map_shards
+from pipelines.run.artifacts import Run, Stage, Work
+from pipelines.workers.shards import Shard, map_shards
 
 SPLITS = ("train", "held_out")
 

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from actors.reward import metrics
 from actors.settings import Objective
-from pipelines.artifacts import Run, Stage, StageError, write_json
 from pipelines.means import FEW, cell
 from pipelines.records import REWARD_PAIR, shards, sum_counts, uncut, write_rows
+from pipelines.run.artifacts import Run, Stage, StageError, write_json
 
 SPLITS = ("train", "held_out")
 BASELINE_PAIRS = 20_000

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 
 from actors.prefixes import common_to_all
 from actors.settings import RewardScoring
-from pipelines.artifacts import StageError
 from pipelines.chat import Chat
 from pipelines.client import AsyncClient, ServiceError
 from pipelines.evaluation import exact_answer
+from pipelines.run.artifacts import StageError
 
 Row = dict[str, Any]
 Scored = tuple[float | None, str | None]

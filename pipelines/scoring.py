@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from actors.generator import environment
 from actors.settings import RewardScoring
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage, StageError, Work
 from pipelines.records import SCORE, shards, sum_counts, uncut, write_rows
+from pipelines.run.artifacts import Run, Stage, StageError, Work
 from pipelines.scorers import ByModel, Row, Scored, by_function, by_pattern, by_url, exact_answers, function
-from pipelines.shards import Shard, map_shards
+from pipelines.workers.shards import Shard, map_shards
 
 log = logging.getLogger(__name__)
 PATTERN = "regex:"

@@ -11,9 +11,9 @@ from typing import Any
 
 from actors.settings import Objective
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage
-from pipelines.manifests import read_json, versions, write_json
 from pipelines.means import FEW
+from pipelines.run.artifacts import Run, Stage
+from pipelines.run.manifests import read_json, versions, write_json
 from pipelines.tables import Shown, Table, ruled
 
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")

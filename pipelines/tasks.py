@@ -20,15 +20,16 @@ from typing import Any
 import pyarrow as pa
 
 from actors.generator import environment
-from actors.sandbox import Limits
+from actors.lmeval.engine import Question, TaskEngine
+from actors.lmeval.sandbox import Limits
 from actors.settings import Engine
-from actors.task_engine import Question, TaskEngine
-from pipelines import base_model, task_catalogue, task_data
-from pipelines.artifacts import Run, Stage, StageError, Work, read_json, write_json
+from pipelines import base_model
+from pipelines.lmeval import catalogue, local_data
+from pipelines.lmeval.local_data import Local
+from pipelines.lmeval.settings import Tasks
 from pipelines.records import write_rows
-from pipelines.shards import Shard, map_shards
-from pipelines.task_data import Local
-from pipelines.task_settings import Tasks
+from pipelines.run.artifacts import Run, Stage, StageError, Work, read_json, write_json
+from pipelines.workers.shards import Shard, map_shards
 
 log = logging.getLogger(__name__)
 TEXTS = pa.list_(pa.string())
@@ -61,12 +62,12 @@ def names(tasks: Tasks) -> list[str]:
         StageError: lm-eval is not installed, or a name does not exist; with the nearest ones.
     """
     for name in tasks.names:
-        if name not in task_catalogue.PRESETS:
-            task_catalogue.find(name)
+        if name not in catalogue.PRESETS:
+            catalogue.find(name)
     for key in ("data", "shots"):
         for name in getattr(tasks, key):
-            task_catalogue.find(name, f"tasks.{key}")
-    return task_catalogue.expand(tasks.names)
+            catalogue.find(name, f"tasks.{key}")
+    return catalogue.expand(tasks.names)
 
 
 def plan(name: str, task: str, policy: Stage, base: Stage, tasks: Tasks, engine: Engine) -> Stage:
@@ -83,7 +84,7 @@ def plan(name: str, task: str, policy: Stage, base: Stage, tasks: Tasks, engine:
     Raises:
         StageError: there is no such task, its files are missing, or it runs programs and nobody allowed it.
     """
-    found = task_catalogue.find(task)
+    found = catalogue.find(task)
     code = any(leaf.runs_code for leaf in found.leaves)
     if code and not tasks.allow_code_execution:
         raise StageError(
@@ -94,7 +95,7 @@ def plan(name: str, task: str, policy: Stage, base: Stage, tasks: Tasks, engine:
     leaves = {}
     for leaf in found.leaves:
         shots = found.shots(leaf, asked)
-        local = task_data.locate(leaf, data, shots)
+        local = local_data.locate(leaf, data, shots)
         leaves[leaf.name] = {
             "version": leaf.version,
             "shots": shots,
@@ -103,7 +104,7 @@ def plan(name: str, task: str, policy: Stage, base: Stage, tasks: Tasks, engine:
         }
     settings = {
         "task": found.name,
-        "lm_eval": task_catalogue.version(),
+        "lm_eval": catalogue.version(),
         "leaves": leaves,
         **{key: getattr(tasks, key) for key in ("limit", "backend", "chat_template", "max_model_len", "seed")},
         "dtype": engine.dtype,
@@ -114,7 +115,7 @@ def plan(name: str, task: str, policy: Stage, base: Stage, tasks: Tasks, engine:
 
 
 def _by_name(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {task_catalogue.ALIASES.get(name, name): value for name, value in given.items()}
+    return {catalogue.ALIASES.get(name, name): value for name, value in given.items()}
 
 
 def evaluate(tasks: Tasks, engine: Engine, trust_remote_code: bool) -> Work:
@@ -145,12 +146,12 @@ def evaluate(tasks: Tasks, engine: Engine, trust_remote_code: bool) -> Work:
 
 
 def _shards(run: Run, stage: Stage, tasks: Tasks) -> list[Shard]:
-    found, data = task_catalogue.find(stage.settings["task"]), _by_name(tasks.data)
+    found, data = catalogue.find(stage.settings["task"]), _by_name(tasks.data)
     weights, tokenizer = base_model.weights(run, stage.inputs["policy"]), base_model.tokenizer(run, stage.inputs["base"])
     shards = []
     for leaf in found.leaves:
         shots = stage.settings["leaves"][leaf.name]["shots"]
-        local = task_data.locate(leaf, data, shots)
+        local = local_data.locate(leaf, data, shots)
         if local and local.borrowed:
             log.warning("%s: no file has examples for %s: they are other rows of %r", stage.name, leaf.name, local.evaluated)
         question = {
@@ -191,13 +192,13 @@ class AnswerShards:
         weights, tokenizer = inputs
         local, code = options["local"], options["code"]
         question = Question(**options["question"], code=Limits(**code) if code else None)
-        splits = task_data.read(question.task, Local(**local)) if local else None
+        splits = local_data.read(question.task, Local(**local)) if local else None
         if splits and question.shots_from and question.shots >= len(splits[question.shots_from]):
             raise StageError(f"{question.task}: {question.shots} examples of {len(splits[question.shots_from])} rows: lower tasks.shots")
         if self.policy != (weights, tokenizer):
             self._load(weights, tokenizer)
         found = ray.get(self.process.__call__.remote(question, splits, tell))
-        main = task_catalogue.main_metric(question.task, found["metrics"])
+        main = catalogue.main_metric(question.task, found["metrics"])
         rows = found.pop("rows")
         # The numbers first: where the rows are, the shard is taken for done.
         write_json(Path(output).with_suffix(".json"), found | {"shots": question.shots, "shots_from": question.shots_from, "main": main})
@@ -245,7 +246,7 @@ def collect(directory: Path, stage: Stage) -> dict[str, Any]:
         "metrics" {name: {"value", "stderr"}}; "main", the metric of the papers; "n" rows; "shots" (None where the tasks of a group differ);
         "shots_from", the split of the examples where files are local; "groups", the same for each task of a group.
     """
-    task = task_catalogue.find(stage.settings["task"])
+    task = catalogue.find(stage.settings["task"])
     made = {leaf.name: read_json(directory / f"{leaf.name}.json") for leaf in task.leaves}
     leaves = {name: numbers for name, numbers in made.items() if numbers}
     assert len(leaves) == len(made), f"{directory} has no numbers of {set(made) - set(leaves)}"
@@ -254,7 +255,7 @@ def collect(directory: Path, stage: Stage) -> dict[str, Any]:
     metrics = pooled(list(leaves.values()), task.weighted)
     return {
         "metrics": metrics,
-        "main": task_catalogue.main_metric(task.name, metrics),
+        "main": catalogue.main_metric(task.name, metrics),
         "n": sum(leaf["n"] for leaf in leaves.values()),
         "shots": _shared([leaf["shots"] for leaf in leaves.values()]),
         "shots_from": _shared([leaf["shots_from"] for leaf in leaves.values()]),

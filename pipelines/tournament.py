@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 from actors.judge import prompts
 from actors.judge.ranking import length_controlled, points, position_bias, ranking, shares
 from actors.judge.verdicts import Reading, read_pair, read_probabilities, turned, winner
-from pipelines import layouts, sources
-from pipelines.artifacts import Run, Stage, StageError, Work
+from pipelines.data import layouts, sources
+from pipelines.judges.settings import JudgeModel, Tournament
 from pipelines.judging import QUESTION, QUESTIONS_A_FILE
-from pipelines.judging_settings import JudgeModel, Tournament
 from pipelines.means import FEW, cell
 from pipelines.records import shards, write_rows
+from pipelines.run.artifacts import Run, Stage, StageError, Work
 
 log = logging.getLogger(__name__)
 DEMONSTRATIONS = "demonstrations"

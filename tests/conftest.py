@@ -2,13 +2,10 @@
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -76,8 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One local Ray instance for all tests of single stages."""
-    from pipelines.cluster import connected
     from pipelines.settings import RaySettings
+    from pipelines.workers.cluster import connected
 
     with connected(RaySettings(num_cpus=2)):
         yield

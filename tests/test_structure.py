@@ -9,6 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ABOVE = {"actors": {"pipelines", "jobs"}, "pipelines": {"jobs"}, "jobs": set[str]()}
+GROUND = ("run", "watching", "workers", "data", "judges", "lmeval")
+"""Rooms of pipelines/ that stages share."""
+ROOFS = ("report", "serving", "reproduction")
+"""Rooms of pipelines/ that stand on the stages."""
 MATHEMATICS = [ROOT / "actors" / "learner" / f"{name}.py" for name in ("objectives", "logprobs", "rewards", "batches", "attention", "data")]
 MATHEMATICS += [ROOT / "actors" / "reward" / f"{name}.py" for name in ("best_of_n", "metrics")]
 
@@ -27,6 +31,21 @@ def test_imports_point_from_jobs_to_pipelines_to_actors(room: str) -> None:
     assert files
     for path in files:
         assert not set(imported(path)) & ABOVE[room], path
+
+
+def test_what_stages_share_knows_no_stage() -> None:
+    stages = {path.stem for path in (ROOT / "pipelines").glob("*.py") if "Stage(" in path.read_text()} | {"base_model", *ROOFS}
+    assert {"demonstrations", "generation", "reference", "policy_training", "tournament"} <= stages
+    for room in GROUND:
+        for path in (ROOT / "pipelines" / room).glob("*.py"):
+            assert not set(of_pipelines(path)) & stages, path
+
+
+def of_pipelines(path: Path) -> Iterator[str]:
+    """Files and rooms of pipelines/ that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "pipelines":
+            yield from [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
 
 
 @pytest.mark.parametrize("path", MATHEMATICS, ids=lambda path: path.stem)

@@ -9,8 +9,8 @@ import yaml
 from pipelines.report import figures, page
 from pipelines.report.doubts import doubts
 from pipelines.report.facts import Facts
-from pipelines.states import StageFacts
-from pipelines.status import duration
+from pipelines.watching.states import StageFacts
+from pipelines.watching.status import duration
 
 FOUND, SAMPLES = (figures.accuracy, figures.ranking), (figures.lengths, figures.best_of_n)
 

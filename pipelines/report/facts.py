@@ -14,12 +14,12 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import states
-from pipelines.artifacts import Stage
-from pipelines.manifests import read_json
-from pipelines.plan import Planned
 from pipelines.records import shards
-from pipelines.states import DAMAGED, DONE, RUNNING, SKIPPED, STOPPED, WAITING, StageFacts
+from pipelines.run.artifacts import Stage
+from pipelines.run.manifests import read_json
+from pipelines.run.plan import Planned
+from pipelines.watching import states
+from pipelines.watching.states import DAMAGED, DONE, RUNNING, SKIPPED, STOPPED, WAITING, StageFacts
 
 ROWS = 10
 """Held-out prompts that are shown side by side."""
@@ -100,7 +100,7 @@ class Facts:
         return {s.policy: s.numbers for s in self.stages if s.name.endswith("/training") and "tail_reward_real" in s.numbers}
 
     def scoreboard(self) -> dict[str, Any]:
-        """What the evaluation has found so far, as `pipelines.scoreboard` takes it."""
+        """What the evaluation has found so far, as `pipelines.report.scoreboard` takes it."""
         found: dict[str, Any] = {"measures": {}, "tasks": {}}
         for stage in self.stages:
             if stage.numbers and stage.name.startswith(EVALUATED):

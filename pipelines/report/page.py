@@ -6,13 +6,13 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from pipelines import best_of_n_report, reward_training, scoreboard, summary
-from pipelines.report import figures
+from pipelines import best_of_n_report, reward_training, summary
+from pipelines.report import figures, scoreboard
 from pipelines.report.doubts import doubts
 from pipelines.report.facts import Facts, Row
-from pipelines.states import SKIPPED, StageFacts
-from pipelines.status import duration
 from pipelines.tables import ruled
+from pipelines.watching.states import SKIPPED, StageFacts
+from pipelines.watching.status import duration
 
 REWARDS = (
     "Rewards are beta times the log ratio of the trained policy to its reference, in nats; they and the share of pairs told apart are "

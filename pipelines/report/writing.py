@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.storage import replacing
-from pipelines.artifacts import Stage
+from pipelines.run.artifacts import Stage
 
 log = logging.getLogger("gsil")
 

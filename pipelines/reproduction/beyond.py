@@ -4,10 +4,10 @@ rows."""
 from collections.abc import Sequence
 
 from actors.settings import Objective
-from pipelines.artifacts import Stage
 from pipelines.reproduction.arms import GSIL
 from pipelines.reproduction.graph import METRIC, SEVERAL, Builder, Seed
 from pipelines.reproduction.settings import Problems
+from pipelines.run.artifacts import Stage
 
 LONGER_SFT, ARM = (next(arm for arm in GSIL if arm.name == name) for name in ("sft-longer", "gsil-logistic"))
 WRONG = (0.1, 0.2, 0.3, 0.4)

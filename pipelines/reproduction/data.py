@@ -13,13 +13,13 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage, StageError
 from pipelines.chat import Chat
 from pipelines.demonstrations import demonstration
 from pipelines.evaluation import final_text
 from pipelines.records import DEMONSTRATION, PREFERENCE, shards, write_rows
 from pipelines.reproduction import problems
 from pipelines.reproduction.settings import Problems
+from pipelines.run.artifacts import Run, Stage, StageError
 from pipelines.settings import Demonstrations
 
 SHARD_ROWS = 512

@@ -11,12 +11,12 @@ from typing import Any
 
 from actors.settings import Objective, Sampling, Training
 from pipelines import evaluation, generation, policy_training, reference
-from pipelines.artifacts import Stage
 from pipelines.reproduction import data, search, tiny
 from pipelines.reproduction.arms import SFT_SETTINGS, Arm, Setting
 from pipelines.reproduction.order import Step
 from pipelines.reproduction.settings import Problems
 from pipelines.reproduction.tables import VERSION
+from pipelines.run.artifacts import Stage
 from pipelines.settings import Evaluation
 
 NEW_TOKENS = 72

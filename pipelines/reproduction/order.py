@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipelines.artifacts import Run, Stage, Work
+from pipelines.run.artifacts import Run, Stage, Work
 
 log = logging.getLogger(__name__)
 

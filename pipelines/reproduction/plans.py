@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 
 from actors.settings import Objective
-from pipelines.artifacts import Stage
 from pipelines.reproduction.arms import AFD, DIL, GSIL, RATES, Arm, Setting
 from pipelines.reproduction.beyond import beyond
 from pipelines.reproduction.graph import SAMPLED, SEVERAL, Builder, Seed
 from pipelines.reproduction.reward_plan import afd_rewards
+from pipelines.run.artifacts import Stage
 
 GRID_BETAS, GRID_GAMMAS = (0.1, 0.3, 1.0, 3.0), (0.0, 0.3, 1.0, 2.0)
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from actors.settings import Objective, Sampling
 from pipelines import best_of_n, policy_training, reward_training, scoring
-from pipelines.artifacts import Stage
 from pipelines.reproduction.graph import METRIC, NEW_TOKENS, SEVERAL, Builder, Seed
 from pipelines.reproduction.settings import Problems
+from pipelines.run.artifacts import Stage
 from pipelines.settings import Combination
 
 KINDS = ("init-sft", "init-demo", "sft-demo", "bt")

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipelines.artifacts import Run, Stage, read_json
 from pipelines.best_of_n_report import ORACLE, RANDOM
 from pipelines.records import shards
 from pipelines.reproduction import figures
 from pipelines.reproduction.statistics import mean_and_error
+from pipelines.run.artifacts import Run, Stage, read_json
 
 PAPER = {"init-sft": "best, as bt", "init-demo": "below init-sft", "sft-demo": "below init-sft", "bt": "as init-sft"}
 SHOWN = (4, 32)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.settings import Objective, Training
-from pipelines.artifacts import Run, Stage, write_json
 from pipelines.reproduction.arms import Setting, described
+from pipelines.run.artifacts import Run, Stage, write_json
 
 CHOSEN = "chosen"
 """The role of a search among the inputs of a training stage."""

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from actors.settings import READ_BY, Objective
-from pipelines.artifacts import Run, Stage, StageError, write_json
 from pipelines.reproduction import figures
 from pipelines.reproduction.reward_table import rewards
 from pipelines.reproduction.statistics import holm, mean_and_error, paired, stratified
+from pipelines.run.artifacts import Run, Stage, StageError, write_json
 from pipelines.tables import ruled
 
 VERSION = 3

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import base_model
-from pipelines.artifacts import Run, Stage, write_json
 from pipelines.reproduction.problems import ACTIONS, MARKER, MOVES, STYLES, TIMES, TURNS
 from pipelines.reproduction.settings import Tiny
+from pipelines.run.artifacts import Run, Stage, write_json
 from pipelines.settings import Model
 
 TEMPLATE = (

@@ -20,7 +20,7 @@ from ray.serve.context import _get_global_client
 
 from actors.generator import environment
 from pipelines import base_model
-from pipelines.artifacts import StageError, read_json
+from pipelines.run.artifacts import StageError, read_json
 from pipelines.scoring import check_one_label
 from pipelines.serving.rewards import RewardReplica
 from pipelines.serving.samples import PolicyReplica

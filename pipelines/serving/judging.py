@@ -6,7 +6,7 @@ from typing import Protocol
 
 from actors.judge import prompts
 from actors.judge.verdicts import Reading, read_grade, read_pair, read_probabilities, turned, winner
-from pipelines.judge_endpoint import Endpoint, EndpointError, Said
+from pipelines.judges.endpoint import Endpoint, EndpointError, Said
 from pipelines.serving.backends import together
 from pipelines.serving.protocol import Usage
 from pipelines.serving.refusal import Refused

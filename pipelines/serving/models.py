@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import yaml
 
-from pipelines.artifacts import StageError
+from pipelines.run.artifacts import StageError
 from pipelines.serving import edge
 from pipelines.serving.settings import ServiceConfig
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from actors.settings import Engine, Pool, RewardScoring, Settings
-from pipelines.judging_settings import JudgeModel
+from pipelines.judges.settings import JudgeModel
 from pipelines.settings import Combination
 
 

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 
-from pipelines.artifacts import StageError
+from pipelines.run.artifacts import StageError
 from pipelines.serving import application
 from pipelines.serving.settings import Server, ServiceConfig
 

@@ -1,0 +1,1 @@
+"""Judges: their settings, endpoints that are asked, and answers that are kept."""

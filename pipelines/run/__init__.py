@@ -1,0 +1,1 @@
+"""A run on disk: stages with fingerprints and manifests, who may write, what stays alive between stages."""
