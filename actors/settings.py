@@ -107,7 +107,8 @@ class Engine(EnginePool):
     backend: Literal["vllm", "transformers"] = "vllm"
     """transformers decodes slowly and starts at once: for models of a few million parameters"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """weights and activations of the engine; auto is that of the weights, of float32 weights vLLM makes bfloat16 where it can"""
+    """weights and activations of the engine; auto: as policies are trained; where nothing is trained as weights are stored, of which vLLM
+    makes bfloat16 if they are float32"""
     max_num_seqs: int = placement(256, ge=1)
     """sequences decoded at once; another number rounds sums in another order, and a few samples come out differently"""
     enforce_eager: bool = placement(False)

@@ -1,6 +1,6 @@
 """What each job reads: its sections, and what must hold between them. Imports nothing heavy."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydantic import model_validator
 
@@ -81,7 +81,33 @@ class ModelJobConfig(JobConfig):
     model: Model = Model()
 
 
-class GsilConfig(ModelJobConfig):
+class TrainingJobConfig(ModelJobConfig):
+    """What every job reads that samples the policies that it trains."""
+
+    trained: ClassVar[str] = "training"
+    """the section whose precision the policies have"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sampled_as_trained(cls, given: Any) -> Any:
+        # Left to itself vLLM makes bfloat16 of float32 weights: negatives and answers would be another policy's than the trained one's.
+        if not isinstance(given, dict):
+            return given
+        sections = [{**_as_dict(cls.model_fields[name].default), **_as_dict(given.get(name))} for name in ("engine", cls.trained)]
+        engine, precision = sections[0], sections[1].get("precision", Training.model_fields["precision"].default)
+        if engine.get("dtype", "auto") != "auto" or precision not in get_args(Training.model_fields["precision"].annotation):
+            return given
+        return given | {"engine": engine | {"dtype": precision}}
+
+
+def _as_dict(section: Any) -> dict[str, Any]:
+    """What a section says, as far as it is one."""
+    if isinstance(section, Settings):
+        return section.model_dump(exclude_unset=True)
+    return section if isinstance(section, dict) else {}
+
+
+class GsilConfig(TrainingJobConfig):
     """Everything that `jobs/gsil_iterative.py` reads."""
 
     script: ClassVar[str] = "jobs/gsil_iterative.py"
@@ -118,7 +144,7 @@ class GsilConfig(ModelJobConfig):
         return self._sampled() | longest_given(self.demonstrations, self.objective)
 
 
-class DilConfig(ModelJobConfig):
+class DilConfig(TrainingJobConfig):
     """Everything that `jobs/dil.py` reads."""
 
     script: ClassVar[str] = "jobs/dil.py"
@@ -146,8 +172,10 @@ class DilConfig(ModelJobConfig):
         return answered | longest_given(self.demonstrations, self.objective)
 
 
-class IrlConfig(ModelJobConfig):
+class IrlConfig(TrainingJobConfig):
     """Everything that `jobs/irl_reward.py` reads."""
+
+    trained: ClassVar[str] = "sft"
 
     script: ClassVar[str] = "jobs/irl_reward.py"
     prefix: ClassVar[str] = "reward-"

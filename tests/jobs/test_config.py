@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
-from actors.settings import Settings, Training
+from actors.settings import Engine, Settings, Training
 from jobs import runner
 from jobs.config import ConfigError, build, help_text, to_yaml
 from jobs.gsil_iterative import align, plan
@@ -84,6 +84,18 @@ def test_overrides_win_over_files_and_numbers_are_read_as_people_write_them(tmp_
     config = build(GsilConfig, ["--ray.address", "null", "--tracking.wandb_project", "2026", *prompted])
     assert (config.ray.address, config.tracking.wandb_project, config.demonstrations.system_prompt) == (None, "2026", "# Rules: [x]")
     assert build(EvaluateConfig, ["--policies.run", "2026-01-05", "--tasks.names", "[mbpp]"]).policies.run == "2026-01-05"
+
+
+def test_policies_are_sampled_in_the_precision_that_they_are_trained_in() -> None:
+    assert build(GsilConfig, []).engine.dtype == build(DilConfig, ["--demonstrations.path", "a.jsonl"]).engine.dtype == "float32"
+    config = build(GsilConfig, ["--training.precision", "bfloat16", "--engine.num_cpus", "2"])
+    assert (config.engine.dtype, config.engine.num_cpus) == ("bfloat16", 2)
+    assert build(IrlConfig, ["--sft.precision", "bfloat16"]).engine.dtype == "bfloat16", "the policy is the SFT stage's"
+    assert build(IrlConfig, ["--training.precision", "bfloat16"]).engine.dtype == "float32"
+    assert build(GsilConfig, ["--training.precision", "bfloat16", "--engine.dtype", "float16"]).engine.dtype == "float16"
+    assert GsilConfig(training=Training(precision="bfloat16"), engine=Engine(num_cpus=3)).engine == Engine(num_cpus=3, dtype="bfloat16")
+    assert build(EvaluateConfig, ["--answers.measures", "[exact_answer]"]).engine.dtype == "auto", "nothing is trained"
+    assert "training.precision='fp16'" in refused("--training.precision", "fp16")
 
 
 @pytest.mark.parametrize(
