@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -245,22 +244,6 @@ def test_the_readme_has_the_table_that_the_script_prints() -> None:
     # Every assumption is named there with its value.
     for value in (f"{sizing.MFU:.0%}", f"{sizing.DECODING:.0%}", f"{sizing.STEP_SECONDS * 1000:g} ms", f"{sizing.MICRO_BATCH_TOKENS:,}"):
         assert value.replace("%", " %") in (DEPLOY / "README.md").read_text(), value
-
-
-def test_commands_of_the_guide_name_files_and_settings_that_are_there() -> None:
-    from jobs.config import build
-    from jobs.schemas import GsilConfig
-
-    text = (DEPLOY / "README.md").read_text().replace("\\\n", " ")
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
-    for name in re.findall(r"\b(?:deploy|jobs|requirements)/[\w./-]+\w", blocks):
-        assert (ROOT / name).exists(), name
-    commands = [shlex.split(line, comments=True) for line in blocks.splitlines() if "jobs/gsil_iterative.py" in line]
-    assert len(commands) >= 3
-    for words in commands:
-        build(GsilConfig, [word for word in words[words.index("jobs/gsil_iterative.py") + 1 :] if word != "--dry-run"])
-    for name in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (DEPLOY / name).exists(), name
 
 
 @pytest.mark.parametrize(
