@@ -242,9 +242,9 @@ class Training(Settings):
     """recompute activations in the backward pass, which takes less memory and a third more time: auto for rows alone that are longer than
     micro_batch_tokens"""
     checkpoint_every: int = placement(100, ge=0)
-    """steps between two checkpoints of the training state, and one at the end; 0 writes none"""
+    """steps between two checkpoints of the training state, from which a stage that was stopped goes on, and one at the end; 0: none"""
     checkpoints_kept: int = placement(1, ge=1)
-    """newest checkpoints that stay"""
+    """newest checkpoints that stay until the stage is done"""
     max_failures: int = placement(2, ge=0)
     """times that a stage's training goes on from the last checkpoint after workers died, before the stage fails"""
     deepspeed: str | None = None

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from actors.settings import Settings
 from pipelines.run import sections
+from pipelines.tables import reader_may_leave
 
 C = TypeVar("C", bound=Settings)
 NULL = ("null", "~", "")
@@ -53,7 +54,8 @@ def parse(schema: type[C], argv: Sequence[str], usage: str) -> CommandLine[C]:
     """
     try:
         if "--help" in argv or "-h" in argv:
-            print(help_text(schema, usage))
+            with reader_may_leave():
+                print(help_text(schema, usage))
             sys.exit(0)
         flags = [word for word in argv if word not in ("--dry-run", "--dry_run", "--dryrun")]
         return CommandLine(build(schema, flags), dry_run=len(flags) < len(argv))
@@ -158,12 +160,25 @@ def _check_keys(schema: type[BaseModel], layer: dict[str, Any], where: str, pref
             # Who left out the section is told which.
             nearest = _nearest(str(key), {name.rpartition(".")[2]: name for name in reversed(keys)} | {name: name for name in keys})
             advice = f"did you mean {prefix + nearest!r}?" if nearest else "--help lists all keys"
+            if others := [] if prefix else _jobs_with(str(key)):
+                advice = f"it is a section of {', '.join(others)}"
             raise ConfigError(f"{where}: there is no {dotted!r}; {advice}")
         section = _section(known[dotted].annotation)
         if section and not isinstance(value, dict):
             raise ConfigError(f"{where}: {dotted!r} is a section: give {dotted}.KEY, one of {', '.join(section.model_fields)}")
         if section:
             _check_keys(section, value, where, prefix=f"{dotted}.")
+
+
+def _jobs_with(section: str) -> list[str]:
+    """Scripts of other jobs that have a section."""
+    found, left = [], [Settings]
+    while left:
+        job = left.pop()
+        left += job.__subclasses__()
+        if section in job.model_fields and hasattr(job, "script"):
+            found.append(job.script)
+    return sorted(found)
 
 
 def _nearest(name: str, names: dict[str, str]) -> str | None:

@@ -57,6 +57,8 @@ def main(
     """
     # Python puts a script's folder before all others, and Ray hands it on to workers: there `evaluate` is a job, and no library.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+    if not argv and schema.example:
+        sys.exit(f"error: say what to run: --config {schema.example} is an example that runs as it is, --help lists every key")
     asked = parse(schema, argv, usage)
     config = asked.config
     root = config.run.directory()
@@ -104,15 +106,26 @@ def _execute(
     from pipelines.watching.job_metadata import JobMetadata
     from pipelines.watching.logs import Where, set_up_logs
     from pipelines.watching.metrics import Metrics
-    from pipelines.watching.status import ProgressFile
+    from pipelines.watching.status import INTERRUPTED, ProgressFile
     from pipelines.watching.terminal import Terminal, chatter_to, print_result
     from pipelines.watching.watch import Watch
 
-    write_bytes(root / config.file("config.yaml"), to_yaml(config).encode())
-    # A summary is there only when the run that it describes has ended.
-    (root / config.file("summary.json")).unlink(missing_ok=True)
-    write_plan(root, config.prefix, config.script, graph.stages())
-    report, name = Reporter(root, reported, config.prefix), config.run.name
+    def describe() -> None:
+        write_bytes(root / config.file("config.yaml"), to_yaml(config).encode())
+        write_plan(root, config.prefix, config.script, graph.stages())
+
+    def told(failure: str | None = None) -> None:
+        # What a run that has ended left stays as it is until a stage begins: a mistake that is found before costs nothing.
+        if ended.exists():
+            if failure:
+                return
+            ended.unlink()
+            describe()
+        report(failure)
+
+    report, name, ended = Reporter(root, reported, config.prefix), config.run.name, root / config.file("summary.json")
+    if not ended.exists():
+        describe()
     with chatter_to(root / "logs" / "driver.log") as console, Terminal(console) as terminal:
         display = Watch(terminal, ProgressFile(root / config.file("progress.json")), Metrics(name), JobMetadata(name))
         set_up_logs(root / "logs", Where(name, lambda: display.running), terminal.say)
@@ -125,7 +138,7 @@ def _execute(
                     signal.signal(stop, signal.default_int_handler)
                 terminal.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
                 cluster.check_fits(config.ray.address, config.demands())
-                run = Run(root, display, report, config.ray.wait_minutes * 60)
+                run = Run(root, display, told, config.ray.wait_minutes * 60)
                 run.keeper, report.log = cluster.keeper(config.ray), run.log
                 run.verify(graph.stages())
                 try:
@@ -139,12 +152,13 @@ def _execute(
                     raise
                 run.keeper.close()
         except BaseException as error:
-            why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(cluster.person_can_mend(error) or repr(error))
+            why = INTERRUPTED if isinstance(error, KeyboardInterrupt) else str(cluster.person_can_mend(error) or repr(error))
             log.info("stopped: %s", why)
-            report(failure=why)
+            told(why)
             display.over(why)
             raise
         display.over()
+        describe()
         report()
         if isinstance(tracking := getattr(config, "tracking", None), Tracking):
             attach(tracking, root, report.page, result)

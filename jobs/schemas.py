@@ -45,6 +45,8 @@ class JobConfig(Settings):
     ray: RaySettings = RaySettings()
     script: ClassVar[str]
     """that reads it"""
+    example: ClassVar[str | None] = None
+    """a config to begin with, where the defaults alone would be a run that nobody meant"""
     prefix: ClassVar[str] = ""
 
     @model_validator(mode="before")
@@ -111,6 +113,7 @@ class GsilConfig(TrainingJobConfig):
     """Everything that `jobs/gsil_iterative.py` reads."""
 
     script: ClassVar[str] = "jobs/gsil_iterative.py"
+    example: ClassVar[str | None] = "jobs/configs/quickstart.yaml"
     demonstrations: Demonstrations = Demonstrations()
     sft: SftTraining = SftTraining()
     iterations: Iterations = Iterations()
@@ -128,6 +131,11 @@ class GsilConfig(TrainingJobConfig):
             raise ValueError("sft.epochs=0 and iterations.count=0 train nothing: raise one of the two")
         if self.evaluation.metric == "none" and self.iterations.stop_when_worse:
             raise ValueError("iterations.stop_when_worse=true needs a held-out metric, but evaluation.metric=none: set one of the two")
+        if not self.demonstrations.holds_out():
+            raise ValueError(
+                "demonstrations.held_out_fraction=0 holds nothing out, but every policy answers held-out prompts: raise it, or name a "
+                "held_out_path or a held_out_split"
+            )
         if self.demonstrations.path == "arithmetic" and self.demonstrations.layout not in ("auto", "question_answer"):
             raise ValueError(f"demonstrations.layout={self.demonstrations.layout!r} does not fit the generated problems: leave it out")
         return self
@@ -178,6 +186,7 @@ class IrlConfig(TrainingJobConfig):
     trained: ClassVar[str] = "sft"
 
     script: ClassVar[str] = "jobs/irl_reward.py"
+    example: ClassVar[str | None] = "jobs/configs/irl_arithmetic.yaml"
     prefix: ClassVar[str] = "reward-"
     demonstrations: Demonstrations = Demonstrations()
     preferences: LabelledPairs = LabelledPairs()

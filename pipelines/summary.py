@@ -41,9 +41,10 @@ def iteration_numbers(pairs: dict[str, Any], negatives: dict[str, Any], training
 
 
 def reward_warnings(name: str, training: dict[str, Any], objective: Objective) -> list[str]:
-    """Warns when the reward of real responses fell below zero and stayed, or heads for -gamma: what cannot be told apart ends there."""
+    """Warns when the reward of real responses fell below zero by two standard errors over the last steps, or heads for -gamma: what
+    cannot be told apart ends there."""
     reward, gamma = training.get("tail_reward_real"), objective.gamma if objective.pointwise else 0.0
-    if reward is None or reward >= 0:
+    if reward is None or reward >= -2 * (training.get("tail_reward_real_stderr") or 0.0):
         return []
     if gamma > 0 and reward < -0.5 * gamma:
         return [

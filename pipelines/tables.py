@@ -1,6 +1,9 @@
 """Tables for a person, in the terminal and in Markdown."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -21,6 +24,17 @@ class Shown:
 
     tables: list[Table]
     lines: list[str]
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """For what is printed inside: whoever reads only its first lines (`| head`) closes the pipe, which is no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def ruled(rows: Sequence[Sequence[str]]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from actors.learner.attention import BRANCHING
 from actors.learner.batches import shares_prompt
 from actors.learner.logprobs import ResponseLogProbs
 from actors.learner.rewards import ResponseRewards
+from actors.learner.rounding import stochastic
 from actors.settings import Training
 
 
@@ -142,7 +144,7 @@ def export(
     trust_remote_code: bool,
     kind: str = "policy",
     facts: Mapping[str, Any] | None = None,
-) -> None:
+) -> dict[str, int]:
     """Writes the trained model: safetensors, config, tokenizer and chat template, and a policy's generation config.
 
     A collective: every worker takes part, the first one writes. Low-rank adapters are merged into the weights they were trained on,
@@ -157,12 +159,16 @@ def export(
         trust_remote_code: run Python code that comes with the model.
         kind: a key of KINDS.
         facts: added to the model's config.
+
+    Returns:
+        on the worker that wrote: `digests` of the weights.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
     model: PreTrainedModel = engine.module.model
     writes = dist.get_rank() == 0
     masters: dict[int, torch.Tensor] = {}
+    written: dict[str, int] = {}
     for parameter in model.parameters():
         if settings.lora_r and not parameter.requires_grad:
             continue
@@ -178,7 +184,7 @@ def export(
         else:
             state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
         # As it was trained, sampled and measured: of the master weights a reader would get a policy that nobody looked at.
-        dtype = DTYPES[settings.precision]
+        state = _rounded(state, settings)
         words = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
         if kind == "policy":
             GenerationConfig.from_pretrained(tokenizer).save_pretrained(directory)
@@ -188,10 +194,30 @@ def export(
             words.chat_template = (
                 {name: ends_with_its_turn(text) for name, text in named.items()} if isinstance(named, dict) else ends_with_its_turn(named)
             )
-        model.save_pretrained(directory, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
+        model.save_pretrained(directory, state_dict=state)
         words.save_pretrained(directory)
         _finish(directory, {"dtype": settings.precision, **(facts or {})})
+        written = digests(state)
     dist.barrier()
+    return written
+
+
+def _rounded(state: dict[str, torch.Tensor], settings: Training) -> dict[str, torch.Tensor]:
+    """Weights in the precision that they are saved in. A full training computes with the nearest ones; adapters are merged afterwards."""
+    if not (settings.lora_r and settings.precision == "bfloat16"):
+        return {name: tensor.to(DTYPES[settings.precision]) for name, tensor in state.items()}
+    draw, done = torch.Generator().manual_seed(settings.seed), dict[int, torch.Tensor]()
+    for tensor in state.values():
+        # Tied weights are one tensor under several names.
+        if tensor.data_ptr() not in done:
+            done[tensor.data_ptr()] = stochastic(tensor, draw) if tensor.dtype == torch.float32 else tensor
+    return {name: done[tensor.data_ptr()] for name, tensor in state.items()}
+
+
+def digests(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """What tells weights apart to the bit, by name."""
+    flat = {name: tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for name, tensor in state.items()}
+    return {name: xxhash.xxh3_64_intdigest(data.data) for name, data in flat.items()}
 
 
 def _finish(directory: Path, facts: Mapping[str, Any]) -> None:
@@ -208,7 +234,8 @@ def _merged(
     weights: str, settings: Training, adapter: dict[str, torch.Tensor], directory: Path, trust_remote_code: bool, kind: str
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """The model with its adapters merged, in float32 on the CPU; the adapters as peft writes them go to `directory`."""
-    adapted = _adapted(load(weights, "float32", None, trust_remote_code, kind), settings, kind)
+    # The weights beside which the adapters were trained, to the bit.
+    adapted = _adapted(load(weights, settings.precision, None, trust_remote_code, kind).float(), settings, kind)
     missing = adapted.get_base_model().load_state_dict(adapter, strict=False)
     assert not missing.unexpected_keys, missing.unexpected_keys
     adapted.peft_config["default"].base_model_name_or_path = weights

@@ -50,6 +50,11 @@ def detect(row: Mapping[str, Any], mapped: Collection[str] = ()) -> str | None:
     return max(fitting, key=lambda rule: len(rule[1].intersection(mapped)))[0] if fitting else None
 
 
+def is_of_columns(reason: str) -> bool:
+    """Whether a row is rejected because its columns were read wrongly: another layout, or their names, would mend it."""
+    return reason.startswith("no layout fits") or ".columns names" in reason or "the layout" in reason or reason.endswith("is missing")
+
+
 def turns(row: Mapping[str, Any], layout: str) -> Turns:
     """Reads one row.
 

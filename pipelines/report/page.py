@@ -22,7 +22,6 @@ BASELINES = (
     "By the length alone: a threshold. By the words alone: a classifier that sees only which words and marks occur in a response, not "
     "their order, which tells which model wrote it. Where these do as well, the reward model may know no more than they do."
 )
-AGAIN = "done before"
 TEMPLATE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 Rows = Sequence[Sequence[str]]
 
@@ -112,8 +111,7 @@ def stage_table(stages: Sequence[StageFacts]) -> list[list[str]]:
     """The job graph in rows."""
     rows = [["stage", "state", "time", "of it work", "reads"]]
     for s in stages:
-        state = AGAIN if s.state == SKIPPED else s.state
-        rows.append([s.name, state, *(_time(seconds) for seconds in (s.seconds, s.work_seconds)), ", ".join(s.inputs)])
+        rows.append([s.name, s.state, *(_time(seconds) for seconds in (s.seconds, s.work_seconds)), ", ".join(s.inputs)])
     return rows
 
 
@@ -147,7 +145,7 @@ def _graph(facts: Facts) -> str:
 def _box(stage: StageFacts, most: float) -> str:
     label = escape(stage.own)
     time = stage.state if stage.seconds is None else duration(stage.seconds)
-    again = f" ({AGAIN})" if stage.state == SKIPPED else ""
+    again = f" ({SKIPPED})" if stage.state == SKIPPED else ""
     share = 100 * (stage.seconds or 0) / most
     reads = escape(", ".join(stage.inputs) or "nothing")
     kind = stage.state.replace(" ", "-")

@@ -34,7 +34,7 @@ from pipelines.run.manifests import content_of, read_json, read_manifest, same_c
 
 log = logging.getLogger(__name__)
 ATTEMPT = "checkpoints"
-"""Folder of a stage that serves the attempt under way: no part of the artifact, a person may delete it."""
+"""Folder of a stage that serves the attempt under way: no part of the artifact, and gone when the stage is done."""
 LEFT_OVER = (".*.tmp", ".*.rows")
 """Files of writers that were killed."""
 SAID_BYTES = 4e9
@@ -281,6 +281,8 @@ class Run:
         self.intact.add(stage.name)
         # Last: a process that dies in between has finished the stage.
         started.unlink()
+        # Of no use to anybody now, and 13 bytes a weight.
+        shutil.rmtree(directory / ATTEMPT, ignore_errors=True)
 
 
 def _came(source: Stage, content: str | None) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 from pipelines.run.manifests import present, read_json, read_manifest
 from pipelines.run.plan import Planned
 
-SKIPPED, DONE, RUNNING, STOPPED, WAITING, DAMAGED = "skipped", "done", "running", "stopped", "to do", "damaged"
+SKIPPED, DONE, RUNNING, STOPPED, WAITING, DAMAGED = "done before", "done", "running", "stopped", "to do", "damaged"
 
 
 @dataclass(frozen=True)

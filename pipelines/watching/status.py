@@ -28,6 +28,8 @@ EVERY_SECONDS = 2.0
 FRESH_SECONDS = 60.0
 """A process that wrote nothing for so long is gone, or stopped."""
 ENDED, DIED = "ended", "died"
+INTERRUPTED = "interrupted"
+"""Why a job stopped that a person stopped."""
 
 
 class ProgressFile(Watcher):
@@ -192,7 +194,8 @@ def _state(plan: Plan, progress: Mapping[str, Any], summary: Any, holder: Holder
     if summary is not None:
         return ENDED, f"stopped early: {summary['stopped']}" if summary.get("stopped") else ""
     if progress.get("failure"):
-        return STOPPED, f"{duration(quiet)} ago: {progress['failure']}; the same command continues it"
+        mend = "" if progress["failure"] == INTERRUPTED else "when that is mended "
+        return STOPPED, f"{duration(quiet)} ago: {progress['failure']}; {mend}the same command continues it"
     mine = holder is not None and (holder.pid, holder.host) == (plan.pid, plan.host)
     if holder and mine and holder.held:
         late = f"; it wrote nothing for {duration(quiet)}" if quiet > FRESH_SECONDS else ""

@@ -95,8 +95,9 @@ def _start_here(settings: RaySettings, options: dict[str, Any]) -> None:
     except Exception as error:
         # Of any type: a process of Ray's that does not come up is an Exception without a name.
         raise StageError(
-            f"a local Ray instance does not start: {error}. Its files and logs are in {get_default_ray_temp_dir()} (another place: "
-            "RAY_TMPDIR, a short path on a disk with room); or name a running cluster with ray.address"
+            f"a local Ray instance does not start: {str(error).rstrip('. ')}. On a busy machine a second try may do. Its files and "
+            f"logs are in {get_default_ray_temp_dir()} (another place: RAY_TMPDIR, a short path on a disk with room); or name "
+            "a running cluster with ray.address"
         ) from error
 
 

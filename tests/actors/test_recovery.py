@@ -120,8 +120,10 @@ def test_a_checkpoint_of_another_architecture_is_refused(tiny: Path, pairs: Path
 
 
 def test_a_policy_on_disk_that_is_not_the_trained_one_fails_the_stage(tiny: Path, pairs: Path, tmp_path: Path) -> None:
-    end(start(tiny, pairs, tmp_path, 1, Objective(), spoil=True))
-    assert "what was written is not it" in str(failure_of(tmp_path))
-    end(start(tiny, pairs, tmp_path / "reward", 1, Objective(), spoil=True, kind="reward", precision="bfloat16", learning_rate=3e-3))
-    assert "what was written is not it" in str(failure_of(tmp_path / "reward"))
+    end(start(tiny, pairs, tmp_path, 1, Objective(), spoil="file"))
+    assert "is not what was trained" in str(failure_of(tmp_path)) and "model.embed_tokens.weight first" in str(failure_of(tmp_path))
+    end(start(tiny, pairs, tmp_path / "gathered", 1, Objective(), spoil="weights"))
+    assert "what was written is not it" in str(failure_of(tmp_path / "gathered"))
+    end(start(tiny, pairs, tmp_path / "reward", 1, Objective(), spoil="file", kind="reward", precision="bfloat16", learning_rate=3e-3))
+    assert "is not what was trained" in str(failure_of(tmp_path / "reward"))
     train(tiny, pairs, tmp_path / "rounded", 1, Objective(), precision="bfloat16")

@@ -104,7 +104,7 @@ def test_policies_are_sampled_in_the_precision_that_they_are_trained_in() -> Non
         (["--training.learning_rat", "1"], ["'training.learning_rat'", "'training.learning_rate'"]),
         (["--trainin.epochs", "1"], ["'trainin'", "'training'"]),
         (["--learning_rate", "1"], ["there is no 'learning_rate'; did you mean 'sft.learning_rate'?"]),
-        (["--best_of_n.n", "1"], ["there is no 'best_of_n'; --help lists all keys"]),
+        (["--best_of_n.n", "1"], ["there is no 'best_of_n'; it is a section of jobs/irl_reward.py"]),
         (["--training.frobnicate", "1"], ["there is no 'training.frobnicate'; --help lists all keys"]),
         (["--objective.name", "foo"], ["objective.name='foo': input should be 'gsil_logistic', "]),
         (["--objective.name", "logistik"], ["objective.name", "logistik", "logistic"]),
@@ -127,6 +127,13 @@ def test_policies_are_sampled_in_the_precision_that_they_are_trained_in() -> Non
         (["--objective.name", "gsil_logistik"], ["did you mean 'gsil_logistic'?"]),
         (["--training.epochs", "many"], ["training.epochs", "many"]),
         (["--sft.epochs", "0", "--iterations.count", "0"], ["train nothing", "raise one"]),
+        (
+            ["--demonstrations.path", "a.jsonl", "--demonstrations.held_out_fraction", "0"],
+            ["held_out_fraction=0 holds nothing out", "raise"],
+        ),
+        (["--model.path", ""], ["model.path=''", "at least 1 character"]),
+        (["--run.name", "a/b"], ["name='a/b' names a folder: letters, digits"]),
+        (["--rewards.seeds", "2"], ["there is no 'rewards'", "a section of jobs/irl_reward.py, jobs/reproduce.py"]),
     ],
 )
 def test_mistakes_are_named(argv: list[str], words: list[str]) -> None:

@@ -163,6 +163,22 @@ def test_a_second_run_of_a_finished_job_does_nothing_again(undisturbed: Path, ti
     assert all(f"{fingerprints[name]}  done   {name} " in planned for name in STAGES[:9])
 
 
+def test_a_mistake_costs_a_finished_run_nothing(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(undisturbed, tmp_path / "job")
+    kept = [path for path in run.iterdir() if path.suffix in (".json", ".yaml", ".html", ".md") and path.name != "progress.json"]
+    before = {path.name: path.read_bytes() for path in kept}
+    assert {"summary.json", "config.yaml", "plan.json", "report.html", "report.md"} <= set(before)
+    done = finish(command(tiny, demonstrations, tmp_path, "--training.lora_r", "4", "--training.lora_targets", "nothing_here"))
+    assert done.returncode == 1 and "'nothing_here' matches no module" in done.stderr
+    assert {path.name: path.read_bytes() for path in kept} == before
+    # What really begins again is told as such.
+    process = start(command(tiny, demonstrations, tmp_path, "--objective.beta", "0.3"), tmp_path)
+    stop_when(process, (run / "iteration-1/training/started.json").exists, signal.SIGINT)
+    assert not (run / "summary.json").exists() and "beta: 0.3" in (run / "config.yaml").read_text()
+    assert "interrupted" in (run / "report.md").read_text()
+    wait_until_gone(tmp_path)
+
+
 IN_GENERATION = "sft/samples, one of its shards"
 WITH_MODELS = [IN_GENERATION, "iteration-1/training"]
 BEFORE = STAGES[:5]

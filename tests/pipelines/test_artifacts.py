@@ -47,6 +47,25 @@ def test_a_finished_stage_is_skipped_and_a_changed_one_is_made_anew(tmp_path: Pa
     assert not (tmp_path / "a" / "stale.txt").exists()
 
 
+def test_checkpoints_go_when_their_stage_is_done(tmp_path: Path) -> None:
+    def trains(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        directory = run.directory(stages[0])
+        for file in ("checkpoints/step-5/state", "model"):
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            (directory / file).write_text("weights")
+        if len(list(tmp_path.glob("tries/*"))) == 0:
+            (tmp_path / "tries/1").mkdir(parents=True)
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(tmp_path).do(trains, Stage("a", {}))
+    assert (tmp_path / "a/checkpoints/step-5/state").exists(), "an attempt that was stopped goes on from them"
+    run = Run(tmp_path)
+    run.do(trains, Stage("a", {}))
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["manifest.json", "model"] and run.manifest(Stage("a", {}))
+
+
 def test_an_interrupted_stage_keeps_the_files_of_its_own_settings_only(tmp_path: Path) -> None:
     def dies(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         (run.directory(stages[0]) / "shard-0").write_text("done")

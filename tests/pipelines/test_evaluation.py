@@ -82,6 +82,10 @@ def test_told_apart_by_chance_means_within_two_standard_errors(accuracy: float, 
 
 def test_a_falling_reward_of_real_responses_is_told() -> None:
     assert reward_warnings("iteration-1", {"tail_reward_real": 0.1}, Objective()) == []
+    noise = {"tail_reward_real": -0.006, "tail_reward_real_stderr": 0.005}
+    assert reward_warnings("iteration-1", noise, Objective()) == [] and reward_warnings(
+        "iteration-1", {**noise, "tail_reward_real": -0.02}, Objective()
+    )
     assert "stays below zero (-0.200)" in reward_warnings("iteration-1", {"tail_reward_real": -0.2}, Objective())[0]
     assert "heads for -gamma (-0.800 of -1)" in reward_warnings("iteration-1", {"tail_reward_real": -0.8}, Objective(gamma=1.0))[0]
     assert "stays below" in reward_warnings("dil", {"tail_reward_real": -0.8}, Objective(name="simpo"))[0], "its gamma is a margin"

@@ -102,7 +102,7 @@ def test_a_run_in_progress_can_be_looked_at(tmp_path: Path) -> None:
     for stage in stages[:5]:
         again.do(work, stage)
     states = re.findall(r'<div class="box ([\w-]+)"', pages[-1])
-    assert states == [*["skipped"] * 4, "done", *["to-do"] * 3], "not only once it has ended"
+    assert states == [*["done-before"] * 4, "done", *["to-do"] * 3], "not only once it has ended"
 
 
 def test_a_run_that_stopped_says_why(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_the_page_is_whole_and_shows_everybody(ended: Path) -> None:
     assert "Five &lt;b&gt;sheep&lt;/b&gt;" in page and page.count('class="card"') == 4
     assert "said by sft/samples" in page and "said by iteration-1/samples" in page
     assert all(f'aria-label="{name}"' in page for name in ("training", "sft", "accuracy", "lengths")) and figures.INK not in page
-    assert "ended: 8 of 8 stages" in page and "final policy: sft" in page and 'class="box skipped"' in page
+    assert "ended: 8 of 8 stages" in page and "final policy: sft" in page and 'class="box done-before"' in page
     table = (ended / "report.md").read_text()
     assert "| iteration-1 | 0.250 | 0.050 | 100 | -0.200 |  | 0.750 of 40 |" in table, table
     assert "| demonstrations | done before |" in table and "Training on demonstrations: sft<" in page

@@ -86,3 +86,26 @@ def test_held_out_rows_of_which_not_one_is_good_stop_the_job_before_the_others_a
     write(held, [])
     with pytest.raises(StageError, match=r"test\.jsonl \(demonstrations\.held_out_path\) holds no row: name a file with rows"):
         prepare(tmp_path / "empty", tiny, path=str(folder / "train.jsonl"), held_out_path=str(held))
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("rows", "settings", "told", "untold"),
+    [
+        ([{"prompt": "a " * 90, "completion": "b"}], {}, "more than max_prompt_tokens=64", "layout"),
+        ([{"prompt": 1, "completion": "b"}], {}, "'prompt' is a number, not text", "layout"),
+        (
+            [{"prompt": "a", "completion": f"{k}"} for k in range(5)],
+            {"held_out_fraction": 0.9999},
+            "5 rows read, 5 of them held out: rows are held out by their prompts, of which the 5 rows have 1; name a file",
+            "layout",
+        ),
+    ],
+    ids=["long", "no text", "one prompt"],
+)
+def test_the_advice_is_about_what_is_wrong(
+    rows: list[dict[str, Any]], settings: dict[str, Any], told: str, untold: str, tiny: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(StageError) as error:
+        prepare(tmp_path, tiny, path=str(write(tmp_path / "a.jsonl", rows)), **settings)
+    assert told in str(error.value) and untold not in str(error.value)

@@ -126,7 +126,11 @@ def test_a_job_that_stopped_says_why_and_one_that_was_killed_has_no_words(tmp_pa
     assert job.left == pytest.approx(20.0) and job.unknown == (), "the whole stage again, at worst"
     display.over("no room on the disk")
     job = only(tmp_path, time.time() + 5)
-    assert job.state == "stopped" and ": no room on the disk; the same command continues it" in job.said and job.progress["done"] == 3
+    assert (
+        job.state == "stopped"
+        and ": no room on the disk; when that is mended the same command continues it" in job.said
+        and job.progress["done"] == 3
+    )
     with under_way(tmp_path, done=3):
         assert only(tmp_path).state == "running", "it goes on"
 
@@ -136,7 +140,7 @@ def test_a_run_that_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         display.over()
         write_json(tmp_path / "summary.json", {"stages": [{"name": "demonstrations", "skipped": True}], "stopped": None})
     job = only(tmp_path)
-    assert job.state == ENDED and [stage.state for stage in job.stages] == ["skipped", *["done"] * 4] and job.left is None
+    assert job.state == ENDED and [stage.state for stage in job.stages] == ["done before", *["done"] * 4] and job.left is None
     (tmp_path / "iteration-2/training/manifest.json").write_text('{"name": "iter')
     assert [stage.state for stage in only(tmp_path).stages][-1] == "damaged"
     assert status.main([str(tmp_path)]) == 0 and "4 of 5 stages" in capsys.readouterr().out

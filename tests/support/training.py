@@ -65,14 +65,19 @@ def _worker(rank: int, world: int, port: int, job: dict[str, Any]) -> None:
             return model
 
         policy.trainable = exploding  # type: ignore[assignment]
-    if job.pop("spoil_export"):
+    if spoil := job.pop("spoil_export"):
         export = policy.export
 
-        def spoiled(*arguments: Any) -> None:
-            """Writes the policy that training started from, as a save of empty or stale weights would."""
-            export(*arguments)
+        def spoiled(*arguments: Any) -> dict[str, int]:
+            """Writes the policy that training started from, as a save of stale weights would, and as a gathering of them would."""
+            written = export(*arguments)
             _, _, weights, _, directory, *_ = arguments
             shutil.copy2(Path(weights) / "model.safetensors", directory)
+            if spoil == "file":
+                return written
+            # What was gathered from the workers is as stale.
+            loaded = policy.load(str(directory), job["training"].precision, None, False)
+            return policy.digests(dict(loaded.named_parameters(remove_duplicate=False)))
 
         policy.export = spoiled  # type: ignore[assignment]
     if run(job):
@@ -83,9 +88,9 @@ def _worker(rank: int, world: int, port: int, job: dict[str, Any]) -> None:
 
 
 def start(model: Path, data: Path, output: Path, world: int, objective: Objective, **settings: Any) -> list[BaseProcess]:
-    """Starts `world` workers. Beside settings: `theirs` is what a user's DeepSpeed JSON says, `spoil` makes them write another policy,
-    `spoil_gradient` makes every gradient infinite."""
-    theirs, spoil, kind = settings.pop("theirs", None), settings.pop("spoil", False), settings.pop("kind", "policy")
+    """Starts `world` workers. Beside settings: `theirs` is what a user's DeepSpeed JSON says, `spoil` ("file" or "weights") makes them
+    write another policy, `spoil_gradient` makes every gradient infinite."""
+    theirs, spoil, kind = settings.pop("theirs", None), settings.pop("spoil", None), settings.pop("kind", "policy")
     exploding = settings.pop("spoil_gradient", False)
     options = {"workers": world, "batch_size": 8, "epochs": 2, "learning_rate": 1e-3, "micro_batch_tokens": 64, "checkpoint_every": 0}
     files = {"train": [str(data)], "held_out": [str(data)], "output": str(output)}
