@@ -33,7 +33,8 @@ def test_an_address_where_nobody_listens_is_told_at_once(scheme: str) -> None:
 
 def test_a_local_instance_that_does_not_start_says_why_and_what_to_do(tmp_path: Path) -> None:
     probe = (
-        "from pipelines.run.artifacts import StageError\nfrom pipelines.settings import RaySettings\nfrom pipelines.workers import cluster\n"
+        "from pipelines.run.artifacts import StageError\nfrom pipelines.settings import RaySettings\n"
+        "from pipelines.workers import cluster\n"
         "try:\n    with cluster.connected(RaySettings(num_cpus=1)): print('it runs')\n"
         "except StageError as error: print(error)\n"
     )
