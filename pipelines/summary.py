@@ -109,6 +109,9 @@ def table(policies: dict[str, dict[str, Any]], iterations: Mapping[str, dict[str
     rows = [["policy", *(["accuracy", "±", "n"] if measured else []), "reward real", "generated", "pairs told apart"]]
     for name, numbers in policies.items():
         trained = iterations.get(name, {})
+        if not trained and not measured and iterations:
+            # Nothing is known of it, but of others.
+            continue
         cells = [_cell(numbers["accuracy"]), _cell(numbers["stderr"]), str(numbers["n"])] if measured else []
         apart = _cell(trained.get("classification_accuracy"))
         told = f"{apart} of {trained['held_out_pairs']}" if apart else ""
@@ -191,7 +194,8 @@ def model_card(config: dict[str, Any], summary: dict[str, Any]) -> str:
     origin = f"base_model: {base}\n" if HUB_NAME.fullmatch(base) else ""
     system = config["demonstrations"]["system_prompt"]
     return f"""---
-{origin}pipeline_tag: text-generation
+{origin}library_name: transformers
+pipeline_tag: text-generation
 tags: [imitation-learning, {objective["name"].partition("_")[0]}]
 ---
 # {summary["run"]}: {chosen}

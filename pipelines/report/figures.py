@@ -108,11 +108,11 @@ def _training(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]], 
         start = 0
         for number, (name, steps) in enumerate(curves.items()):
             for key, colour in zip(keys, COLOURS, strict=False):
-                values = [(start + k, step[key]) for k, step in enumerate(steps) if step.get(key) is not None]
+                values = [(start + k, step[key]) for k, step in enumerate(steps, start=1) if step.get(key) is not None]
                 mark = "." if len(values) == 1 else ""
                 axes.plot(*_thinned(values), color=colour, marker=mark, label=key.replace("_", " ") if number == 0 else None)
             if number:
-                axes.axvline(start - 0.5, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
+                axes.axvline(start + 0.5, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
             if title.startswith("rewards") and len("".join(curves)) <= MOST_NAMED:
                 axes.annotate(name, (start, 1), xycoords=("data", "axes fraction"), fontsize=7, va="bottom", annotation_clip=False)
             start += len(steps)
@@ -126,7 +126,7 @@ def _sft(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> No
     figure.set_size_inches(10, 2.6)
     for axes, key in zip(figure.subplots(1, 3), ("loss", "grad_norm", "tokens_per_second"), strict=True):
         for (name, steps), colour in zip(curves.items(), itertools.cycle(COLOURS)):
-            values = [(k, step[key]) for k, step in enumerate(steps) if step.get(key) is not None]
+            values = [(k, step[key]) for k, step in enumerate(steps, start=1) if step.get(key) is not None]
             axes.plot(*_thinned(values), color=colour, marker="." if len(values) == 1 else "", label=name)
         axes.set_title(SHOWN.get(key, key.replace("_", " ")), fontsize=9)
         _steps(axes, legend=len(curves) > 1)

@@ -16,7 +16,7 @@ from pipelines.watching.status import duration
 
 REWARDS = (
     "Rewards are beta times the log ratio of the trained policy to its reference, in nats; they and the share of pairs told apart are "
-    "measured on held-out pairs. ± is one standard error."
+    "measured on held-out pairs."
 )
 BASELINES = (
     "By the length alone: a threshold. By the words alone: a classifier that sees only which words and marks occur in a response, not "
@@ -78,7 +78,8 @@ def tables(facts: Facts) -> dict[str, Rows]:
 
 def notes(facts: Facts) -> dict[str, str]:
     """What a reader of a table has to know, by its title."""
-    found = {"Policies": REWARDS} if facts.trained() else {}
+    measured = any(numbers.get("n") for numbers in facts.evaluations().values())
+    found = {"Policies": REWARDS + (" ± is one standard error." if measured else "")} if facts.trained() else {}
     found["Reward models on held-out pairs"] = BASELINES
     if judge := _judge(facts, "tournament"):
         asked = facts.stage("evaluation/tournament/questions")

@@ -103,7 +103,7 @@ def test_results_of_few_rows_are_doubted() -> None:
 def test_the_table_shows_what_was_measured() -> None:
     trained = {"reward_real": 0.5, "reward_generated": -0.25, "classification_accuracy": 0.75, "held_out_pairs": 60}
     unmeasured, measured = {"accuracy": None, "stderr": None, "n": 0}, {"accuracy": 0.5, "stderr": 0.05, "n": 100}
-    header, _, row = table({"base": unmeasured, "dil": unmeasured}, {"dil": trained})
+    header, row = table({"base": unmeasured, "dil": unmeasured}, {"dil": trained})
     assert header == ["policy", "reward real", "generated", "pairs told apart"] and row == ["dil", "0.500", "-0.250", "0.750 of 60"]
     assert table({"base": measured, "dil": measured}, {"dil": trained})[2][:4] == ["dil", "0.500", "0.050", "100"]
 
