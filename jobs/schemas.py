@@ -18,6 +18,7 @@ from actors.settings import (
     Tracking,
     Training,
 )
+from pipelines.data.generated import GENERATED
 from pipelines.judges.settings import Answers, Judge, MtBench, Policies, Prompts, Tournament
 from pipelines.lmeval.settings import Tasks
 from pipelines.reproduction.settings import ENGINE, PRETRAINING, REWARDS, SCORING, TRAINING, WORKERS, ProblemSets, Scope, Tiny
@@ -136,8 +137,9 @@ class GsilConfig(TrainingJobConfig):
                 "demonstrations.held_out_fraction=0 holds nothing out, but every policy answers held-out prompts: raise it, or name a "
                 "held_out_path or a held_out_split"
             )
-        if self.demonstrations.path == "arithmetic" and self.demonstrations.layout not in ("auto", "question_answer"):
-            raise ValueError(f"demonstrations.layout={self.demonstrations.layout!r} does not fit the generated problems: leave it out")
+        made = GENERATED.get(self.demonstrations.path)
+        if made and self.demonstrations.layout not in ("auto", made.layout):
+            raise ValueError(f"demonstrations.layout={self.demonstrations.layout!r} does not fit the generated rows: leave it out")
         return self
 
     def max_model_len(self) -> int:
@@ -170,7 +172,7 @@ class DilConfig(TrainingJobConfig):
     def _needs_pairs(self) -> "DilConfig":
         if self.demonstrations.sft_first and not self.sft.epochs:
             raise ValueError("demonstrations.sft_first=true and sft.epochs=0 contradict each other: change one of the two")
-        if self.demonstrations.path in ("", "arithmetic"):
+        if self.demonstrations.path in ("", *GENERATED):
             raise ValueError("demonstrations.path must name preference pairs: a file, directory, glob, URI or hub id")
         return self
 

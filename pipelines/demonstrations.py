@@ -16,7 +16,8 @@ from typing import Any
 
 from pipelines import base_model
 from pipelines.chat import Chat
-from pipelines.data import arithmetic, layouts, sources
+from pipelines.data import layouts, sources
+from pipelines.data.generated import GENERATED
 from pipelines.data.splits import SPLITS, Splits, check, unusable
 from pipelines.run.artifacts import Run, Stage, StageError
 from pipelines.run.keeping import Need
@@ -25,7 +26,7 @@ from pipelines.settings import Demonstrations, Preferences
 from pipelines.workers.shards import last_words
 
 log = logging.getLogger(__name__)
-ARITHMETIC_PROBLEMS = 128
+GENERATED_ROWS = 128
 """Made of each split where no limit says otherwise."""
 
 
@@ -74,8 +75,8 @@ def prepare(settings: Demonstrations, trust_remote_code: bool) -> Any:
 
 
 def _identity(settings: Demonstrations, split: str) -> Any:
-    if settings.path == "arithmetic":
-        return {"arithmetic": arithmetic.VERSION}
+    if settings.path in GENERATED:
+        return {settings.path: GENERATED[settings.path].version}
     origin = sources.origin(settings, split)
     return sources.identity(origin[0], settings.subset, origin[1]) if origin else None
 
@@ -117,15 +118,17 @@ def _read(file: str, settings: Demonstrations, split: str) -> Iterator[sources.R
 
 
 def _raw_rows(file: str, settings: Demonstrations, split: str) -> Iterator[sources.RawRow]:
-    if settings.path != "arithmetic":
+    if settings.path not in GENERATED:
         return sources.read(file, settings.subset, split)
     held_out = split == "held_out"
-    count = (settings.held_out_limit if held_out else settings.limit) or ARITHMETIC_PROBLEMS
+    count = (settings.held_out_limit if held_out else settings.limit) or GENERATED_ROWS
     try:
-        made = list(arithmetic.problems(count, settings.seed, held_out))
+        made = list(GENERATED[settings.path].draw(count, settings.seed, held_out))
     except ValueError as error:
-        raise StageError(f"demonstrations.path=arithmetic: {error}") from None
-    return ({"source": f"arithmetic/{split}:{number}", "row": json.dumps(row), "reason": ""} for number, row in enumerate(made, start=1))
+        raise StageError(f"demonstrations.path={settings.path}: {error}") from None
+    return (
+        {"source": f"{settings.path}/{split}:{number}", "row": json.dumps(row), "reason": ""} for number, row in enumerate(made, start=1)
+    )
 
 
 @functools.lru_cache(maxsize=2)

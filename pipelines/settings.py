@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from actors.settings import Sampling, Settings, placement
+from pipelines.data.generated import GENERATED
 
 
 class RunSettings(Settings):
@@ -83,7 +84,8 @@ class Demonstrations(Settings):
     section: ClassVar[str] = "demonstrations"
 
     path: str = "arithmetic"
-    """file, directory, glob or URI of jsonl, json, parquet, arrow or csv; a hub id; or "arithmetic": generated word problems"""
+    """file, directory, glob or URI of jsonl, json, parquet, arrow or csv; a hub id; or what is generated: "arithmetic" (word problems)
+    or "replies" (to customers, in a house style)"""
     held_out_path: str | None = None
     """the held-out demonstrations, if they lie elsewhere than `path`"""
     subset: str | None = None
@@ -95,9 +97,9 @@ class Demonstrations(Settings):
     held_out_fraction: float = Field(0.1, ge=0, lt=1)
     """share of the prompts held out for evaluation with all their responses, chosen by a hash"""
     limit: int | None = Field(None, ge=1)
-    """use the first N valid rows ("arithmetic": make N); held-out ones are counted by held_out_limit alone"""
+    """use the first N valid rows (generated ones: make N); held-out ones are counted by held_out_limit alone"""
     held_out_limit: int | None = Field(None, ge=1)
-    """hold out the first N valid rows at most ("arithmetic": make N)"""
+    """hold out the first N valid rows at most (generated ones: make N)"""
     layout: Literal[
         "auto", "prompt_completion", "messages", "question_answer", "alpaca", "sharegpt", "hh", "preference", "spin", "input_output"
     ] = "auto"
@@ -119,7 +121,7 @@ class Demonstrations(Settings):
 
     def holds_out(self) -> bool:
         """Whether there can be held-out rows."""
-        return bool(self.path == "arithmetic" or self.held_out_fraction or self.held_out_path or self.held_out_split)
+        return bool(self.path in GENERATED or self.held_out_fraction or self.held_out_path or self.held_out_split)
 
     @field_validator("columns")
     @classmethod

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.generated import GENERATED
 from pipelines.run.artifacts import StageError
 from pipelines.settings import Demonstrations
 
@@ -71,8 +72,8 @@ def find(path: str, split: str, must: bool = False, key: str = "demonstrations.p
 
 def origin(settings: Demonstrations, split: str) -> tuple[list[str], str] | None:
     """(files, split name) of a split of the demonstrations; None where it is cut from the training data or absent."""
-    if settings.path == "arithmetic":
-        return ["arithmetic"], split
+    if settings.path in GENERATED:
+        return [settings.path], split
     section = settings.section
     train = find(settings.path, settings.split, must=settings.split != "train", key=f"{section}.path")
     if settings.held_out_path is None and settings.held_out_split is None:
