@@ -7,10 +7,12 @@ from typing import Any
 ENDS = ("random", "oracle (golden)")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Told apart also by who sees no red or no green (Okabe and Ito)."""
+WIDE = 1.96
+"""Standard errors to each side of a mean, in a band of 95 %."""
 
 
 def plot_best_of_n(found: Mapping[str, Any], path: Path) -> None:
-    """Golden score with its 95 % bands, and win rate, against N, as PNG and SVG.
+    """Golden score and win rate with their 95 % bands, against N, as PNG and SVG.
 
     Args:
         found: what report.json holds.
@@ -44,6 +46,9 @@ def draw_best_of_n(figure: Any, found: Mapping[str, Any], ink: str = "#222222") 
         score_axes.plot(sizes, line[key], label=name, **style)
         if name not in ENDS:
             score_axes.fill_between(sizes, line[band[0]], line[band[1]], color=colour, alpha=0.12, linewidth=0)
+            half = [WIDE * (error or 0.0) for error in line["win_rate_stderr"]]
+            low, high = ([rate + sign * width for rate, width in zip(line["win_rate"], half, strict=True)] for sign in (-1, 1))
+            win_axes.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
         win_axes.plot(sizes, line["win_rate"], label=name, **style)
     greedy = found["golden"]["greedy"]
     if normalised:
