@@ -114,14 +114,11 @@ def _execute(
         write_bytes(root / config.file("config.yaml"), to_yaml(config).encode())
         write_plan(root, config.prefix, config.script, graph.stages())
 
-    def told(failure: str | None = None) -> None:
+    def begin() -> None:
         # What a run that has ended left stays as it is until a stage begins: a mistake that is found before costs nothing.
         if ended.exists():
-            if failure:
-                return
             ended.unlink()
             describe()
-        report(failure)
 
     report, name, ended = Reporter(root, reported, config.prefix), config.run.name, root / config.file("summary.json")
     if not ended.exists():
@@ -138,7 +135,7 @@ def _execute(
                     signal.signal(stop, signal.default_int_handler)
                 terminal.say(f"logs: {root / 'logs'}, and of Ray, vLLM and DeepSpeed: {logs}")
                 cluster.check_fits(config.ray.address, config.demands())
-                run = Run(root, display, told, config.ray.wait_minutes * 60)
+                run = Run(root, display, begin, report, config.ray.wait_minutes * 60)
                 run.keeper, report.log = cluster.keeper(config.ray), run.log
                 run.verify(graph.stages())
                 try:
@@ -154,7 +151,8 @@ def _execute(
         except BaseException as error:
             why = INTERRUPTED if isinstance(error, KeyboardInterrupt) else str(cluster.person_can_mend(error) or repr(error))
             log.info("stopped: %s", why)
-            told(why)
+            if not ended.exists():
+                report(failure=why)
             display.over(why)
             raise
         display.over()

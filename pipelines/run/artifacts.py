@@ -98,15 +98,24 @@ class Run:
     Args:
         root: the directory.
         display: is told what happens.
-        report: called whenever stages begin or end.
+        begin: called before stages begin, and throw away what other attempts left.
+        report: called whenever stages have begun or ended.
         patience: seconds that a stage waits for nodes which the cluster does not have yet.
     """
 
-    def __init__(self, root: Path, display: Display | None = None, report: Callable[[], None] = lambda: None, patience: float = 3600.0):
+    def __init__(
+        self,
+        root: Path,
+        display: Display | None = None,
+        begin: Callable[[], None] = lambda: None,
+        report: Callable[[], None] = lambda: None,
+        patience: float = 3600.0,
+    ):
         self.root = root
         self.keeper = Keeper()
         """of gangs and pools that outlive a stage"""
         self.display = display or Display()
+        self.begin = begin
         self.report = report
         self.patience = patience
         self.log: list[dict[str, Any]] = []
@@ -221,6 +230,7 @@ class Run:
         self.report()
 
     def _make(self, work: Work, pending: tuple[Stage, ...]) -> None:
+        self.begin()
         for stage in pending:
             self._open(stage)
         self.display.started(pending)
