@@ -114,6 +114,11 @@ class Engine(EnginePool):
     enforce_eager: bool = placement(False)
     """skip CUDA graphs: starts faster, decodes slower"""
 
+    def as_trained(self, precision: str) -> "Engine":
+        """For policies that are trained in a precision. Left to itself vLLM makes bfloat16 of float32 weights: samples would be those of
+        another policy than the trained one."""
+        return self.model_copy(update={"dtype": precision}) if self.dtype == "auto" else self
+
 
 class Scoring(Pool):
     """Actors that compute log-probs of given responses, in the learner's own forward pass."""

@@ -160,7 +160,7 @@ def _check_keys(schema: type[BaseModel], layer: dict[str, Any], where: str, pref
             # Who left out the section is told which.
             nearest = _nearest(str(key), {name.rpartition(".")[2]: name for name in reversed(keys)} | {name: name for name in keys})
             advice = f"did you mean {prefix + nearest!r}?" if nearest else "--help lists all keys"
-            if others := [] if prefix else _jobs_with(str(key)):
+            if not prefix and key not in {name.rpartition(".")[2] for name in keys} and (others := _jobs_with(str(key))):
                 advice = f"it is a section of {', '.join(others)}"
             raise ConfigError(f"{where}: there is no {dotted!r}; {advice}")
         section = _section(known[dotted].annotation)

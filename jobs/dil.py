@@ -55,7 +55,7 @@ def plan(config: DilConfig) -> Graph:
         for name, weights in {"base": base, "sft": sft, "dil": training}.items():
             if weights:
                 sampling = config.evaluation.sampling()
-                samples = generation.plan(f"{name}/samples", weights, base, data, sampling, config.engine, 0, {"held_out": None})
+                samples = generation.plan(f"{name}/samples", weights, base, data, sampling, config.sampler(), 0, {"held_out": None})
                 evaluations[name] = (samples, evaluation.plan(f"{name}/evaluation", samples, data, config.evaluation))
     return Graph(base, data, sft, pairs, training, evaluations)
 
@@ -77,7 +77,7 @@ def align(config: DilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     run.do(reference.score(config.scoring, config.training.precision, longest, trust), graph.pairs)
     run.do(policy_training.train(config.training, config.tracking, longest, trust), graph.training)
     for samples, score in graph.evaluations.values():
-        run.do(generation.sample(config.engine, longest, trust), samples)
+        run.do(generation.sample(config.sampler(), longest, trust), samples)
         run.do(evaluation.evaluate, score)
     return _summary(config, graph, run)
 

@@ -73,7 +73,7 @@ def plan(config: GsilConfig) -> Graph:
 
     def policy(name: str, weights: Stage) -> Policy:
         sampling = config.evaluation.sampling()
-        samples = generation.plan(f"{name}/samples", weights, base, data, sampling, config.engine, 0, {"held_out": None})
+        samples = generation.plan(f"{name}/samples", weights, base, data, sampling, config.sampler(), 0, {"held_out": None})
         return Policy(name, weights, samples, evaluation.plan(f"{name}/evaluation", samples, data, config.evaluation))
 
     fine_tuned = policy_training.plan("sft/training", base, base, data, config.sft, config.sft.objective())
@@ -83,7 +83,7 @@ def plan(config: GsilConfig) -> Graph:
     for t in range(1, config.iterations.count + 1):
         name, previous = f"iteration-{t}", policies[-1].weights
         prompts = {"train": None, "held_out": config.evaluation.pairs}
-        negatives.append(generation.plan(f"{name}/negatives", previous, base, data, config.negatives, config.engine, t, prompts))
+        negatives.append(generation.plan(f"{name}/negatives", previous, base, data, config.negatives, config.sampler(), t, prompts))
         ref = previous if config.iterations.reference == "previous" else sft.weights
         start = previous if config.iterations.start_from == "previous" else sft.weights
         window = tuple(negatives[-config.iterations.negatives_window :])
@@ -103,7 +103,7 @@ def align(config: GsilConfig, graph: Graph, run: Run) -> dict[str, Any]:
         what went into summary.json.
     """
     trust = config.model.trust_remote_code
-    sample = generation.sample(config.engine, config.max_model_len(), trust)
+    sample = generation.sample(config.sampler(), config.max_model_len(), trust)
     longest = max(config.longest().values())
     score = reference.score(config.scoring, config.training.precision, longest, trust)
     result = Result(config, graph, run)

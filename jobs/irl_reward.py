@@ -169,7 +169,7 @@ def _policy(config: IrlConfig, base: Stage, data: Stage) -> Policy:
     sft = policy_training.plan("sft/training", base, base, data, config.sft, config.sft.objective())
 
     def sample(name: str, policy: Stage, sampling: Sampling, prompts: dict[str, int | None], draw: int = 0) -> Stage:
-        return generation.plan(name, policy, base, data, sampling, config.engine, draw, prompts)
+        return generation.plan(name, policy, base, data, sampling, config.sampler(), draw, prompts)
 
     return Policy(
         training=sft,
@@ -189,7 +189,7 @@ def learn(config: IrlConfig, graph: Graph, run: Run) -> dict[str, Any]:
         what went into reward-summary.json.
     """
     trust, longest = config.model.trust_remote_code, max(config.longest().values())
-    sample = generation.sample(config.engine, longest, trust)
+    sample = generation.sample(config.sampler(), longest, trust)
     score = scoring.score(config.scoring, longest, trust)
     run.do(base_model.prepare(config.model), graph.base)
     base_model.check(run, graph.base, config.longest(), {"sft": config.sft, "training": config.training})

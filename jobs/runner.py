@@ -15,7 +15,7 @@ from jobs.schemas import JobConfig
 from pipelines import summary
 from pipelines.run.artifacts import Run, Stage
 from pipelines.run.lock import locked
-from pipelines.tables import Shown
+from pipelines.tables import Shown, reader_may_leave
 from pipelines.workers import cluster
 
 
@@ -85,11 +85,12 @@ def main(
 
 def _dry_run(config: JobConfig, graph: Plan, root: Path) -> None:
     run = Run(root)
-    print(to_yaml(config))
-    print(f"stages of {root}:")
-    for stage in graph.stages():
-        state = "done" if run.manifest(stage) else "to do"
-        print(f"  {stage.fingerprint}  {state:5}  {stage.name:31}  {stage.demand}")
+    with reader_may_leave():
+        print(to_yaml(config))
+        print(f"stages of {root}:")
+        for stage in graph.stages():
+            state = "done" if run.manifest(stage) else "to do"
+            print(f"  {stage.fingerprint}  {state:5}  {stage.name:31}  {stage.demand}")
 
 
 def _execute(
@@ -110,7 +111,11 @@ def _execute(
     from pipelines.watching.terminal import Terminal, chatter_to, print_result
     from pipelines.watching.watch import Watch
 
+    described = False
+
     def describe() -> None:
+        nonlocal described
+        described = True
         write_bytes(root / config.file("config.yaml"), to_yaml(config).encode())
         write_plan(root, config.prefix, config.script, graph.stages())
 
@@ -151,12 +156,13 @@ def _execute(
         except BaseException as error:
             why = INTERRUPTED if isinstance(error, KeyboardInterrupt) else str(cluster.person_can_mend(error) or repr(error))
             log.info("stopped: %s", why)
-            if not ended.exists():
+            if described:
                 report(failure=why)
             display.over(why)
             raise
         display.over()
-        describe()
+        if not described:
+            describe()
         report()
         if isinstance(tracking := getattr(config, "tracking", None), Tracking):
             attach(tracking, root, report.page, result)

@@ -1,6 +1,6 @@
 """What each job reads: its sections, and what must hold between them. Imports nothing heavy."""
 
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 from pydantic import model_validator
 
@@ -84,33 +84,7 @@ class ModelJobConfig(JobConfig):
     model: Model = Model()
 
 
-class TrainingJobConfig(ModelJobConfig):
-    """What every job reads that samples the policies that it trains."""
-
-    trained: ClassVar[str] = "training"
-    """the section whose precision the policies have"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sampled_as_trained(cls, given: Any) -> Any:
-        # Left to itself vLLM makes bfloat16 of float32 weights: negatives and answers would be another policy's than the trained one's.
-        if not isinstance(given, dict):
-            return given
-        sections = [{**_as_dict(cls.model_fields[name].default), **_as_dict(given.get(name))} for name in ("engine", cls.trained)]
-        engine, precision = sections[0], sections[1].get("precision", Training.model_fields["precision"].default)
-        if engine.get("dtype", "auto") != "auto" or precision not in get_args(Training.model_fields["precision"].annotation):
-            return given
-        return given | {"engine": engine | {"dtype": precision}}
-
-
-def _as_dict(section: Any) -> dict[str, Any]:
-    """What a section says, as far as it is one."""
-    if isinstance(section, Settings):
-        return section.model_dump(exclude_unset=True)
-    return section if isinstance(section, dict) else {}
-
-
-class GsilConfig(TrainingJobConfig):
+class GsilConfig(ModelJobConfig):
     """Everything that `jobs/gsil_iterative.py` reads."""
 
     script: ClassVar[str] = "jobs/gsil_iterative.py"
@@ -132,15 +106,15 @@ class GsilConfig(TrainingJobConfig):
             raise ValueError("sft.epochs=0 and iterations.count=0 train nothing: raise one of the two")
         if self.evaluation.metric == "none" and self.iterations.stop_when_worse:
             raise ValueError("iterations.stop_when_worse=true needs a held-out metric, but evaluation.metric=none: set one of the two")
-        if not self.demonstrations.holds_out():
-            raise ValueError(
-                "demonstrations.held_out_fraction=0 holds nothing out, but every policy answers held-out prompts: raise it, or name a "
-                "held_out_path or a held_out_split"
-            )
+        require_held_out(self.demonstrations, "every policy answers held-out prompts")
         made = GENERATED.get(self.demonstrations.path)
         if made and self.demonstrations.layout not in ("auto", made.layout):
             raise ValueError(f"demonstrations.layout={self.demonstrations.layout!r} does not fit the generated rows: leave it out")
         return self
+
+    def sampler(self) -> Engine:
+        """The engines, in the precision of the last trained policy."""
+        return self.engine.as_trained((self.training if self.iterations.count else self.sft).precision)
 
     def max_model_len(self) -> int:
         """Longest prompt and response that an engine sees, tokens."""
@@ -154,7 +128,7 @@ class GsilConfig(TrainingJobConfig):
         return self._sampled() | longest_given(self.demonstrations, self.objective)
 
 
-class DilConfig(TrainingJobConfig):
+class DilConfig(ModelJobConfig):
     """Everything that `jobs/dil.py` reads."""
 
     script: ClassVar[str] = "jobs/dil.py"
@@ -174,7 +148,13 @@ class DilConfig(TrainingJobConfig):
             raise ValueError("demonstrations.sft_first=true and sft.epochs=0 contradict each other: change one of the two")
         if self.demonstrations.path in ("", *GENERATED):
             raise ValueError("demonstrations.path must name preference pairs: a file, directory, glob, URI or hub id")
+        if self.evaluation.metric != "none":
+            require_held_out(self.demonstrations, "evaluation.metric asks for held-out prompts")
         return self
+
+    def sampler(self) -> Engine:
+        """The engines, in the precision of the trained policy."""
+        return self.engine.as_trained(self.training.precision)
 
     def longest(self) -> dict[str, int]:
         """Longest sequences that the model meets, tokens, by the settings that ask for them."""
@@ -182,10 +162,8 @@ class DilConfig(TrainingJobConfig):
         return answered | longest_given(self.demonstrations, self.objective)
 
 
-class IrlConfig(TrainingJobConfig):
+class IrlConfig(ModelJobConfig):
     """Everything that `jobs/irl_reward.py` reads."""
-
-    trained: ClassVar[str] = "sft"
 
     script: ClassVar[str] = "jobs/irl_reward.py"
     example: ClassVar[str | None] = "jobs/configs/irl_arithmetic.yaml"
@@ -216,7 +194,15 @@ class IrlConfig(TrainingJobConfig):
         choosers = [*self.rewards.kinds, *self.best_of_n.scorers, *(["ensemble"] if self.rewards.ensemble else [])]
         if self.best_of_n.choose_by not in (None, *choosers):
             raise ValueError(f"best_of_n.choose_by={self.best_of_n.choose_by!r} chooses nothing: there are {', '.join(choosers)}")
+        if self.preferences.path in GENERATED:
+            raise ValueError(f"preferences.path={self.preferences.path!r} is generated, and no preference pairs: name a file or a hub id")
+        if "held_out" in self.best_of_n.asked():
+            require_held_out(self.demonstrations, "Best-of-N is measured on held-out prompts")
         return self
+
+    def sampler(self) -> Engine:
+        """The engines, in the precision of the SFT policy."""
+        return self.engine.as_trained(self.sft.precision)
 
     def given_preferences(self) -> bool:
         """Whether the preference pairs of "bt" were given, not made."""
@@ -307,6 +293,14 @@ class ServeConfig(ServiceConfig):
     """Everything that `jobs/serve_bon.py` reads."""
 
     ray: RaySettings = RaySettings()
+
+
+def require_held_out(data: Demonstrations, why: str) -> None:
+    """Raises ValueError where nothing is held out, and says who needs it."""
+    if not data.holds_out():
+        raise ValueError(
+            f"demonstrations.held_out_fraction=0 holds nothing out, but {why}: raise it, or name a held_out_path or a held_out_split"
+        )
 
 
 def longest_sampled(data: Demonstrations, **sections: Sampling | Evaluation | BestOfN) -> dict[str, int]:

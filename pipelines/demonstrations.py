@@ -125,7 +125,7 @@ def _raw_rows(file: str, settings: Demonstrations, split: str) -> Iterator[sourc
     try:
         made = list(GENERATED[settings.path].draw(count, settings.seed, held_out))
     except ValueError as error:
-        raise StageError(f"demonstrations.path={settings.path}: {error}") from None
+        raise StageError(f"{settings.section}.path={settings.path}: {error}") from None
     return (
         {"source": f"{settings.path}/{split}:{number}", "row": json.dumps(row), "reason": ""} for number, row in enumerate(made, start=1)
     )

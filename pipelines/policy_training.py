@@ -2,7 +2,7 @@
 
 INPUT  demonstrations/train (SFT), iteration-1/pairs/train (GSIL) or rewards/init-sft/pairs/train (reward model)
 OUTPUT policy/ or reward/ (Hugging Face directory; with LoRA also adapter/), metrics.jsonl, TensorBoard events,
-       held_out.{json,parquet}, trained.json, checkpoints/
+       held_out.{json,parquet}, trained.json; checkpoints/ until it is done
 """
 
 import json

@@ -13,7 +13,8 @@ GROUND = ("run", "watching", "workers", "data", "judges", "lmeval")
 """Rooms of pipelines/ that stages share."""
 ROOFS = ("report", "serving", "reproduction")
 """Rooms of pipelines/ that stand on the stages."""
-MATHEMATICS = [ROOT / "actors" / "learner" / f"{name}.py" for name in ("objectives", "logprobs", "rewards", "batches", "attention", "data")]
+LEARNER = ("objectives", "logprobs", "rewards", "rounding", "batches", "attention", "data")
+MATHEMATICS = [ROOT / "actors" / "learner" / f"{name}.py" for name in LEARNER]
 MATHEMATICS += [ROOT / "actors" / "reward" / f"{name}.py" for name in ("best_of_n", "metrics")]
 
 

@@ -179,12 +179,16 @@ def export(
     if writes:
         # Tied weights are one parameter under several names; transformers writes them once.
         state = {name: masters[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in masters}
+        draws = settings.seed
         if settings.lora_r:
+            # As the forward pass had them, and other draws for every training.
+            state = {name: tensor.to(DTYPES[settings.precision]).float() for name, tensor in state.items()}
+            draws = xxhash.xxh3_64_intdigest(json.dumps([settings.seed, digests(state)]).encode()) >> 1
             model, state = _merged(weights, settings, state, directory.parent / "adapter", trust_remote_code, kind)
         else:
             state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
         # As it was trained, sampled and measured: of the master weights a reader would get a policy that nobody looked at.
-        state = _rounded(state, settings)
+        state = _rounded(state, settings, draws)
         words = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
         if kind == "policy":
             GenerationConfig.from_pretrained(tokenizer).save_pretrained(directory)
@@ -202,11 +206,12 @@ def export(
     return written
 
 
-def _rounded(state: dict[str, torch.Tensor], settings: Training) -> dict[str, torch.Tensor]:
-    """Weights in the precision that they are saved in. A full training computes with the nearest ones; adapters are merged afterwards."""
+def _rounded(state: dict[str, torch.Tensor], settings: Training, draws: int) -> dict[str, torch.Tensor]:
+    """Weights in the precision that they are saved in. A full training computes with the nearest ones; adapters are merged afterwards, by
+    the seed `draws`."""
     if not (settings.lora_r and settings.precision == "bfloat16"):
         return {name: tensor.to(DTYPES[settings.precision]) for name, tensor in state.items()}
-    draw, done = torch.Generator().manual_seed(settings.seed), dict[int, torch.Tensor]()
+    draw, done = torch.Generator().manual_seed(draws), dict[int, torch.Tensor]()
     for tensor in state.values():
         # Tied weights are one tensor under several names.
         if tensor.data_ptr() not in done:

@@ -140,7 +140,8 @@ def check(numbers: dict[str, Any], writer: Splits, settings: Demonstrations) -> 
             f"more than max_rejected_fraction={settings.max_rejected_fraction}. The first:\n{_listed(writer.rejected)}\n"
             f"All of them: {writer.directory / 'rejected.parquet'}"
         )
-    drawn = f"rows are held out by their prompts, of which the {kept} rows have {len(writer.prompts)}"
+    met = f"{len(writer.prompts)}{' or more' if len(writer.prompts) == MANY else ''}"
+    drawn = f"rows are held out by their prompts, of which the {numbers['read']} rows read have {met}"
     if not numbers["train"]:
         why = f": {drawn}" if writer.cuts and kept else ""
         read = f"{numbers['read']} rows read, {numbers['held_out']} of them held out{why}"

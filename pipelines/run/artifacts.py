@@ -98,7 +98,7 @@ class Run:
     Args:
         root: the directory.
         display: is told what happens.
-        begin: called before stages begin, and throw away what other attempts left.
+        begin: called before anything of the run is thrown away: before a stage begins, and when its data was found damaged.
         report: called whenever stages have begun or ended.
         patience: seconds that a stage waits for nodes which the cluster does not have yet.
     """
@@ -173,6 +173,7 @@ class Run:
             self.intact.add(stage.name)
             return False
         log.warning("%s: %s: the stage is made anew", stage.name, why)
+        self.begin()
         # Not even an attempt: one that was killed behind its manifest would be taken up where it was.
         (directory / "started.json").unlink(missing_ok=True)
         (directory / "manifest.json").unlink()
@@ -291,7 +292,7 @@ class Run:
         self.intact.add(stage.name)
         # Last: a process that dies in between has finished the stage.
         started.unlink()
-        # Of no use to anybody now, and 13 bytes a weight.
+        # Of no use to anybody now, and 14 bytes a weight in bfloat16.
         shutil.rmtree(directory / ATTEMPT, ignore_errors=True)
 
 

@@ -87,15 +87,28 @@ def test_overrides_win_over_files_and_numbers_are_read_as_people_write_them(tmp_
 
 
 def test_policies_are_sampled_in_the_precision_that_they_are_trained_in() -> None:
-    assert build(GsilConfig, []).engine.dtype == build(DilConfig, ["--demonstrations.path", "a.jsonl"]).engine.dtype == "float32"
+    assert build(GsilConfig, []).sampler().dtype == build(DilConfig, ["--demonstrations.path", "a.jsonl"]).sampler().dtype == "float32"
     config = build(GsilConfig, ["--training.precision", "bfloat16", "--engine.num_cpus", "2"])
-    assert (config.engine.dtype, config.engine.num_cpus) == ("bfloat16", 2)
-    assert build(IrlConfig, ["--sft.precision", "bfloat16"]).engine.dtype == "bfloat16", "the policy is the SFT stage's"
-    assert build(IrlConfig, ["--training.precision", "bfloat16"]).engine.dtype == "float32"
-    assert build(GsilConfig, ["--training.precision", "bfloat16", "--engine.dtype", "float16"]).engine.dtype == "float16"
-    assert GsilConfig(training=Training(precision="bfloat16"), engine=Engine(num_cpus=3)).engine == Engine(num_cpus=3, dtype="bfloat16")
-    assert build(EvaluateConfig, ["--answers.measures", "[exact_answer]"]).engine.dtype == "auto", "nothing is trained"
-    assert "training.precision='fp16'" in refused("--training.precision", "fp16")
+    assert config.sampler() == Engine(num_cpus=2, dtype="bfloat16") and config.engine.dtype == "auto", "another precision asks anew"
+    assert build(GsilConfig, ["--sft.precision", "bfloat16", "--iterations.count", "0"]).sampler().dtype == "bfloat16"
+    assert build(IrlConfig, ["--sft.precision", "bfloat16"]).sampler().dtype == "bfloat16", "the policy is the SFT stage's"
+    assert build(IrlConfig, ["--training.precision", "bfloat16"]).sampler().dtype == "float32"
+    assert build(GsilConfig, ["--training.precision", "bfloat16", "--engine.dtype", "float16"]).sampler().dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("schema", "argv"),
+    [
+        (GsilConfig, []),
+        (DilConfig, ["--evaluation.metric", "exact_answer"]),
+        (IrlConfig, []),
+    ],
+)
+def test_who_needs_held_out_prompts_says_so(schema: type[JobConfig], argv: list[str]) -> None:
+    nothing = ["--demonstrations.path", "a.jsonl", "--demonstrations.held_out_fraction", "0"]
+    with pytest.raises(ConfigError, match=r"held_out_fraction=0 holds nothing out, but .* held-out prompts: raise"):
+        build(schema, [*nothing, *argv])
+    assert build(schema, [*nothing, *argv, "--demonstrations.held_out_path", "b.jsonl"])
 
 
 @pytest.mark.parametrize(
@@ -133,6 +146,7 @@ def test_policies_are_sampled_in_the_precision_that_they_are_trained_in() -> Non
         ),
         (["--model.path", ""], ["model.path=''", "at least 1 character"]),
         (["--run.name", "a/b"], ["name='a/b' names a folder: letters, digits"]),
+        (["--workers", "2"], ["there is no 'workers'; did you mean 'sft.workers'?"]),
         (["--rewards.seeds", "2"], ["there is no 'rewards'", "a section of jobs/irl_reward.py, jobs/reproduce.py"]),
     ],
 )

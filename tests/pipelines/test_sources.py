@@ -97,7 +97,7 @@ def test_held_out_rows_of_which_not_one_is_good_stop_the_job_before_the_others_a
         (
             [{"prompt": "a", "completion": f"{k}"} for k in range(5)],
             {"held_out_fraction": 0.9999},
-            "5 rows read, 5 of them held out: rows are held out by their prompts, of which the 5 rows have 1; name a file",
+            "5 rows read, 5 of them held out: rows are held out by their prompts, of which the 5 rows read have 1; name a file",
             "layout",
         ),
     ],
