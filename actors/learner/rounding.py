@@ -1,8 +1,8 @@
 """From float32 to bfloat16 so that small updates are not lost.
 
 bfloat16 has 8 bits: rounded to the nearest, a weight that was bfloat16 before stays what it was if its update is below half a step. Of a
-short training's low-rank updates that were most of the weights (70 % in a reward model of 135 million), and the merged model gave another
-reward than the trained one (0.81 in place of 1.37). Rounded up with the probability of what is cut off, every weight is right in the mean
+short training's low-rank updates that were most of the weights (70 % in a reward model of 135 million), and the merged model gave other
+rewards than the trained one (0.81 in place of 1.37). Rounded up with the probability of what is cut off, every weight is right in the mean
 (stochastic rounding; Gupta et al. 2015, arXiv 1502.02551): the updates of many weights add up, the errors do not.
 """
 
