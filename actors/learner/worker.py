@@ -207,8 +207,8 @@ def check_export(job: TrainJob, examples: Examples, probe: list[float], written:
         loaded = [value for row in range(min(2, len(examples))) for value in scorer([examples[row]])[0]]
         relative, absolute = 1e-3, 1e-2
         if settings.precision == "bfloat16":
-            # A log-prob is a sum over the tokens of a response, a reward a single number. Merging adapters rounds anew: rewards of four models
-            # were up to 0.18 apart in 24 draws, and 0.45 where the updates were lost.
+            # A log-prob is a sum over the tokens of a response, a reward a single number. Merging adapters rounds anew: rewards of four
+            # models were up to 0.18 apart in 24 draws, and 0.45 where the updates were lost.
             relative, absolute = 2e-2, 0.5 if job.kind == "policy" else 0.3 if settings.lora_r else 0.2
         if wrong:
             problem = [
