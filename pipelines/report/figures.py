@@ -114,7 +114,7 @@ def _training(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]], 
             if number:
                 axes.axvline(start + 0.5, color=INK, alpha=0.4, linewidth=0.8, linestyle=":")
             if title.startswith("rewards") and len("".join(curves)) <= MOST_NAMED:
-                axes.annotate(name, (start, 1), xycoords=("data", "axes fraction"), fontsize=7, va="bottom", annotation_clip=False)
+                axes.annotate(name, (start + 1, 1), xycoords=("data", "axes fraction"), fontsize=7, va="bottom", annotation_clip=False)
             start += len(steps)
         if title.startswith(("rewards", "margin")):
             axes.axhline(0, color=INK, alpha=0.4, linewidth=0.8)
