@@ -244,19 +244,3 @@ def test_the_readme_has_the_table_that_the_script_prints() -> None:
     # Every assumption is named there with its value.
     for value in (f"{sizing.MFU:.0%}", f"{sizing.DECODING:.0%}", f"{sizing.STEP_SECONDS * 1000:g} ms", f"{sizing.MICRO_BATCH_TOKENS:,}"):
         assert value.replace("%", " %") in (DEPLOY / "README.md").read_text(), value
-
-
-@pytest.mark.parametrize(
-    ("answers", "given", "device"), [(True, [], "gpu"), (False, [], "cpu"), (True, ["DEVICE=cpu"], "cpu"), (False, ["DEVICE=gpu"], "gpu")]
-)
-def test_a_gpu_is_taken_where_its_driver_answers_or_by_name(answers: bool, given: list[str], device: str, tmp_path: Path) -> None:
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nexit {int(not answers)}\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    # Not what the make above it was given.
-    above = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "DEVICE"}
-    environment = {k: v for k, v in os.environ.items() if k not in above} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    # What it would do: a venv elsewhere, so that nothing counts as set up.
-    said = subprocess.run(
-        ["make", "-n", "run", f"VENV={tmp_path}/venv", *given], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    assert f"requirements/{device}.txt" in said.stdout and ("one_gpu.yaml" in said.stdout) == (device == "gpu")
