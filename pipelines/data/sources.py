@@ -61,7 +61,9 @@ def find(path: str, split: str, must: bool = False, key: str = "demonstrations.p
     if not found and glob.has_magic(root):
         raise StageError(f"{key}={path!r}: nothing matches {root}: check the directory and the pattern")
     asked = must or not glob.has_magic(path)
-    named = [file for file in files if asked and split in (Path(file).name.split(".")[0].split("-")[0], Path(file).parent.name)]
+    # A directory that was asked for may itself be called as a split, which says nothing of the files in it.
+    folders = {file: Path(file).parent.name for file in files if Path(file).parent != Path(root)}
+    named = [file for file in files if asked and split in (Path(file).name.split(".")[0].split("-")[0], folders.get(file))]
     if not files:
         raise StageError(f"{key}={path!r} holds no file that ends in {', '.join(SUFFIXES)} (or one of them with .gz)")
     if must and len(files) > 1 and not named:
@@ -150,7 +152,7 @@ Parsed = tuple[str, str]
 
 
 def _suffix(file: str) -> str:
-    name = file.removesuffix(".gz").removesuffix(".zst")
+    name = file.removesuffix(".gz")
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 

@@ -34,7 +34,7 @@ def connected(settings: RaySettings) -> Iterator[str]:
         where the logs of Ray, vLLM and DeepSpeed are.
 
     Raises:
-        StageError: no cluster answers at the address, or the local instance does not start.
+        StageError: no cluster answers at the address, it is Ray Client's, or the local instance does not start.
     """
     import ray.data
 
@@ -148,7 +148,12 @@ def living() -> dict[str, dict[str, Any]]:
 
 def _check_answers(address: str) -> None:
     """Ray itself waits for minutes for a cluster that is not there, and says nothing."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise StageError(
+            f"{address!r} is Ray Client's: a job needs a node of the cluster to run on. Submit it with ray job submit --address "
+            "http://HEAD:8265 --working-dir . -- python jobs/..., or run it on a node with --ray.address HOST:6379"
+        )
+    host, _, port = address.rpartition(":")
     if port.isdigit():
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()

@@ -1,5 +1,7 @@
 """When the main job stops, what it warns of and which policy it keeps: `align` on stages whose numbers are given."""
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ def finished(root: Path, accuracies: dict[str, float], argv: tuple[str, ...] = (
         (stage,) = stages
         policy, _, kind = stage.name.rpartition("/")
         (run.directory(stage) / "policy").mkdir()
-        (run.directory(stage) / "policy" / "config.json").write_text("{}")
+        (run.directory(stage) / "policy" / "config.json").write_text(json.dumps({"made by": policy}))
         if kind == "model":
             (run.directory(stage) / "tokenizer").mkdir()
             (run.directory(stage) / "tokenizer" / "chat_template.jinja").write_text("the run's")
@@ -47,9 +49,14 @@ def finished(root: Path, accuracies: dict[str, float], argv: tuple[str, ...] = (
     return align(config, graph, Run(root))
 
 
+def kept(root: Path) -> str:
+    """Whose weights `final/` are."""
+    return json.loads((root / "final/config.json").read_text())["made by"]
+
+
 def test_all_iterations_and_the_best_policy(tmp_path: Path) -> None:
     summary = finished(tmp_path, {"base": 0.0, "sft": 0.3, "iteration-1": 0.4, "iteration-2": 0.5})
-    assert summary["stopped"] is None and summary["final"] == "iteration-2" and summary["warnings"] == []
+    assert summary["stopped"] is None and summary["final"] == kept(tmp_path) == "iteration-2" and summary["warnings"] == []
     assert list(summary["policies"]) == ["base", "sft", "iteration-1", "iteration-2"]
     assert summary["iterations"][0] == {
         "negatives": 13,
@@ -67,17 +74,18 @@ def test_all_iterations_and_the_best_policy(tmp_path: Path) -> None:
 def test_it_stops_when_the_metric_falls_and_keeps_the_best(tmp_path: Path) -> None:
     scores = {"base": 0.0, "sft": 0.3, "iteration-1": 0.25, "iteration-2": 0.28}
     summary = finished(tmp_path / "stops", scores)
-    assert summary["stopped"] == "iteration-1: the held-out metric fell" and summary["final"] == "sft"
+    assert summary["stopped"] == "iteration-1: the held-out metric fell"
+    assert summary["final"] == kept(tmp_path / "stops") == "sft"
     assert summary["warnings"] == ["iteration-1 is worse than sft: 0.250 after 0.300"]
     assert list(summary["policies"]) == ["base", "sft", "iteration-1"]
     goes_on = finished(tmp_path / "goes_on", scores, ("--iterations.stop_when_worse", "false"))
-    assert goes_on["stopped"] is None and goes_on["final"] == "sft" and len(goes_on["iterations"]) == 2
+    assert goes_on["stopped"] is None and goes_on["final"] == kept(tmp_path / "goes_on") == "sft" and len(goes_on["iterations"]) == 2
 
 
 def test_an_sft_policy_worse_than_the_base_model_is_said_and_mended(tmp_path: Path) -> None:
     summary = finished(tmp_path, {"base": 0.4, "sft": 0.3, "iteration-1": 0.35, "iteration-2": 0.38})
     assert summary["warnings"] == ["sft is worse than base: 0.300 after 0.400; final/ is the best of the trained policies"]
-    assert summary["stopped"] is None and summary["final"] == "iteration-2"
+    assert summary["stopped"] is None and summary["final"] == kept(tmp_path) == "iteration-2"
 
 
 def test_without_sft_the_base_model_is_where_the_iterations_start(tmp_path: Path) -> None:
@@ -95,7 +103,7 @@ def test_it_stops_when_held_out_pairs_are_told_apart_by_chance(tmp_path: Path) -
     training = {"held_out": APART | {"accuracy": 0.55}, "tail_reward_real": 0.5}
     summary = finished(tmp_path / "stops", scores, training=training)
     assert summary["stopped"] == "iteration-1: held-out pairs are told apart no better than by chance (0.550)"
-    assert summary["final"] == "iteration-1"
+    assert summary["final"] == kept(tmp_path / "stops") == "iteration-1"
     goes_on = finished(tmp_path / "goes_on", scores, ("--iterations.stop_when_indistinguishable", "false"), training=training)
     assert goes_on["stopped"] is None and goes_on["final"] == "iteration-2"
 
@@ -111,7 +119,11 @@ def test_without_a_metric_the_last_policy_is_final(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("gamma", "text"), [("0", "stays below zero (-0.600)"), ("1", "heads for -gamma (-0.600 of -1)")])
-def test_a_falling_reward_is_in_the_summary_and_on_the_model_card(gamma: str, text: str, tmp_path: Path) -> None:
-    summary = finished(tmp_path, {}, ("--objective.gamma", gamma), training={"held_out": APART, "tail_reward_real": -0.6})
+def test_a_falling_reward_is_in_the_log_the_summary_and_on_the_model_card(
+    gamma: str, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        summary = finished(tmp_path, {}, ("--objective.gamma", gamma), training={"held_out": APART, "tail_reward_real": -0.6})
+    assert [text in record.getMessage() for record in caplog.records] == [True, True]
     assert [text in warning for warning in summary["warnings"]] == [True, True]
     assert text in (tmp_path / "final" / "README.md").read_text()

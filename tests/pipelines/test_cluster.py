@@ -16,19 +16,25 @@ from pipelines.run.artifacts import StageError
 from pipelines.settings import RaySettings
 from pipelines.workers import cluster
 
+CLIENT = RaySettings(address="ray://head:10001")
 
-@pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_an_address_where_nobody_listens_is_told_at_once(scheme: str) -> None:
+
+def test_an_address_where_nobody_listens_is_told_at_once() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = time.monotonic()
     with (
-        pytest.raises(StageError, match=f"no Ray cluster answers at '{scheme}127.0.0.1:{port}'"),
-        cluster.connected(RaySettings(address=f"{scheme}127.0.0.1:{port}")),
+        pytest.raises(StageError, match=f"no Ray cluster answers at '127.0.0.1:{port}'"),
+        cluster.connected(RaySettings(address=f"127.0.0.1:{port}")),
     ):
         pass
     assert time.monotonic() - started < 5
+
+
+def test_ray_client_is_refused_with_what_to_do_instead() -> None:
+    with pytest.raises(StageError, match=r"ray://head:10001.*ray job submit.*--ray.address HOST:6379"), cluster.connected(CLIENT):
+        pass
 
 
 def test_a_local_instance_that_does_not_start_says_why_and_what_to_do(tmp_path: Path) -> None:

@@ -68,6 +68,15 @@ def test_a_pattern_that_matches_nothing_says_where_it_looked(tmp_path: Path, mon
         sources.find("*", "train")
 
 
+def test_the_name_of_the_directory_that_was_asked_for_says_nothing_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "train" / "train").mkdir(parents=True)
+    for name in ("train.jsonl", "test.jsonl", "train/a.jsonl"):
+        write(tmp_path / "train" / name, ROWS[:3])
+    for path in (str(tmp_path / "train"), f"{tmp_path}/train/", f"file://{tmp_path}/train"):
+        assert [Path(f).name for f in sources.find(path, "train")] == ["train.jsonl", "a.jsonl"]
+        assert [Path(f).name for f in sources.find(path, "test")] == ["test.jsonl"]
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_held_out_rows_of_which_not_one_is_good_stop_the_job_before_the_others_are_read(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
