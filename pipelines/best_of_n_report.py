@@ -4,6 +4,7 @@ Shapes: P prompts, N samples of a prompt, M scorers, S sizes n.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +142,8 @@ def curve(
     golden, stderr = _mean_and_error(expected)
     low, high = bootstrap_band(expected, seed=0)
     rate, rate_error = _mean_and_error(wins + ties / 2)
-    base, span = ends[0], ends[1] - ends[0]
+    # Ends that are equal but for rounding say nothing between them.
+    base, span = ends[0], 0.0 if math.isclose(*ends) else ends[1] - ends[0]
     values = {"golden": golden, "stderr": stderr, "low": low, "high": high}
     normalised = (
         {

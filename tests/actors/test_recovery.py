@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from training import assert_same_steps, end, failure_of, kill_when, start, steps_of, train, write_pairs
 
@@ -66,8 +67,14 @@ def test_so_does_bfloat16_with_its_float32_sums(after: int, tiny: Path, pairs: P
     assert_same_steps(train(tiny, pairs, tmp_path, after, Objective(), **options), whole, rel=1e-4 if after == 2 else 0.1)
 
 
-def test_low_rank_adapters_go_on_too(tiny: Path, pairs: Path, tmp_path: Path) -> None:
-    options = {"epochs": 6, "checkpoint_every": 3, "lora_r": 4, "lora_targets": "q_proj,v_proj", "zero_stage": 2}
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+def test_low_rank_adapters_go_on_too(kind: str, tiny: Path, pairs: Path, tmp_path: Path) -> None:
+    options = {"kind": kind, "epochs": 6, "checkpoint_every": 3, "lora_r": 4, "lora_targets": "q_proj,v_proj", "zero_stage": 2}
+    if kind == "reward":
+        # Its head is trained as a whole beside the adapters: fast and without a reference, so that it would be missed.
+        options["learning_rate"] = 1e-2
+        pq.write_table(pq.read_table(pairs, columns=["id", "prompt_ids", "real_ids", "generated_ids"]), tmp_path / "pairs.parquet")
+        pairs = tmp_path / "pairs.parquet"
     whole = train(tiny, pairs, tmp_path / "whole", 1, Objective(), **options)
     processes = start(tiny, pairs, tmp_path, 2, Objective(), **options)
     kill_when(processes, (tmp_path / "checkpoints/step-000006/done.json").exists)

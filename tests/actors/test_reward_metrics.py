@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from actors.reward.metrics import accuracy, auc, calibration_error, clustered_error, length_scores, origin_scores
+from actors.reward.metrics import accuracy, auc, calibration_error, clustered_error, length_scores, origin_scores, pair_accuracy
 
 
 def test_accuracy_and_auc_by_hand() -> None:
@@ -13,6 +13,13 @@ def test_accuracy_and_auc_by_hand() -> None:
     # Pairs won: 2 beats both, -1 and 0 beat -3 only.
     assert auc(positive, negative) == pytest.approx(4 / 6)
     assert auc(np.array([1.0, 2.0]), np.array([1.0])) == pytest.approx(0.75)
+
+
+def test_a_pair_counts_by_its_own_two_sides_and_a_tie_half() -> None:
+    positive, negative = np.array([2.0, 1.0, -1.0, 0.0]), np.array([-1.0, 1.0, 0.5, -2.0])
+    # Won, tied, lost, won.
+    assert pair_accuracy(positive, negative) == 2.5 / 4 and pair_accuracy(negative, positive) == 1.5 / 4
+    assert pair_accuracy(positive, positive) == 0.5
 
 
 def test_pairs_of_a_prompt_are_no_independent_ones() -> None:

@@ -66,6 +66,15 @@ def test_the_report_by_hand(tmp_path: Path) -> None:
     assert x["win"] == pytest.approx([1 / 6, 1 / 6, 0]) and x["tie"] == pytest.approx([1 / 3 + 1 / 3, 1 / 3 + 1 / 6, 1 / 2])
     assert both["golden"] == pytest.approx([1 / 2, 5 / 6, 1])
     assert found["selectors"]["oracle (golden)"]["golden"] == pytest.approx([1 / 2, 5 / 6, 1])
+    # Of two prompts a band reaches from one to the other: a resample has only one of them in a quarter of the cases each.
+    assert x["low"] == pytest.approx([1 / 3, 1 / 3, 0]) and x["high"] == pytest.approx([2 / 3, 1 / 3, 0])
+    for line in found["selectors"].values():
+        assert all(low <= mean <= high for low, mean, high in zip(line["low"], line["golden"], line["high"], strict=True))
+        for normalised, value in {"normalised": "golden", "normalised_low": "low", "normalised_high": "high"}.items():
+            assert line[normalised] == pytest.approx([(golden - 0.1) / 0.9 for golden in line[value]])
+        assert line["win_rate"] == pytest.approx([win + tie / 2 for win, tie in zip(line["win"], line["tie"], strict=True)])
+    assert (run.directory(stage) / "best_of_n.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (run.directory(stage) / "best_of_n.svg").read_text()
     wins, golden = best_of_n_report.tables(found).values()
     assert wins[0] == golden[0] == ["chosen by", "N = 1", "N = 3"]
     assert golden[2] == ["x", "0.44 ± 0.19", "-0.11 ± 0.00"]
@@ -73,6 +82,41 @@ def test_the_report_by_hand(tmp_path: Path) -> None:
     assert [(line["input"][0]["content"], line["output"], line["reward"]) for line in chosen] == [("a", "a0", 3.0), ("b", "b2", 3.0)]
     preferences = [json.loads(line) for line in (run.directory(stage) / "preferences.held_out.jsonl").read_text().splitlines()]
     assert [(line["chosen"][0]["content"], line["rejected"][0]["content"]) for line in preferences] == [("a0", "a2"), ("b2", "b0")]
+
+
+def ends(run: Run, stage: Stage, **values: list[float]) -> None:
+    """Writes other golden scores of the base policy's responses and of the demonstrations, of both prompts."""
+    for role, pair in values.items():
+        rows = [{"id": key, "sample": 0, "score": value} for key, value in zip("ab", pair, strict=True)]
+        write_rows(run.directory(stage.inputs[role]) / "held_out/00000.parquet", rows, SCORE)
+
+
+def test_demonstrations_below_the_base_policy_turn_the_band_around_not_inside_out(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    stage = planned(run, [3.0, 2.0, 1.0, 1.0, 2.0, 3.0], [0.0] * 6, Combination(), x=["x"])
+    ends(run, stage, base=[1.0, 1.0], demonstrations=[0.4, 0.6])
+    run.do(best_of_n.choose, stage)
+    found = run.numbers(stage)
+    assert (found["golden"]["base"], found["golden"]["demonstrations"]) == (1.0, 0.5)
+    x = found["selectors"]["x"]
+    # Golden scores 1/2, 1/3 and 0, from 1/3 to 2/3 the first, on a scale that begins at 1 and has 1/2 as its 1.
+    assert x["normalised"] == pytest.approx([1, 4 / 3, 2])
+    assert x["normalised_low"] == pytest.approx([2 / 3, 4 / 3, 2]) and x["normalised_high"] == pytest.approx([4 / 3, 4 / 3, 2])
+    assert x["normalised_stderr"] == pytest.approx([1 / 3, 0, 0], abs=1e-12)
+    assert (run.directory(stage) / "best_of_n.png").exists() and (run.directory(stage) / "best_of_n.svg").exists()
+
+
+def test_demonstrations_no_better_than_the_base_policy_leave_the_golden_score_as_it_is(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    stage = planned(run, [3.0, 2.0, 1.0, 1.0, 2.0, 3.0], [0.0] * 6, Combination(), x=["x"])
+    ends(run, stage, base=[0.0, 1.0], demonstrations=[0.5, 0.5])
+    run.do(best_of_n.choose, stage)
+    found = run.numbers(stage)
+    for line in found["selectors"].values():
+        assert line["normalised"] is None and not {"normalised_low", "normalised_high", "normalised_stderr"} & set(line)
+    assert found["selectors"]["x"]["golden"] == pytest.approx([1 / 2, 1 / 3, 0])
+    assert best_of_n_report.tables(found)["golden score"][2] == ["x", "0.50 ± 0.17", "0.00 ± 0.00"]
+    assert (run.directory(stage) / "best_of_n.png").exists() and (run.directory(stage) / "best_of_n.svg").exists()
 
 
 @pytest.mark.parametrize(

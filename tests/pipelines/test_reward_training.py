@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import irl_reward
+from jobs import gsil_iterative, irl_reward
 from jobs.config import ConfigError, build
-from jobs.schemas import IrlConfig
+from jobs.schemas import GsilConfig, IrlConfig
 from pipelines import reward_training
 from pipelines.records import DEMONSTRATION, PREFERENCE, REWARD_PAIR, SAMPLE, SCORE, write_rows
 from pipelines.reward_training import doubts, make_pairs, paired, plan_pairs, told_apart
@@ -143,6 +143,63 @@ def test_the_graph_draws_nothing_that_nobody_reads(shared_preferences: Path, tin
     assert config.best_of_n.asked() == {"held_out": None, "train": None}
     names = [stage.name for stage in irl_reward.plan(config).stages()]
     assert names[-2:] == ["best_of_n/init-sft-0", "best_of_n/results"] and "best_of_n/golden" not in names
+
+
+def test_every_kind_learns_from_its_two_sides(tiny: Path, shared_preferences: Path) -> None:
+    flags = ["--model.path", str(tiny), "--rewards.kinds", "[init-sft, init-demo, sft-demo, bt]", "--responses.samples", "2"]
+    graph = irl_reward.plan(build(IrlConfig, flags))
+    sides = {reward.kind: {side: stage.name for side, stage in reward.pairs.inputs.items()} for reward in graph.rewards}
+    assert sides == {
+        "init-sft": {"positives": "sft/responses", "negatives": "base/responses"},
+        "init-demo": {"positives": "demonstrations", "negatives": "base/responses"},
+        "sft-demo": {"positives": "demonstrations", "negatives": "sft/responses"},
+        "bt": {"positives": "sft/responses", "negatives": "sft/responses", "labels": "rewards/bt/labels"},
+    }
+    stages = {stage.name: stage for stage in graph.stages()}
+    sampled = {name: stages[name].inputs["policy"].name for name in ("base/responses", "sft/responses", "best_of_n/samples")}
+    assert sampled == {"base/responses": "base/model", "sft/responses": "sft/training", "best_of_n/samples": "sft/training"}
+    assert stages["rewards/bt/labels"].inputs["responses"] is stages["sft/responses"]
+    given = irl_reward.plan(build(IrlConfig, [*flags, "--preferences.path", str(shared_preferences)])).rewards[-1].pairs
+    assert {side: stage.name for side, stage in given.inputs.items()} == {"positives": "preferences", "negatives": "preferences"}
+    assert given.settings["preferences"] and not graph.rewards[-1].pairs.settings["preferences"]
+
+
+def test_the_seeds_of_a_kind_choose_together(tiny: Path) -> None:
+    flags = ["--model.path", str(tiny), "--rewards.kinds", "[init-sft, init-demo]", "--rewards.seeds", "2"]
+    choice = irl_reward.plan(build(IrlConfig, flags)).choice
+    assert choice
+    assert choice.settings["selectors"] == {"init-sft": ["init-sft-0", "init-sft-1"], "init-demo": ["init-demo-0", "init-demo-1"]}
+    assert choice.settings["chooser"] == "init-sft"
+    scored = {role: stage.inputs["reward"].name for role, stage in choice.inputs.items() if role.startswith("score-")}
+    assert scored == {f"score-{kind}-{seed}": f"rewards/{kind}/seed-{seed}" for kind in ("init-sft", "init-demo") for seed in (0, 1)}
+
+
+def test_the_losses_of_the_kinds_and_the_ranks_of_the_adapters_are_the_published_ones(tiny: Path) -> None:
+    flags = ["--model.path", str(tiny), "--rewards.kinds", "[init-sft, init-demo, sft-demo, bt]", "--responses.samples", "2"]
+
+    def trained(*more: str) -> dict[str, tuple[str, float]]:
+        stages = {reward.kind: reward.training.settings for reward in irl_reward.plan(build(IrlConfig, [*flags, *more])).rewards}
+        assert {(s["training"]["lora_r"], s["training"]["lora_alpha"]) for s in stages.values()} == {(32, 32)}
+        return {kind: (settings["objective"]["name"], settings["objective"]["beta"]) for kind, settings in stages.items()}
+
+    binary, bradley_terry = ("gsil_logistic", 1.0), ("dpo", 1.0)
+    demonstrated = ("init-sft", "init-demo", "sft-demo")
+    assert trained() == dict.fromkeys(demonstrated, binary) | {"bt": bradley_terry}
+    assert trained("--rewards.loss", "binary") == dict.fromkeys([*demonstrated, "bt"], binary)
+    assert trained("--rewards.loss", "bradley_terry") == dict.fromkeys([*demonstrated, "bt"], bradley_terry)
+
+
+def test_in_the_quickstarts_directory_the_embedded_example_trains_no_second_sft_policy() -> None:
+    configs = Path(irl_reward.__file__).parent / "configs"
+    main = build(GsilConfig, ["--config", str(configs / "quickstart.yaml")])
+    beside = build(IrlConfig, ["--config", str(configs / "irl_arithmetic.yaml"), "--run.name", "quickstart"])
+    assert beside.run.directory() == main.run.directory()
+    theirs, ours = (
+        {stage.name: stage.fingerprint for stage in graph.stages()} for graph in (gsil_iterative.plan(main), irl_reward.plan(beside))
+    )
+    # What --dry-run calls done is what has these fingerprints.
+    for name in ("base/model", "demonstrations", "sft/training"):
+        assert ours[name] == theirs[name], f"{name} would be done again"
 
 
 @pytest.fixture

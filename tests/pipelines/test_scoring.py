@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import TEMPLATE, tokenizer, write_tiny
 from rewards import reward_model
+from tokenizers import normalizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.settings import RewardScoring
@@ -185,6 +186,29 @@ def test_a_stage_counts_what_has_no_score_and_stops_when_nothing_has(
     with pytest.raises(StageError, match="not one response could be scored: the score is inf"):
         run.do(work, never)
     assert not list(run.directory(never).glob("*/*.parquet")), "a mended scorer is asked again"
+
+
+def test_the_log_says_how_published_reward_models_read_the_responses(
+    local_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    published = {name: reward_model(tmp_path / name, "gpt2") for name in ("same", "others", "plain")}
+    words = AutoTokenizer.from_pretrained(published["others"])
+    # It reads lower case alone: of "What" it makes other tokens, in the same template.
+    words.backend_tokenizer.normalizer = normalizers.Lowercase()
+    words.save_pretrained(published["others"])
+    (published["plain"] / "chat_template.jinja").unlink()
+    run, samples = Run(tmp_path / "run"), Stage("samples", {})
+    (run.directory(samples) / "held_out").mkdir(parents=True)
+    write_rows(run.directory(samples) / "held_out" / "00000.parquet", rows(), SAMPLE)
+    stages = {name: scoring.plan(name, samples, samples, str(path), "float32", TRANSFORMERS) for name, path in published.items()}
+    run.do(scoring.score(TRANSFORMERS, 512, False), *stages.values())
+    # Files whose responses were read in other tokens or in a plain template; there is one.
+    counted = {name: (run.numbers(stage)["retemplated"], run.numbers(stage)["untemplated"]) for name, stage in stages.items()}
+    assert counted == {"same": (0, 0), "others": (1, 0), "plain": (1, 1)}
+    assert all(run.numbers(stage)["rows"] == 8 and not run.numbers(stage)["unscored"] for stage in stages.values())
+    others, plain = (record.getMessage() for record in caplog.records if record.getMessage().startswith(tuple(published)))
+    assert others.startswith("others: the reward model reads other tokens than the policy wrote: responses are written in its own chat")
+    assert plain.startswith("plain: the reward model has no chat template, responses are written in a plain one (User: ... Assistant")
 
 
 def test_a_score_is_finite() -> None:
