@@ -189,6 +189,10 @@ class Objective(Settings):
             if self.function not in readers and value != type(self).model_fields[number].default:
                 names = ", ".join(name for name, preset in PRESETS.items() if preset["function"] in readers)
                 raise ValueError(f"{number}={value} means nothing to {self.name}: only to {names}")
+        if self.function == "sft" and not self.sft_weight:
+            raise ValueError(
+                "sft_weight=0 leaves nothing to minimise: of sft it is the only term. Set it to 1, or remove it from the config"
+            )
         return self
 
     @property

@@ -246,6 +246,8 @@ def convert(path: str, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from actors.learner import policy
+
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = loaded.config.to_dict()
     # transformers refuses to save what it read from a GGUF; a model of the same config with the same weights it saves.
@@ -255,6 +257,7 @@ def convert(path: str, directory: Path) -> None:
     clean.load_state_dict(loaded.state_dict(), assign=True)
     clean.tie_weights()
     clean.save_pretrained(directory / "policy")
+    policy.finish(directory / "policy", {})
 
 
 def _check_weights(directory: Path) -> None:

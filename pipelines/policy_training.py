@@ -53,7 +53,7 @@ def plan(name: str, start: Stage, base: Stage, data: Stage, training: Training, 
             raise StageError(str(error)) from None
     settings = {"training": steps, "objective": objective.identity()}
     inputs = {"start": start, "base": base, "data": data} | ({"centre": centre} if centre else {})
-    return Stage(name, settings, inputs, demand=training.demand(), version=4)
+    return Stage(name, settings, inputs, demand=training.demand(), version=5)
 
 
 def train(training: Training, tracking: Tracking, longest: int, trust_remote_code: bool) -> Work:

@@ -44,7 +44,10 @@ def deepspeed_config(settings: Training, world: int, theirs: Mapping[str, Any] |
             ours |= {"data_types": {"grad_accum_dtype": "fp32"}}
             ours["bf16"]["immediate_grad_update"] = True
     if theirs is not None:
-        ours = _overlaid(ours | {"train_batch_size": settings.batch_size}, theirs, settings)
+        contradictions: list[str] = []
+        ours = _overlaid(ours | {"train_batch_size": settings.batch_size}, theirs, settings, contradictions)
+        if contradictions:
+            raise ValueError(f"deepspeed={settings.deepspeed} says {'; '.join(contradictions)}")
     # The learner forms micro-batches by tokens and says itself where a step ends: to DeepSpeed every row is a micro-batch.
     return ours | {"train_batch_size": world, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 
@@ -101,7 +104,10 @@ def _agrees(key: str, value: Any, settings: Training) -> bool:
     return False
 
 
-def _overlaid(ours: dict[str, Any], theirs: Mapping[str, Any], settings: Training, prefix: str = "") -> dict[str, Any]:
+def _overlaid(
+    ours: dict[str, Any], theirs: Mapping[str, Any], settings: Training, contradictions: list[str], prefix: str = ""
+) -> dict[str, Any]:
+    """Ours with what they add; what says otherwise than ours goes to `contradictions`."""
     result = dict(ours)
     for key, value in theirs.items():
         dotted = prefix + key
@@ -109,12 +115,11 @@ def _overlaid(ours: dict[str, Any], theirs: Mapping[str, Any], settings: Trainin
             continue
         if dotted in INSTEAD:
             said = ", ".join(f"{name}={getattr(settings, name)}" for name in INSTEAD[dotted])
-            raise ValueError(f"deepspeed={settings.deepspeed} says {dotted}={value!r}, the config says {said}: remove it from the JSON")
-        if isinstance(value, dict) and isinstance(ours.get(key), dict):
-            result[key] = _overlaid(ours[key], value, settings, f"{dotted}.")
+            contradictions.append(f"{dotted}={value!r}, the config says {said} (remove it from the JSON)")
+        elif isinstance(value, dict) and isinstance(ours.get(key), dict):
+            result[key] = _overlaid(ours[key], value, settings, contradictions, f"{dotted}.")
         elif dotted in SETTING_OF_KEY and value != ours.get(key):
-            said = f"{ours.get(key)!r} ({SETTING_OF_KEY[dotted]})"
-            raise ValueError(f"deepspeed={settings.deepspeed} says {dotted}={value!r}, the config says {said}: make them agree")
+            contradictions.append(f"{dotted}={value!r}, the config says {SETTING_OF_KEY[dotted]}: {ours.get(key)!r} (make them agree)")
         else:
             result[key] = value
     return result

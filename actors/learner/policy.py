@@ -200,7 +200,8 @@ def export(
             )
         model.save_pretrained(directory, state_dict=state)
         words.save_pretrained(directory)
-        _finish(directory, {"dtype": settings.precision, **(facts or {})})
+        # The precision of the weights on disk, not of those in training.
+        finish(directory, {"dtype": settings.precision, **(facts or {})})
         written = digests(state)
     dist.barrier()
     return written
@@ -209,14 +210,18 @@ def export(
 def _rounded(state: dict[str, torch.Tensor], settings: Training, draws: int) -> dict[str, torch.Tensor]:
     """Weights in the precision that they are saved in. A full training computes with the nearest ones; adapters are merged afterwards, by
     the seed `draws`."""
-    if not (settings.lora_r and settings.precision == "bfloat16"):
-        return {name: tensor.to(DTYPES[settings.precision]) for name, tensor in state.items()}
-    draw, done = torch.Generator().manual_seed(draws), dict[int, torch.Tensor]()
+    draw, merged = torch.Generator().manual_seed(draws), settings.lora_r and settings.precision == "bfloat16"
+    done: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def place(tensor: torch.Tensor) -> tuple[Any, ...]:
+        # Tied weights are one tensor under several names, and are to be one on disk.
+        return tensor.data_ptr(), tensor.shape
+
     for tensor in state.values():
-        # Tied weights are one tensor under several names.
-        if tensor.data_ptr() not in done:
-            done[tensor.data_ptr()] = stochastic(tensor, draw) if tensor.dtype == torch.float32 else tensor
-    return {name: done[tensor.data_ptr()] for name, tensor in state.items()}
+        if place(tensor) not in done:
+            rounded = stochastic(tensor, draw) if merged and tensor.dtype == torch.float32 else tensor
+            done[place(tensor)] = rounded if merged else tensor.to(DTYPES[settings.precision])
+    return {name: done[place(tensor)] for name, tensor in state.items()}
 
 
 def digests(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -225,8 +230,9 @@ def digests(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return {name: xxhash.xxh3_64_intdigest(data.data) for name, data in flat.items()}
 
 
-def _finish(directory: Path, facts: Mapping[str, Any]) -> None:
-    """The config says the precision of the weights on disk, not of those in training; files can be read by whom the folder is for."""
+def finish(directory: Path, facts: Mapping[str, Any]) -> None:
+    """A model directory as others read it: facts stand in its config, and files can be read by whom the folder is for (safetensors' own are
+    their owner's alone)."""
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(facts), indent=2) + "\n", encoding="utf-8")
     mask = os.umask(0)

@@ -34,7 +34,7 @@ def load(
         ValueError: it is no reward model, or vLLM, where it is taken, cannot load it.
     """
     config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    limit = _positions(config.get_text_config())
     right = policy.is_classifier(config) and config.num_labels == 1
     if right and scoring.backend != "transformers":
         if knows(config.architectures[0]):
@@ -47,6 +47,13 @@ def load(
         if scoring.backend == "vllm":
             raise ValueError(f"vLLM does not know {config.architectures[0]}: set scoring.backend=transformers")
     return Scorer(weights, scoring, precision, longest, trust_remote_code, "reward", safetensors_only), limit
+
+
+def _positions(config: Any) -> int:
+    """How many tokens a model reads at most."""
+    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    # RoBERTa and its kin count positions from behind that of the padding.
+    return limit - config.pad_token_id - 1 if config.model_type.endswith("roberta") or config.model_type == "camembert" else limit
 
 
 def knows(architecture: str) -> bool:

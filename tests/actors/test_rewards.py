@@ -268,6 +268,12 @@ def test_a_published_encoder_is_read_in_its_own_way(tmp_path: Path) -> None:
         want = [model(torch.tensor([[*e.prompt_ids, *r]])).logits.item() for e in EXAMPLES for r in e.responses]
     scored = Scorer(str(tmp_path), Scoring(), "float32", kind="reward")(EXAMPLES)
     assert [value for row in scored for value in row] == pytest.approx(want, abs=1e-4)
+    # Its 64 positions begin behind the padding's: 61 tokens are the most.
+    scorer, limit = reward_engine.load(str(tmp_path), RewardScoring(backend="transformers"), "float32", 100)
+    scorer([Example("most", [5] * 60, ([6] * (limit - 60),))])
+    assert limit == 61
+    with pytest.raises((IndexError, RuntimeError)):
+        scorer([Example("more", [5] * 60, ([6] * (limit - 59),))])
 
 
 CHATML = (

@@ -1,9 +1,13 @@
 """From float32 to bfloat16, by hand: neighbours, and right in the mean."""
 
+from typing import Any
+
 import pytest
 import torch
 
+from actors.learner.policy import DTYPES, _rounded
 from actors.learner.rounding import stochastic
+from actors.settings import Training
 
 
 def test_a_number_becomes_its_neighbours_as_often_as_it_is_near_them() -> None:
@@ -33,3 +37,12 @@ def test_small_updates_of_many_weights_are_kept_in_the_sum() -> None:
     kept = [(rounded.float() - before).sum().item() / update.sum().item() for rounded in (after.bfloat16(), stochastic(after, draw))]
     assert kept[0] < 0.05 and kept[1] == pytest.approx(1.0, abs=0.05)
     assert torch.equal(stochastic(after, torch.Generator().manual_seed(2)), stochastic(after, torch.Generator().manual_seed(2)))
+
+
+@pytest.mark.parametrize("settings", [{"precision": "bfloat16"}, {"precision": "bfloat16", "lora_r": 4}, {"precision": "float32"}])
+def test_tied_weights_stay_one_tensor(settings: dict[str, Any]) -> None:
+    embedding, norm = torch.randn(8, 4), torch.randn(4)
+    state = {"embed.weight": embedding, "norm.weight": norm, "lm_head.weight": embedding}
+    saved = _rounded(state, Training(**settings), 0)
+    assert saved["lm_head.weight"].data_ptr() == saved["embed.weight"].data_ptr() != saved["norm.weight"].data_ptr()
+    assert all(tensor.dtype == DTYPES[settings["precision"]] for tensor in saved.values())
