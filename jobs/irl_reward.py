@@ -148,12 +148,7 @@ def plan(config: IrlConfig) -> Graph:
 
     golden, judge = None, config.best_of_n.golden
     if judge != "none" and "held_out" in config.best_of_n.asked():
-        golden = best_of_n.Golden(
-            samples=score("best_of_n/golden", policy.many, judge),
-            greedy=score("best_of_n/golden-greedy", policy.greedy, judge, "held_out"),
-            base=score("best_of_n/golden-base", policy.base_greedy, judge, "held_out"),
-            demonstrations=score("best_of_n/golden-demonstrations", data, judge, "held_out"),
-        )
+        golden = best_of_n.Golden.by(score, judge, policy.many, policy.greedy, policy.base_greedy, data)
     scores = {reward.name: score(f"best_of_n/{reward.name}", policy.many, reward.training) for reward in rewards}
     for number, scorer in enumerate(config.best_of_n.scorers, start=1):
         scores[scorer] = score(f"best_of_n/scorer-{number}", policy.many, scorer)

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,10 +28,13 @@ from pipelines import base_model, demonstrations, generation, scoring
 from pipelines.best_of_n_report import Array, Prompt, centres_of, report, select
 from pipelines.plots import plot_best_of_n
 from pipelines.records import shards
-from pipelines.run.artifacts import Run, Stage, write_json
+from pipelines.run.artifacts import Run, Stage, StageError, write_json
 from pipelines.settings import BestOfN, Combination, Demonstrations, Model
 
 log = logging.getLogger(__name__)
+
+Score = Callable[..., Stage]
+"""plans a stage that scores: its name, the responses, who scores, the splits (all by default)"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,16 @@ class Golden:
     """of the base policy's greedy responses: 0 of the normalised score"""
     demonstrations: Stage
     """its 1"""
+
+    @classmethod
+    def by(cls, score: "Score", judge: str, many: Stage, greedy: Stage, base_greedy: Stage, demonstrations: Stage) -> "Golden":
+        """Plans them: everything is scored by `judge`, of all but the N samples the held-out part alone."""
+        return cls(
+            samples=score("best_of_n/golden", many, judge),
+            greedy=score("best_of_n/golden-greedy", greedy, judge, "held_out"),
+            base=score("best_of_n/golden-base", base_greedy, judge, "held_out"),
+            demonstrations=score("best_of_n/golden-demonstrations", demonstrations, judge, "held_out"),
+        )
 
     def stages(self) -> tuple[Stage, ...]:
         """All of them."""
@@ -173,6 +186,7 @@ def choose_from(
     rule: Combination | None = None,
     engine: Engine | None = None,
     scoring_pool: RewardScoring | None = None,
+    initial: str | None = None,
 ) -> Path:
     """Best-of-N from Python, with any policy and any scorers; `pipelines.workers.cluster.connected` has to hold a Ray connection.
 
@@ -183,34 +197,50 @@ def choose_from(
         root: run directory; the same call continues what was stopped.
         policy: directory or hub id of the model that is sampled.
         data: whose prompts; rows that it holds out are answered too, into files of their own.
-        scorers: reward models by directory or hub id, "exact_answer" or "module:function"; several decide together.
-        settings: n and sampling; by default all prompts.
+        scorers: reward models by directory or hub id, "exact_answer" or "module:function", beside those of `settings`; several decide
+            together, unless `settings.choose_by` names one.
+        settings: n, sampling, judge; by default all prompts.
         rule: how several scores are combined.
         engine: the pool that samples.
         scoring_pool: the pool that scores.
+        initial: directory or hub id of the model that the policy was made from. With it there is a report against N on held-out prompts:
+            `settings.golden` judges, and its greedy responses are 0 of the normalised score.
 
     Returns:
-        the folder with all samples and scores, `chosen.*.jsonl` and `preferences.*.jsonl`.
+        the folder with all samples and scores, `chosen.*.jsonl` and `preferences.*.jsonl`, and with `initial` the report and its plot.
 
     Raises:
-        StageError: a model, a scorer or the data cannot be used.
+        StageError: a model, a scorer or the data cannot be used, or nobody is called as the one who is to choose.
     """
     settings, engine, scoring_pool = settings or BestOfN(train_prompts=None), engine or Engine(), scoring_pool or RewardScoring()
-    model, run = Model(path=policy), Run(root.resolve())
+    scorers, run = list(dict.fromkeys([*scorers, *settings.scorers])), Run(root.resolve())
+    selectors = {scorer: [scorer] for scorer in scorers} | ({"all": scorers} if len(scorers) > 1 else {})
+    chooser = settings.choose_by or list(selectors or [""])[-1]
+    if chooser not in selectors:
+        raise StageError(f"nobody chooses: choose_by={settings.choose_by!r} is none of {', '.join(selectors) or 'no scorers'}")
     longest = data.max_prompt_tokens + settings.max_new_tokens
-    base = base_model.plan(model)
+    base = base_model.plan(Model(path=policy))
+    before = base_model.plan(Model(path=initial), "initial/model") if initial and settings.golden != "none" else None
     rows = demonstrations.plan(data, base)
-    samples = generation.plan("best_of_n/samples", base, base, rows, settings.sampling(), engine, 1, settings.asked())
-    scores = {
-        scorer: scoring.plan(f"best_of_n/scorer-{number}", samples, rows, scorer, "float32", scoring_pool)
-        for number, scorer in enumerate(scorers, start=1)
-    }
-    results = plan(samples, None, scores, {"all": list(scores)}, "all", rule or Combination())
-    run.do(base_model.prepare(model), base)
+
+    def sample(name: str, weights: Stage) -> Stage:
+        return generation.plan(f"best_of_n/{name}", weights, base, rows, settings.greedy(), engine, 0, {"held_out": settings.prompts})
+
+    def score(name: str, given: Stage, scorer: str, *splits: str) -> Stage:
+        return scoring.plan(name, given, rows, scorer, "float32", scoring_pool, splits or ("held_out", "train"))
+
+    many = generation.plan("best_of_n/samples", base, base, rows, settings.sampling(), engine, 1, settings.asked())
+    greedy = (sample("greedy", base), sample("greedy-base", before)) if before else ()
+    golden = Golden.by(score, settings.golden, many, greedy[0], greedy[1], rows) if greedy else None
+    scores = {scorer: score(f"best_of_n/scorer-{number}", many, scorer) for number, scorer in enumerate(scorers, start=1)}
+    results = plan(many, golden, scores, selectors, chooser, rule or Combination())
+    for model in (base, *([before] if before else [])):
+        run.do(base_model.prepare(Model(path=policy if model is base else str(initial))), model)
     base_model.check(run, base, {"max_prompt_tokens + max_new_tokens": longest}, {})
     run.do(demonstrations.prepare(data, False), rows)
-    run.do(generation.sample(engine, longest, False), samples)
-    for stage in scores.values():
-        run.do(scoring.score(scoring_pool, longest, False), stage)
+    for stages in ((many, *greedy[:1]), greedy[1:]):
+        run.do(generation.sample(engine, longest, False), *stages)
+    for stages in (*([golden.stages()] if golden else []), *((stage,) for stage in scores.values())):
+        run.do(scoring.score(scoring_pool, longest, False), *stages)
     run.do(choose, results)
     return run.directory(results)

@@ -17,13 +17,17 @@ from actors.scorer import Scorer
 from actors.settings import Engine, Scoring
 from pipelines.best_of_n import choose_from
 from pipelines.data.layouts import detect, rejected, turns
+from pipelines.run.artifacts import StageError
 from pipelines.settings import BestOfN, Demonstrations
 
 # The whole job beside the main job's: the quick suite has its parts in test_reward_training, test_scoring, test_choice and test_rewards.
 pytestmark = pytest.mark.slow
 SHARED_SECTIONS = ("run", "ray", "model", "demonstrations", "sft", "training", "engine")
 FIRST = "rewards/init-sft/seed-0/trained.json"
-JUDGE = "def brevity(messages, response):\n    return -float(len(response))\n"
+JUDGE = (
+    "def brevity(messages, response):\n    return -float(len(response))\n\n"
+    "def length(messages, response):\n    return float(len(response))\n"
+)
 
 
 def irl_command(model: Path, data: Path, root: Path, *extra: str) -> list[str]:
@@ -80,6 +84,8 @@ def test_it_goes_on_from_the_main_jobs_policy_and_from_where_it_was_killed(finis
     assert not skipped & {"rewards/bt/seed-0", "best_of_n/golden", "best_of_n/results"}
     for name in ("summary.json", "config.yaml"):
         assert (finished / name).read_bytes() == (undisturbed / name).read_bytes(), "the main job's own"
+    # Trained again it would have the same content, and another time of day.
+    assert (finished / "sft/training/manifest.json").read_bytes() == (undisturbed / "sft/training/manifest.json").read_bytes()
     before = content(undisturbed)
     assert {name: made for name, made in content(finished).items() if name in before} == before
     assert set(summary["rewards"]) == {"init-sft-0", "bt-0"} and summary["rewards"]["bt-0"]["accuracy"] is None
@@ -184,9 +190,23 @@ def test_the_reward_model_loads_in_vllms_pooling_runner_unchanged(finished: Path
 def test_best_of_n_from_python(tiny: Path, demonstrations: Path, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "judge_of_python.py").write_text(JUDGE)
     monkeypatch.chdir(tmp_path)
-    data = Demonstrations(path=str(demonstrations), max_prompt_tokens=96, max_tokens=160, limit=6, max_rejected_fraction=0.1)
-    settings = BestOfN(n=3, train_prompts=None, max_new_tokens=16)
-    folder = choose_from(Path("run"), str(tiny), data, ["judge_of_python:brevity"], settings, engine=Engine(kv_cache_gib=0.1))
+    data = Demonstrations(
+        path=str(demonstrations), max_prompt_tokens=96, max_tokens=160, limit=8, max_rejected_fraction=0.2, held_out_fraction=0.4
+    )
+    judge, longest = "judge_of_python:brevity", "judge_of_python:length"
+    settings = BestOfN(n=3, train_prompts=None, max_new_tokens=16, golden=longest, scorers=["exact_answer"], choose_by=judge)
+    folder = choose_from(Path("run"), str(tiny), data, [judge], settings, engine=Engine(kv_cache_gib=0.1), initial=str(tiny))
     samples = rows_of(folder / "samples/train")
-    assert len(samples) == 18 and all(row["reward_judge_of_python:brevity"] == -len(row["response"]) for row in samples)
-    assert folder == tmp_path / "run/best_of_n/results"
+    assert len(samples) == 3 * len(rows_of(tmp_path / "run/demonstrations/train")) > 0
+    assert all(row[f"reward_{judge}"] == -len(row["response"]) == -row["golden"] for row in samples)
+    assert folder == tmp_path / "run/best_of_n/results" and (folder / "best_of_n.png").exists()
+    report = json.loads((folder / "report.json").read_text())
+    assert list(report["selectors"]) == ["random", judge, "exact_answer", "all", "oracle (golden)"]
+    # The judge likes best what the chooser likes least.
+    assert (
+        report["selectors"][judge]["golden"][-1]
+        <= report["selectors"]["random"]["golden"][-1]
+        <= report["selectors"]["oracle (golden)"]["golden"][-1]
+    )
+    with pytest.raises(StageError, match="choose_by='nobody' is none of judge_of_python:brevity, exact_answer, all"):
+        choose_from(Path("run"), str(tiny), data, [judge], settings.model_copy(update={"choose_by": "nobody"}))
