@@ -212,12 +212,12 @@ def evaluate(config: EvaluateConfig, graph: Graph, run: Run) -> dict[str, Any]:
         asked, answers, games = graph.tournament
         run.do(tournament.write_questions(config.tournament), asked)
         run.do(ask, answers)
-        run.do(tournament.judge_games(config.tournament), games)
+        run.do(tournament.judge_games(config.tournament, config.judge), games)
     if graph.mt_bench:
         asked, answers, grades = graph.mt_bench
         run.do(mt_bench.write_questions(config.mt_bench, [policy.name for policy in graph.policies]), asked)
         run.do(ask, answers)
-        run.do(mt_bench.read_grades(config.mt_bench), grades)
+        run.do(mt_bench.read_grades(config.mt_bench, config.judge), grades)
     return _summary(graph, run)
 
 

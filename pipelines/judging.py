@@ -8,11 +8,9 @@ The same question is asked once, in this run and in all that share its cache. Wh
 import asyncio
 import hashlib
 import logging
-import random
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ from actors.judge.engine import JudgeEngine, Words
 from pipelines import base_model
 from pipelines.chat import Chat
 from pipelines.judges.answers import Cache
-from pipelines.judges.endpoint import Endpoint, EndpointError, Said, Spent
+from pipelines.judges.asking import LABELS, Asking, cost
+from pipelines.judges.endpoint import Spent
 from pipelines.judges.settings import Judge
 from pipelines.records import shards, write_rows
 from pipelines.run.artifacts import Run, Stage, StageError
@@ -32,12 +31,7 @@ from pipelines.workers.shards import Shard, map_shards
 
 log = logging.getLogger(__name__)
 
-LABELS = ("A", "B")
 QUESTIONS_A_FILE = 512
-FIRST_WAIT = 1.0
-"""Seconds before a request that failed is made again; then twice as many, up to a minute."""
-LONGEST_WAIT = 600.0
-"""Seconds that an endpoint may want to be left alone; one that wants more is asked another time."""
 QUESTION = pa.schema(
     {"id": pa.string(), "first": pa.string(), "second": pa.string(), "part": pa.int32(), "kind": pa.string(), "question": pa.string()}
 )
@@ -104,7 +98,8 @@ def _answer(run: Run, stage: Stage, judge: Judge, spent: Spent, trust_remote_cod
     finally:
         cache.close()
     silence: Row = {"text": None, "logps": None, "cut": None, "read": 0, "written": 0}
-    _check(stage, failed, len(set(keys)), judge)
+    silent = sum(key not in cache.answers for key in set(keys)) - len(failed)
+    _check(stage, failed, len(set(keys)), f" ({silent} more were then not asked)" if silent else "", judge)
     answers = [row | {"failed": failed.get(key)} | cache.answers.get(key, silence) for key, row in zip(keys, rows, strict=True)]
     write_rows(run.directory(stage) / "00000.parquet", answers, ANSWER)
     told = {"questions": len(rows), "asked": len(missing), "cached": known, "failed": len(failed)}
@@ -117,130 +112,36 @@ def _answer(run: Run, stage: Stage, judge: Judge, spent: Spent, trust_remote_cod
     return told | {"read": read, "written": written, "cost": cost(judge, read, written), "reasons": reasons}
 
 
-def cost(judge: Judge, read: int, written: int) -> float:
-    """Price of tokens, in the currency of the prices."""
-    return (read * judge.price_in + written * judge.price_out) / 1e6
+def check_read(stage: Stage, unread: Sequence[str | None], verdicts: int, judge: Judge) -> None:
+    """Stops where a judge says too little that can be read.
 
+    Args:
+        stage: that reads.
+        unread: answers that say nothing.
+        verdicts: all that it gave.
+        judge: its limit.
 
-def _check(stage: Stage, failed: dict[str, str], asked: int, judge: Judge) -> None:
-    if failed:
-        log.warning("%s: %d of %d questions got no answer, for example: %s", stage.name, len(failed), asked, next(iter(failed.values())))
-    if len(failed) > judge.max_failed_fraction * asked:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in Counter(failed.values()).most_common(3))
+    Raises:
+        StageError: they are too many.
+    """
+    if len(unread) > judge.max_unread_fraction * verdicts:
         raise StageError(
-            f"{stage.name}: {len(failed)} of {asked} questions got no answer, more than judge.max_failed_fraction="
-            f"{judge.max_failed_fraction}: {reasons}. The other answers are kept: run the job again when the judge is well"
+            f"{stage.name}: {len(unread)} of {verdicts} verdicts of the judge cannot be read, more than judge.max_unread_fraction="
+            f"{judge.max_unread_fraction}. One says: {(unread[0] or '')[:200]!r}. All answers are kept; another judge, more room "
+            "(judge.max_new_tokens), a template of yours (judge.templates) or judge.mode=logprob may mend it"
         )
 
 
-class Stopped(Exception):
-    """Nothing more is to be asked, and why."""
-
-
-class Asking:
-    """Asks an endpoint, within the judge's limits.
-
-    Args:
-        judge: settings.
-        cache: takes the answers.
-        spent: in this go of the job, by all who ask; grows.
-    """
-
-    def __init__(self, judge: Judge, cache: Cache, spent: Spent):
-        self.judge = judge
-        self.cache = cache
-        self.spent = spent
-        # Every attempt counts against the limits: the client makes none of its own.
-        self.endpoint = Endpoint(judge, retries=0, timeout=judge.timeout, spent=spent)
-        self.next = 0.0
-        self.told = 5.0
-        """seconds of the longest wait that was said"""
-        self.warned = False
-        """whether it was said that questions are asked again"""
-        self.stopped: str | None = None
-
-    async def all(self, questions: dict[str, Row], most: float) -> dict[str, str]:
-        """Asks them until more than `most` have failed; returns why, for those that did.
-
-        Raises:
-            StageError: a limit is reached, or the endpoint wants another key.
-        """
-        failed: dict[str, str] = {}
-        waiting = iter(questions.items())
-
-        async def one_after_the_other() -> None:
-            while self.stopped is None and len(failed) <= most and (item := next(waiting, None)):
-                key, row = item
-                try:
-                    said = await self._patiently(row)
-                except EndpointError as error:
-                    failed[key] = str(error)
-                except Stopped as why:
-                    # Answers under way to the others are paid for, and kept.
-                    self.stopped = str(why)
-                else:
-                    self.cache.take(key, asdict(said))
-
-        try:
-            await asyncio.gather(*(one_after_the_other() for _ in range(min(self.judge.concurrency, len(questions)))))
-        finally:
-            await self.endpoint.close()
-        if self.stopped:
-            raise StageError(f"{self.stopped}; {self.cache.taken} answers came and are kept: the same command continues")
-        return failed
-
-    async def _patiently(self, row: Row) -> Said:
-        for attempt in range(self.judge.retries + 1):
-            await self._turn()
-            try:
-                if row["kind"] == "logprob":
-                    said = await self.endpoint.label_logps(row["question"], LABELS)
-                else:
-                    said = await self.endpoint.write(row["question"], self.judge.max_new_tokens)
-                    if not said.text.strip():
-                        raise EndpointError("the judge's endpoint answers with no word")
-            except EndpointError as error:
-                if error.denied:
-                    raise Stopped(f"{error}: set that variable where the job runs") from None
-                if error.hopeless or attempt == self.judge.retries:
-                    raise
-                if not self.warned:
-                    self.warned = True
-                    log.warning("%s; it is asked again, up to %d times a question, with growing waits", error, self.judge.retries)
-                # Never sooner than the endpoint wants.
-                await asyncio.sleep(max(self._wanted(error), min(60.0, FIRST_WAIT * 2.0**attempt)) * random.uniform(1, 1.5))
-            else:
-                if self.judge.max_cost is not None and not said.read:
-                    raise Stopped("judge.max_cost cannot be kept: the judge's endpoint does not say how many tokens it read")
-                return said
-        raise AssertionError("the last attempt returns or raises")
-
-    def _wanted(self, error: EndpointError) -> float:
-        """Seconds that the endpoint wants to be left alone, said where somebody would notice them.
-
-        Raises:
-            Stopped: they are too many to wait for.
-        """
-        seconds = error.retry_after or 0.0
-        if seconds > LONGEST_WAIT:
-            raise Stopped(f"{error}: it wants to be left alone for {seconds:.0f} s")
-        if seconds > 2 * self.told:
-            self.told = max(seconds, 10.0)
-            log.info("the judge's endpoint wants to be left alone for %.0f s", seconds)
-        return seconds
-
-    async def _turn(self) -> None:
-        """Waits until a request may be made, and counts it."""
-        limit = self.judge.max_requests
-        if limit is not None and self.spent.requests >= limit:
-            raise Stopped(f"judge.max_requests={limit} requests are made")
-        if self.judge.max_cost is not None and cost(self.judge, self.spent.read, self.spent.written) >= self.judge.max_cost:
-            raise Stopped(f"judge.max_cost={self.judge.max_cost:g} is spent")
-        self.spent.requests += 1
-        if self.judge.requests_per_minute:
-            now = time.monotonic()
-            self.next = max(now, self.next) + 60 / self.judge.requests_per_minute
-            await asyncio.sleep(max(0.0, self.next - 60 / self.judge.requests_per_minute - now))
+def _check(stage: Stage, failed: dict[str, str], asked: int, rest: str, judge: Judge) -> None:
+    if failed:
+        why = next(iter(failed.values()))
+        log.warning("%s: %d of %d questions got no answer%s, for example: %s", stage.name, len(failed), asked, rest, why)
+    if len(failed) > judge.max_failed_fraction * asked:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in Counter(failed.values()).most_common(3))
+        raise StageError(
+            f"{stage.name}: {len(failed)} of {asked} questions got no answer{rest}, more than judge.max_failed_fraction="
+            f"{judge.max_failed_fraction}: {reasons}. The other answers are kept: run the job again when the judge is well"
+        )
 
 
 def _ask_here(run: Run, stage: Stage, judge: Judge, cache: Cache, missing: dict[str, Row], trust_remote_code: bool) -> dict[str, str]:

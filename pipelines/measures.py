@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from actors.allocator import environment
 from actors.settings import Scoring
 from pipelines import base_model
-from pipelines.means import cell, mean_and_error
+from pipelines.means import CUT, FEW, cell, cut_off, mean_and_error
 from pipelines.records import SCORE, shards, write_rows
 from pipelines.run.artifacts import Run, Stage, StageError, Work, write_json
 from pipelines.workers.shards import Shard, map_shards
@@ -115,7 +115,7 @@ def plan(name: str, samples: Stage, scores: Mapping[str, Stage], own: Stage | No
     inputs = {"samples": samples} | {f"score-{measure}": stage for measure, stage in scores.items()}
     if own and reference:
         inputs |= {"own": own, "reference": reference}
-    return Stage(name, {}, inputs, demand="the driver")
+    return Stage(name, {}, inputs, demand="the driver", version=2)
 
 
 def measure(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
@@ -125,10 +125,10 @@ def measure(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
     for role, scores in stage.inputs.items():
         if role.startswith("score-"):
             values = _scores(run, scores)
-            found["measures"][role.removeprefix("score-")] = _mean([v for v in values.values() if v is not None], len(values))
+            found["measures"][role.removeprefix("score-")] = _mean({key: v for key, v in values.items() if v is not None}, len(values))
     if "own" in stage.inputs:
         own, reference = (_scores(run, stage.inputs[role]) for role in ("own", "reference"))
-        found["kl"] = _mean([value - reference[key] for key, value in own.items()], len(own))
+        found["kl"] = _mean({key: value - reference[key] for key, value in own.items()}, len(own))
     found["texts"] = texts([row for path in shards(run.directory(stage.inputs["samples"]) / SPLIT) for row in _answers(path)])
     write_json(run.directory(stage) / "measures.json", found)
     return {stage.name: found}
@@ -143,9 +143,13 @@ def _scores(run: Run, stage: Stage) -> dict[tuple[str, int], Any]:
     return {(row["id"], row["sample"]): row["score"] for row in rows}
 
 
-def _mean(values: list[float], of: int) -> dict[str, Any]:
-    mean, error = mean_and_error(values)
-    return {"mean": mean, "stderr": error, "n": len(values), "unscored": of - len(values)}
+def _mean(values: Mapping[tuple[str, int], float], of: int) -> dict[str, Any]:
+    """Of scores by prompt and sample: the samples of a prompt are no independent answers, it is prompts that the error is over."""
+    by_prompt: dict[str, list[float]] = {}
+    for (prompt, _), value in values.items():
+        by_prompt.setdefault(prompt, []).append(value)
+    mean, error = mean_and_error([statistics.fmean(scores) for scores in by_prompt.values()])
+    return {"mean": mean, "stderr": error, "n": len(values), "prompts": len(by_prompt), "unscored": of - len(values)}
 
 
 def texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -186,10 +190,15 @@ def _shown(numbers: Mapping[str, Any] | None) -> str:
 
 
 def doubts(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Warns of means over fewer answers than there are, a policy a key."""
+    """Warns of means over fewer answers than there are, or over few prompts, and of answers that were cut; a policy a key."""
     told = []
     for policy, numbers in found.items():
+        if numbers["texts"]["truncated"] > CUT:
+            told.append(cut_off(policy, numbers["texts"]["truncated"]))
         for measure, scored in numbers["measures"].items():
             if scored["unscored"]:
                 told.append(f"{policy}: {measure} has no score of {scored['unscored']} of {scored['unscored'] + scored['n']} answers")
+    fewest = min((scored["prompts"] for numbers in found.values() for scored in numbers["measures"].values()), default=FEW)
+    if fewest < FEW:
+        told.append(f"answers to {fewest} prompts only: means and standard errors over so few say little")
     return told

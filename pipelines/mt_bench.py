@@ -20,8 +20,8 @@ from actors.judge.verdicts import read_grade
 from pipelines import base_model
 from pipelines.chat import Chat
 from pipelines.data import sources
-from pipelines.judges.settings import JudgeModel, MtBench
-from pipelines.judging import QUESTION
+from pipelines.judges.settings import Judge, JudgeModel, MtBench
+from pipelines.judging import QUESTION, check_read
 from pipelines.means import mean_and_error
 from pipelines.records import DEMONSTRATION, shards, write_rows
 from pipelines.run.artifacts import Run, Stage, StageError, Work
@@ -30,6 +30,8 @@ from pipelines.run.keeping import Need
 log = logging.getLogger(__name__)
 
 TURNS = (1, 2)
+QUESTIONS = 80
+"""All of MT-Bench."""
 GRADE = pa.schema(
     {
         **{name: pa.string() for name in ("id", "policy", "category")},
@@ -120,7 +122,9 @@ def read(settings: MtBench) -> list[dict[str, Any]]:
     )
     if not rows:
         raise StageError(f"{file} holds no question")
-    return [row | {"references": references.get(row["id"], [])} for row in rows[: settings.limit]]
+    # Spread over the file: it has its questions by category.
+    count = min(settings.limit or len(rows), len(rows))
+    return [rows[k * len(rows) // count] | {"references": references.get(rows[k * len(rows) // count]["id"], [])} for k in range(count)]
 
 
 def _lines(file: Path, reader: Any) -> list[dict[str, Any]]:
@@ -158,7 +162,7 @@ def write_questions(settings: MtBench, names: list[str]) -> Work:
         (stage,) = stages
         questions = {row["id"]: row for row in read(settings)}
         rows = []
-        if not any(question["references"] for question in questions.values()):
+        if not any(_references(str(settings.path))):
             log.warning("mt_bench.path=%r has no reference_answer_*.jsonl: mathematics is graded with nothing beside it", settings.path)
         for name in names:
             for turn in TURNS:
@@ -180,8 +184,12 @@ def plan_grades(answers: Stage) -> Stage:
     return Stage("evaluation/mt_bench/grades", {}, {"answers": answers}, demand="the driver")
 
 
-def read_grades(settings: MtBench) -> Work:
-    """Returns the work of the stage: GRADE rows, and the means."""
+def read_grades(settings: MtBench, judge: Judge) -> Work:
+    """Returns the work of the stage: GRADE rows, and the means.
+
+    Raises (the work):
+        StageError: too many grades cannot be read.
+    """
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         (stage,) = stages
@@ -193,6 +201,8 @@ def read_grades(settings: MtBench) -> Work:
                 named = {"id": row["id"], "policy": row["first"], "category": categories[row["id"]], "turn": row["part"], "grade": grade}
                 rows.append(named | {"question": row["question"], "answer": row["text"], "failed": row["failed"]})
         write_rows(run.directory(stage) / "grades.parquet", rows, GRADE)
+        answered = [row for row in rows if not row["failed"]]
+        check_read(stage, [row["answer"] for row in answered if row["grade"] is None], len(answered), judge)
         return {stage.name: numbers(rows)}
 
     return work
@@ -213,7 +223,8 @@ def numbers(rows: list[dict[str, Any]]) -> dict[str, Any]:
         groups |= {kind: [row["grade"] for row in read if row["category"] == kind] for kind in dict.fromkeys(r["category"] for r in own)}
         parts = {group: statistics.fmean(grades) if grades else None for group, grades in groups.items()}
         failed = sum(bool(row["failed"]) for row in own)
-        found[name] = {"grade": mean, "stderr": error, "parts": parts, "n": len(read), "failed": failed}
+        found[name] = {"grade": mean, "stderr": error, "parts": parts, "n": len(read), "questions": len({row["id"] for row in own})}
+        found[name]["failed"] = failed
         found[name]["unparsed"] = len(own) - len(read) - failed
     return found
 
@@ -230,8 +241,12 @@ def tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
 
 
 def doubts(found: Mapping[str, Any]) -> list[str]:
-    """Warns of grades that are missing from a mean."""
+    """Warns of grades that are missing from a mean, and of a mean over few questions."""
     told = []
+    fewest = min((row["questions"] for row in found.values()), default=QUESTIONS)
+    if fewest < QUESTIONS:
+        kinds = ", ".join(group for group in next(iter(found.values()))["parts"] if not group.startswith("turn "))
+        told.append(f"MT-Bench: {fewest} of its {QUESTIONS} questions ({kinds}): the mean is not that of MT-Bench")
     for name, row in found.items():
         rest = f"not in its mean over {row['n']}"
         if row["failed"]:

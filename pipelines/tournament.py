@@ -21,8 +21,8 @@ from actors.judge import prompts
 from actors.judge.ranking import length_controlled, points, position_bias, ranking, shares
 from actors.judge.verdicts import Reading, read_pair, read_probabilities, turned, winner
 from pipelines.data import layouts, sources
-from pipelines.judges.settings import JudgeModel, Tournament
-from pipelines.judging import QUESTION, QUESTIONS_A_FILE
+from pipelines.judges.settings import Judge, JudgeModel, Tournament
+from pipelines.judging import QUESTION, QUESTIONS_A_FILE, check_read
 from pipelines.means import FEW, cell
 from pipelines.records import shards, write_rows
 from pipelines.run.artifacts import Run, Stage, StageError, Work
@@ -175,8 +175,12 @@ def plan_games(questions: Stage, answers: Stage, tournament: Tournament) -> Stag
     return Stage("evaluation/tournament/games", settings, inputs, demand="the driver", version=2)
 
 
-def judge_games(tournament: Tournament) -> Work:
-    """Returns the work of the stage: GAME rows, and the numbers of the tournament."""
+def judge_games(tournament: Tournament, judge: Judge) -> Work:
+    """Returns the work of the stage: GAME rows, and the numbers of the tournament.
+
+    Raises (the work):
+        StageError: too many verdicts cannot be read.
+    """
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         (stage,) = stages
@@ -189,6 +193,8 @@ def judge_games(tournament: Tournament) -> Work:
                 key = game["id"], game["first"], game["second"]
                 games.append(_judged(game, answers.get((*key, 0)), answers.get((*key, 1))))
         write_rows(run.directory(stage) / "games.parquet", games, GAME)
+        unread = [game["answer"] for game in games if game["outcome"] == "unparsed"]
+        check_read(stage, unread, sum(game.get("given") is not None for game in games), judge)
         missing = run.numbers(stage.inputs["questions"])["missing"]
         cut = sum(bool(answer["cut"]) for answer in answers.values())
         return {stage.name: numbers(games, stage.inputs["questions"].settings["contestants"], stage.settings["seed"], missing, cut)}

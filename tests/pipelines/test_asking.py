@@ -11,6 +11,7 @@ from judges import completion, endpoint, longer
 from tournaments import FEW, ROWS, Played
 
 from pipelines import judging, tournament
+from pipelines.judges import asking
 from pipelines.judges.answers import Cache
 from pipelines.judges.endpoint import seconds
 from pipelines.judges.settings import Judge
@@ -140,7 +141,7 @@ def test_a_rate(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_an_endpoint_in_trouble_is_asked_again(wrong: tuple[int, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0.01)
     with endpoint(Moody(2, wrong)) as (url, asked):
         found = Played(tmp_path).play(url=url, concurrency=1)
     assert len(asked) == 72 and found["failed"] == 0
@@ -156,7 +157,7 @@ def test_an_endpoint_that_wants_an_hour_is_asked_another_time(tmp_path: Path) ->
 
 
 def test_an_endpoint_is_left_alone_as_long_as_it_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0.01)
     at: list[float] = []
 
     def busy_at_first(question: str) -> Any:
@@ -174,7 +175,7 @@ def test_a_header_that_says_when() -> None:
 
 
 def test_an_endpoint_that_is_slow_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0.01)
     slept: list[str] = []
 
     def slow_at_first(question: str) -> str:
@@ -189,9 +190,11 @@ def test_an_endpoint_that_is_slow_is_asked_again(tmp_path: Path, monkeypatch: py
 
 
 def test_too_many_failures_fail_the_tournament(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0.01)
     with endpoint(lambda question: (500, "down") if "Say 0." in question else longer(question)) as (url, asked):
-        why = r"1 of 36 questions got no answer, more than judge.max_failed_fraction=0.02: 1 x .*answers 500"
+        why = (
+            r"1 of 36 questions got no answer \(35 more were then not asked\), more than judge.max_failed_fraction=0.02: 1 x .*answers 500"
+        )
         with pytest.raises(StageError, match=why):
             Played(tmp_path).play(url=url, retries=1, concurrency=1)
         assert len(asked) == 2, "one is too many already: no other is asked"
@@ -206,7 +209,7 @@ def test_too_many_failures_fail_the_tournament(tmp_path: Path, monkeypatch: pyte
 
 
 def test_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0.01)
     with pytest.raises(StageError, match="36 of 36 questions got no answer"):
         Played(tmp_path).play(url="http://127.0.0.1:9/v1", retries=1, max_failed_fraction=0.99)
 
@@ -249,7 +252,7 @@ def test_a_page_for_browsers_is_no_judge_and_is_not_asked_again(tmp_path: Path) 
 def test_what_is_no_completion_is_quoted_and_its_first_failure_told(
     wrong: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(judging, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0.01)
     with endpoint(lambda question: (200, wrong)) as (url, asked):
         with pytest.raises(StageError, match=re.escape(f"the judge's endpoint {url} {why}")):
             Played(tmp_path).play(url=url, retries=2, concurrency=1, max_failed_fraction=0.05)

@@ -114,6 +114,8 @@ class Cluster:
     address: str
     dashboard: str
     environment: dict[str, str]
+    files: str
+    """the directory of its sessions: logs of what ran on it are below"""
 
     def submit(self, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """`ray job submit` of this repository, also while the cluster is starting."""
@@ -144,7 +146,7 @@ def cluster(root: Path) -> Iterator[Cluster]:
         [*head, f"--temp-dir={temporary}"], cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        yield Cluster(root, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment)
+        yield Cluster(root, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment, temporary)
     finally:
         # `ray start --block` takes half a minute to end its own processes.
         for found in processes(root):

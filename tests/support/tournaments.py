@@ -52,7 +52,7 @@ class Played:
         games = tournament.plan_games(questions, answers, self.settings)
         self.run.do(tournament.write_questions(self.settings), questions)
         self.run.do(judging.ask(asked, False), answers)
-        self.run.do(tournament.judge_games(self.settings), games)
+        self.run.do(tournament.judge_games(self.settings, asked), games)
         return self.run.numbers(games) | {"asking": self.run.numbers(answers)}
 
     def games(self) -> list[dict[str, Any]]:
