@@ -164,6 +164,9 @@ def _check_keys(schema: type[BaseModel], layer: dict[str, Any], where: str, pref
                 advice = f"it is a section of {', '.join(others)}"
             raise ConfigError(f"{where}: there is no {dotted!r}; {advice}")
         section = _section(known[dotted].annotation)
+        if section and value is None:
+            # All of its keys are commented out.
+            layer[key] = value = {}
         if section and not isinstance(value, dict):
             raise ConfigError(f"{where}: {dotted!r} is a section: give {dotted}.KEY, one of {', '.join(section.model_fields)}")
         if section:

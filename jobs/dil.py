@@ -52,11 +52,13 @@ def plan(config: DilConfig) -> Graph:
     training = policy_training.plan("dil/training", start, base, pairs, config.training, config.objective)
     evaluations = {}
     if config.evaluation.metric != "none":
+        before = None
         for name, weights in {"base": base, "sft": sft, "dil": training}.items():
             if weights:
                 sampling = config.evaluation.sampling()
                 samples = generation.plan(f"{name}/samples", weights, base, data, sampling, config.sampler(), 0, {"held_out": None})
-                evaluations[name] = (samples, evaluation.plan(f"{name}/evaluation", samples, data, config.evaluation))
+                before = evaluation.plan(f"{name}/evaluation", samples, data, config.evaluation, before)
+                evaluations[name] = (samples, before)
     return Graph(base, data, sft, pairs, training, evaluations)
 
 

@@ -71,14 +71,16 @@ def plan(config: GsilConfig) -> Graph:
     base = base_model.plan(config.model)
     data = demonstrations.plan(config.demonstrations, base)
 
-    def policy(name: str, weights: Stage) -> Policy:
+    def policy(name: str, weights: Stage, before: Policy | None = None) -> Policy:
         sampling = config.evaluation.sampling()
         samples = generation.plan(f"{name}/samples", weights, base, data, sampling, config.sampler(), 0, {"held_out": None})
-        return Policy(name, weights, samples, evaluation.plan(f"{name}/evaluation", samples, data, config.evaluation))
+        earlier = before.evaluation if before else None
+        return Policy(name, weights, samples, evaluation.plan(f"{name}/evaluation", samples, data, config.evaluation, earlier))
 
     fine_tuned = policy_training.plan("sft/training", base, base, data, config.sft, config.sft.objective())
     # Without an epoch of it the base model is the SFT policy.
-    sft = policy("sft", fine_tuned if config.sft.epochs else base)
+    initial = policy("base", base)
+    sft = policy("sft", fine_tuned if config.sft.epochs else base, initial)
     policies, negatives, iterations = [sft], [], []
     for t in range(1, config.iterations.count + 1):
         name, previous = f"iteration-{t}", policies[-1].weights
@@ -91,9 +93,9 @@ def plan(config: GsilConfig) -> Graph:
             f"{name}/pairs", data, window, ref, config.negatives.truncated, config.training, config.objective, config.scoring
         )
         trained = policy_training.plan(f"{name}/training", start, base, pairs, config.training, config.objective)
-        policies.append(policy(name, trained))
+        policies.append(policy(name, trained, policies[-1]))
         iterations.append(Iteration(negatives[-1], pairs, policies[-1]))
-    return Graph(base, data, policy("base", base), sft, tuple(iterations))
+    return Graph(base, data, initial, sft, tuple(iterations))
 
 
 def align(config: GsilConfig, graph: Graph, run: Run) -> dict[str, Any]:
@@ -155,12 +157,18 @@ class Result:
         self.trained.append(step.policy)
         self.iterations.append(summary.iteration_numbers(pairs, negatives, training))
         told = summary.reward_warnings(step.policy.name, training, self.config.objective)
-        for text in (*told, *summary.doubts(step.policy.name, self.iterations[-1], pairs["train"]["rows"])):
+        for text in (
+            *summary.cut(step.negatives.name, negatives),
+            *told,
+            *summary.doubts(step.policy.name, self.iterations[-1], pairs["train"]["rows"]),
+        ):
             self.warn(text)
 
     def should_stop(self, policy: Policy) -> bool:
         """Whether `policy`, just evaluated, is worse than the one before, or its pairs could not be told apart. Iterations go on from an
         SFT policy that is worse than the base model: it is what they are there to mend."""
+        for text in summary.cut(policy.samples.name, self.run.numbers(policy.samples)):
+            self.warn(text)
         accuracies = [self.run.numbers(p.evaluation)["accuracy"] for p in (self.graph.base, self.graph.sft)]
         if policy is self.graph.sft and accuracies[1] is not None and accuracies[1] < accuracies[0]:
             self.warn(f"sft is worse than base: {accuracies[1]:.3f} after {accuracies[0]:.3f}; final/ is the best of the trained policies")

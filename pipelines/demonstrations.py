@@ -44,7 +44,7 @@ def plan(settings: Demonstrations, base: Stage, name: str | None = None) -> Stag
         identity | {"pairs": isinstance(settings, Preferences)},
         {"base": base},
         "1 task (1 CPU, 0 GPU) a file",
-        version=4,
+        version=5,
     )
 
 

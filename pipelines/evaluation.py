@@ -24,11 +24,18 @@ MORE = re.compile(r"\s*[/:]\s*\d|[eE][+-]?\d")
 log = logging.getLogger(__name__)
 
 
-def plan(name: str, samples: Stage, demonstrations: Stage, evaluation: Evaluation) -> Stage:
-    """The stage that scores the samples of a policy."""
-    return Stage(
-        name, {"metric": evaluation.metric}, {"samples": samples, "demonstrations": demonstrations}, demand="the driver", version=2
-    )
+def plan(name: str, samples: Stage, demonstrations: Stage, evaluation: Evaluation, before: Stage | None = None) -> Stage:
+    """The stage that scores the samples of a policy.
+
+    Args:
+        name: of the stage.
+        samples: of held-out prompts.
+        demonstrations: of the same prompts.
+        evaluation: the metric.
+        before: the evaluation of the policy that it was made from: what it gains on that is told, too.
+    """
+    inputs = {"samples": samples, "demonstrations": demonstrations} | ({"before": before} if before else {})
+    return Stage(name, {"metric": evaluation.metric}, inputs, demand="the driver", version=3)
 
 
 def evaluate(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
@@ -57,7 +64,17 @@ def _evaluate(run: Run, stage: Stage) -> dict[str, Any]:
         log.warning("%s: they are not in the accuracy of the other %d", why, len(scores))
     write_rows(run.directory(stage) / "scores.parquet", scores, SCORES)
     mean, error = mean_and_error([row["score"] for row in scores])
-    return {"accuracy": mean, "stderr": error, "n": len(scores), "truncated": truncated, "unscored": len(unscored)}
+    found = {"accuracy": mean, "stderr": error, "n": len(scores), "truncated": truncated, "unscored": len(unscored)}
+    return found | ({"gain": _gain(run, stage.inputs["before"], scores)} if "before" in stage.inputs else {})
+
+
+def _gain(run: Run, before: Stage, scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean difference to an earlier policy, with its standard error, pair by pair of answers to the same prompt: most prompts are as
+    hard for both, so that it says more than two accuracies beside each other."""
+    then = {row["id"]: row["score"] for row in pq.read_table(run.directory(before) / "scores.parquet").to_pylist()}
+    differences = [row["score"] - then[row["id"]] for row in scores if row["id"] in then]
+    mean, error = mean_and_error(differences)
+    return {"over": before.name.rpartition("/")[0], "mean": mean, "stderr": error, "n": len(differences)}
 
 
 def check_answers(run: Run, demonstrations: Stage, setting: str, metric: str, instead: str) -> None:
@@ -97,17 +114,19 @@ METRICS = {"exact_answer": exact_answer, "exact_text": exact_text}
 
 
 def final_text(text: str) -> str | None:
-    """What stands after the last `####`; None if nothing does."""
+    """What stands after the last `####` that anything stands after; None if there is none."""
+    text = text.rstrip()
+    # Cut in the middle of saying it once more.
+    while text.endswith("####"):
+        text = text.removesuffix("####").rstrip()
     _, marker, tail = text.rpartition("####")
     return (tail.strip() or None) if marker else None
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the last `####`, without thousands separators and currency; None if there is none."""
-    _, marker, tail = text.rpartition("####")
-    line = tail.strip().splitlines()[0] if marker and tail.strip() else ""
-    found = NUMBER.search(line)
-    if not found or MORE.match(line, found.end()):
+    """The number in the first line of the `final_text`, without thousands separators and currency; None if there is none."""
+    found = NUMBER.search((final_text(text) or "").partition("\n")[0])
+    if not found or MORE.match(found.string, found.end()):
         return None
     try:
         sign = -1 if found.group(0).startswith("-") and not found.group(1).startswith("-") else 1

@@ -60,7 +60,7 @@ def plan(
         inputs["reward"] = scorer
     else:
         settings |= {"scorer": scorer, "identity": _identity(scorer)}
-    return Stage(name, settings, inputs, demand=scoring.demand())
+    return Stage(name, settings, inputs, demand=scoring.demand(), version=2)
 
 
 def is_function(scorer: str) -> bool:

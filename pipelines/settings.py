@@ -101,7 +101,18 @@ class Demonstrations(Settings):
     held_out_limit: int | None = Field(None, ge=1)
     """hold out the first N valid rows at most (generated ones: make N)"""
     layout: Literal[
-        "auto", "prompt_completion", "messages", "question_answer", "alpaca", "sharegpt", "hh", "preference", "spin", "input_output"
+        "auto",
+        "prompt_completion",
+        "prompt_response",
+        "messages",
+        "question_answer",
+        "alpaca",
+        "dolly",
+        "sharegpt",
+        "hh",
+        "preference",
+        "spin",
+        "input_output",
     ] = "auto"
     """how rows look; recognised by their columns"""
     columns: dict[str, str] = Field(default_factory=dict)

@@ -11,7 +11,7 @@ from typing import Any
 
 from actors.settings import Objective
 from pipelines import base_model
-from pipelines.means import FEW
+from pipelines.means import CUT, FEW, cell, cut_off
 from pipelines.run.artifacts import Run, Stage
 from pipelines.run.manifests import read_json, versions, write_json
 from pipelines.tables import Shown, Table, ruled
@@ -54,6 +54,12 @@ def reward_warnings(name: str, training: dict[str, Any], objective: Objective) -
     return [f"{name}: the reward of real responses stays below zero ({reward:.3f}): the policy is moving away from the demonstrations"]
 
 
+def cut(name: str, numbers: dict[str, Any]) -> list[str]:
+    """Warns of samples of which many were cut, by the numbers of the stage `name` that drew them."""
+    share = numbers.get("truncated", 0) / max(1, numbers.get("rows", 0))
+    return [cut_off(name, share)] if share > CUT else []
+
+
 def indistinguishable(numbers: dict[str, Any]) -> bool:
     """Whether held-out pairs are told apart no better than by chance: accuracy within two standard errors of one half. Several samples of
     a prompt share its demonstration: it is prompts that are independent."""
@@ -73,7 +79,8 @@ def doubts(name: str, numbers: dict[str, Any], pairs: int) -> list[str]:
     if accuracy is not None and accuracy < 0.5 and not indistinguishable(numbers):
         found.append(f"{name}: held-out pairs are told apart worse than by chance ({accuracy:.3f} of {numbers['held_out_pairs']})")
     if numbers["held_out_pairs"] < FEW:
-        found.append(f"{name}: {numbers['held_out_pairs']} held-out pairs cannot say whether demonstrations and samples are told apart")
+        few = f"{numbers['held_out_pairs']} held-out pairs, fewer than {FEW},"
+        found.append(f"{name}: {few} cannot say whether demonstrations and samples are told apart")
     if pairs < FEW or pairs < numbers["rejected"]:
         found.append(f"{name}: trained on {pairs} pairs, {numbers['rejected']} were dropped as equal to their demonstration or cut")
     return found
@@ -89,7 +96,7 @@ def show(content: dict[str, Any], root: Path) -> Shown:
     stopped = [f"stopped early: {content['stopped']}"] if content["stopped"] else []
     warnings = [f"warning: {text}" for text in content["warnings"]]
     places = [f"final policy: {content['final']}, {root / 'final'}", f"summary: {root / 'summary.json'}"]
-    rows = table(content["policies"], _by_policy(content))
+    rows = table(content["policies"], _by_policy(content), content["gains"])
     return Shown([Table(f"{content['run']}: held-out prompts", rows, content["final"])], [*stopped, *warnings, *places])
 
 
@@ -98,21 +105,28 @@ def _by_policy(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return dict(zip([name for name in content["policies"] if name not in ("base", "sft")], content["iterations"], strict=True))
 
 
-def table(policies: dict[str, dict[str, Any]], iterations: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+def table(
+    policies: dict[str, dict[str, Any]], iterations: Mapping[str, dict[str, Any]], gains: Mapping[str, dict[str, Any]]
+) -> list[list[str]]:
     """Rows of the final table, the header first; accuracy has columns where something was measured.
 
     Args:
         policies: numbers of the evaluation by policy.
         iterations: `iteration_numbers` by policy, of those that were trained to tell pairs apart.
+        gains: on the policy before, by policy.
     """
     measured = any(numbers["n"] for numbers in policies.values())
-    rows = [["policy", *(["accuracy", "±", "n"] if measured else []), "reward real", "generated", "pairs told apart"]]
+    compared = any(gain["n"] for gain in gains.values())
+    accuracy = [*(["accuracy", "±", "n"] if measured else []), *(["gain on the one before"] if compared else [])]
+    rows = [["policy", *accuracy, "reward real", "generated", "pairs told apart"]]
     for name, numbers in policies.items():
         trained = iterations.get(name, {})
         if not trained and not measured and iterations:
             # Nothing is known of it, but of others.
             continue
         cells = [_cell(numbers["accuracy"]), _cell(numbers["stderr"]), str(numbers["n"])] if measured else []
+        gain = gains.get(name, {"mean": None, "stderr": None})
+        cells += [cell(gain["mean"], gain["stderr"], 3, sign=True)] if compared else []
         apart = _cell(trained.get("classification_accuracy"))
         told = f"{apart} of {trained['held_out_pairs']}" if apart else ""
         rows.append([name, *cells, _cell(trained.get("reward_real")), _cell(trained.get("reward_generated")), told])
@@ -142,6 +156,7 @@ def content(
     return {
         "run": run.root.name,
         "policies": {name: {key: numbers[key] for key in ("accuracy", "stderr", "n")} for name, numbers in evaluations.items()},
+        "gains": {name: numbers["gain"] for name, numbers in evaluations.items() if numbers.get("gain")},
         "iterations": iterations,
         "final": final,
         "stopped": stopped,
@@ -183,7 +198,7 @@ def write_final(run: Run, name: str, policy: Stage, card: str) -> None:
 
 def model_card(config: dict[str, Any], summary: dict[str, Any]) -> str:
     """README.md of final/: what it was made from, how, and what it scored."""
-    results = ruled(table(summary["policies"], _by_policy(summary)))
+    results = ruled(table(summary["policies"], _by_policy(summary), summary["gains"]))
     software = "\n".join(f"- {package} {version}" for package, version in versions().items())
     sections = ("sft", "iterations", "objective", "training", "negatives")
     hyper = json.dumps({key: config[key] for key in sections if key in config}, indent=1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,10 @@ def undisturbed(tiny: Path, demonstrations: Path, tmp_path_factory: pytest.TempP
     assert f"report: {root / 'job' / 'report.html'}" in done.stdout and (root / "job" / "report.html").exists()
     chatter = [line for line in done.stdout.splitlines() if any(word in line for word in ("INFO", "WARNING", "[deepspeed]", "pid="))]
     assert not chatter and not done.stderr.strip(), done.stdout + done.stderr
+    # It is where the job says.
+    (place,) = re.findall(r"Ray, vLLM and DeepSpeed: (\S+)", done.stdout)
+    logged = "".join(path.read_text(errors="replace") for path in Path(place).glob("worker-*"))
+    assert "Resolved architecture: LlamaForCausalLM" in logged and "Started training worker group" in logged, place
     wait_until_gone(root)
     return root / "job"
 

@@ -44,6 +44,8 @@ def detect(row: Mapping[str, Any], mapped: Collection[str] = ()) -> str | None:
         ("alpaca", {"instruction", "output"}),
         ("question_answer", {"question", "answer"}),
         ("prompt_completion", {"prompt", "completion"}),
+        ("prompt_response", {"prompt", "response"}),
+        ("dolly", {"instruction", "response"}),
         ("input_output", {"input", "output"}),
     ]
     fitting = [(layout, needed) for layout, needed in rules if needed <= names]
@@ -63,12 +65,15 @@ def turns(row: Mapping[str, Any], layout: str) -> Turns:
         layout: a key of LAYOUTS.
 
     Returns:
-        all messages before the last assistant turn, and that turn's text; both without surrounding white space in the response.
+        all messages before the last assistant turn, behind the column `system` where the row has one and no system turn; and that turn's
+        text without white space around it.
 
     Raises:
         RowError: missing or empty fields, wrong types, unknown roles, no assistant turn.
     """
     prompt, response = LAYOUTS[layout](row)
+    if row.get("system") and (not prompt or prompt[0]["role"] != "system"):
+        prompt = [{"role": "system", "content": _text(row, "system")}, *prompt]
     for message in prompt:
         _unicode(message["content"], "prompt")
     _unicode(response, "response")
@@ -120,14 +125,24 @@ def _question_answer(row: Mapping[str, Any]) -> Turns:
     return _prompt(row, "question"), _response(row, "answer")
 
 
+def _prompt_response(row: Mapping[str, Any]) -> Turns:
+    return _prompt(row, "prompt"), _response(row, "response")
+
+
 def _alpaca(row: Mapping[str, Any]) -> Turns:
-    extra = row.get("input") or ""
+    return _instruction(row, "input"), _text(row, "output")
+
+
+def _dolly(row: Mapping[str, Any]) -> Turns:
+    return _instruction(row, "context"), _text(row, "response")
+
+
+def _instruction(row: Mapping[str, Any], column: str) -> list[Message]:
+    extra = row.get(column) or ""
     if not isinstance(extra, str):
-        raise RowError(f"'input' is {_kind(extra)}, not text")
+        raise RowError(f"'{column}' is {_kind(extra)}, not text")
     instruction = _text(row, "instruction")
-    content = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
-    return [*system, {"role": "user", "content": content}], _text(row, "output")
+    return [{"role": "user", "content": f"{instruction}\n\n{extra}" if extra.strip() else instruction}]
 
 
 def _messages(row: Mapping[str, Any], column: str = "messages") -> Turns:
@@ -135,8 +150,7 @@ def _messages(row: Mapping[str, Any], column: str = "messages") -> Turns:
 
 
 def _sharegpt(row: Mapping[str, Any]) -> Turns:
-    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
-    return _split([*system, *_conversation(row, "conversations")])
+    return _messages(row, "conversations")
 
 
 def _spin(row: Mapping[str, Any]) -> Turns:
@@ -171,10 +185,12 @@ def _before(row: Mapping[str, Any]) -> list[Message]:
 
 LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Turns]] = {
     "prompt_completion": _prompt_completion,
+    "prompt_response": _prompt_response,
     "messages": _messages,
     "question_answer": _question_answer,
     "input_output": _input_output,
     "alpaca": _alpaca,
+    "dolly": _dolly,
     "sharegpt": _sharegpt,
     "hh": _hh,
     "preference": _preference,
@@ -209,6 +225,12 @@ def _message(item: Any, where: str) -> Message:
     role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
     if role not in ROLES:
         raise RowError(f"'{where}' has the role {role!r}; known are {', '.join(ROLES)}")
+    if isinstance(content, Sequence) and not isinstance(content, str) and content:
+        # OpenAI's parts.
+        texts = [part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None for part in content]
+        if not all(isinstance(text, str) for text in texts):
+            raise RowError(f"the content of '{where}' has parts that are no text")
+        content = "".join(str(text) for text in texts)
     if not isinstance(content, str):
         raise RowError(f"the content of '{where}' is {_kind(content)}, not text")
     return {"role": ROLES[role], "content": content}

@@ -1,7 +1,7 @@
 """Where demonstrations come from: local paths, directories, globs, URIs, hub data sets. One raw row at a time.
 
-A raw row is `{"source": "file:row", "row": JSON text, "reason": why it could not be read}`, one of the two last ones empty: bad
-lines travel with the good ones and are counted.
+A raw row is `{"source": "file:row", "row": JSON text, "reason": why it could not be read, else empty}`: bad lines travel with the good
+ones and are counted; their row is what stands there.
 """
 
 import codecs
@@ -25,6 +25,8 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 NO_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
 """What `datasets.save_to_disk` puts beside the rows."""
+SHOWN = 1000
+"""characters at most of a line that cannot be read"""
 RawRow = dict[str, str]
 
 
@@ -275,12 +277,17 @@ def _parse(line: bytes) -> Parsed:
         # Some editors begin a file with a mark of its encoding.
         return _object(json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8")))
     except UnicodeDecodeError as error:
-        return "", f"not UTF-8: byte {error.start} of the line"
+        return _as_it_stands(line), f"not UTF-8: byte {error.start} of the line"
     except (ValueError, RecursionError) as error:
-        return "", f"broken JSON: {error}"
+        return _as_it_stands(line), f"broken JSON: {error}"
+
+
+def _as_it_stands(line: bytes) -> str:
+    """For a person to look at, among the rejected rows."""
+    return json.dumps(line.decode("utf-8", errors="replace").rstrip("\r\n")[:SHOWN])
 
 
 def _object(row: Any) -> Parsed:
     if not isinstance(row, dict):
-        return "", f"the row is {type(row).__name__}, not an object with columns"
+        return json.dumps(row, default=str)[:SHOWN], f"the row is {type(row).__name__}, not an object with columns"
     return json.dumps(row, default=str), ""

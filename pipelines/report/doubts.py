@@ -5,10 +5,8 @@ from collections.abc import Iterator
 
 from actors.settings import Objective
 from pipelines import mt_bench, reward_training, summary, tournament
+from pipelines.means import CUT, cut_off
 from pipelines.report.facts import Facts
-
-CUT = 0.2
-"""Share of responses that were cut, above which is warned."""
 
 
 def doubts(facts: Facts) -> list[str]:
@@ -30,10 +28,7 @@ def _iterations(facts: Facts) -> Iterator[str]:
 def _cut(facts: Facts) -> Iterator[str]:
     for name, found in facts.lengths.items():
         if found.truncated > CUT and "base" not in name.split("/"):
-            yield (
-                f"{name}: {found.truncated:.0%} of the responses were cut at the limit of tokens: raise max_new_tokens, or "
-                "see whether the policy ends its responses at all"
-            )
+            yield cut_off(name, found.truncated)
 
 
 def _rewards(facts: Facts) -> Iterator[str]:

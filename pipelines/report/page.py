@@ -14,6 +14,20 @@ from pipelines.tables import ruled
 from pipelines.watching.states import SKIPPED, StageFacts
 from pipelines.watching.status import duration
 
+GAINS = (
+    "± is one standard error. The gain is the mean difference to the policy before on the same prompts: less than two of its standard "
+    "errors is no proof of a change."
+)
+ANSWERS = (
+    "± is one standard error over prompts. Cut: the share of answers that ended at the limit of tokens. Distinct 1, 2, 3: the share of "
+    "words, pairs and triples of words that are different, over all answers. KL: the mean log ratio of the policy to answers.reference on "
+    "its own samples."
+)
+GAMES = (
+    "Shares of games, ± one standard error; a game is a prompt, asked in both orders, and a win needs both. n: games with a verdict; "
+    "unread: verdicts that say nothing; no answer: the judge gave none. At equal length: the share of the first if both wrote as much, by "
+    "logistic regression on the difference in length; empty where the lengths leave it open."
+)
 REWARDS = (
     "Rewards are beta times the log ratio of the trained policy to its reference, in nats; they and the share of pairs told apart are "
     "measured on held-out pairs."
@@ -79,8 +93,12 @@ def tables(facts: Facts) -> dict[str, Rows]:
 def notes(facts: Facts) -> dict[str, str]:
     """What a reader of a table has to know, by its title."""
     measured = any(numbers.get("n") for numbers in facts.evaluations().values())
-    found = {"Policies": REWARDS + (" ± is one standard error." if measured else "")} if facts.trained() else {}
+    said = [*([GAINS] if measured else []), *([REWARDS] if facts.trained() else [])]
+    found = {"Policies": " ".join(said)} if said else {}
     found["Reward models on held-out pairs"] = BASELINES
+    found["Answers to the prompts"] = ANSWERS
+    found["Tasks"] = "± is one standard error, as lm-eval has it; n is how many rows were asked."
+    found["Tournament: games of the first against the second"] = GAMES
     if judge := _judge(facts, "tournament"):
         asked = facts.stage("evaluation/tournament/questions")
         equal = f"{asked['equal']} of {asked['games']} games were between equal responses: ties, about which the judge was not asked."
@@ -105,7 +123,8 @@ def policy_table(facts: Facts) -> list[list[str]]:
     names = list(dict.fromkeys(s.policy for s in facts.stages if s.policy in facts.evaluations() or s.policy in trained))
     iterations = {name: summary.iteration_numbers({"train": {}}, {"rows": 0}, dict(numbers)) for name, numbers in trained.items()}
     unknown = {"accuracy": None, "stderr": None, "n": 0}
-    return summary.table({name: dict(facts.evaluations().get(name, unknown)) for name in names}, iterations)
+    found = {name: dict(facts.evaluations().get(name, unknown)) for name in names}
+    return summary.table(found, iterations, {name: numbers["gain"] for name, numbers in found.items() if numbers.get("gain")})
 
 
 def stage_table(stages: Sequence[StageFacts]) -> list[list[str]]:

@@ -34,6 +34,8 @@ def read(path: Path | str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         raise SectionsError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {reason(error)}") from None
+    if content is None:
+        return {}
     if not isinstance(content, dict):
         raise SectionsError(f"{path} must hold sections (run:, model:, ...), not {type(content).__name__}")
     return content

@@ -180,11 +180,17 @@ def _finished(shard: Shard) -> bool:
 
 RAISED = re.compile(r"(?!ray\.exceptions)([a-zA-Z_]\w*\.)*[A-Z]\w*(Error|Exception|Interrupt|Exit): ")
 """The line of a traceback that says what was raised, unless by Ray itself."""
+FULL = re.compile(r"Memory on the node .*? was (\S+) used / (\S+) limit")
+"""Ray's words of a worker that it killed before the machine's memory was all gone."""
 FOLLOWS = ("The above exception", "During handling", "Traceback", "ray.exceptions", "To change retry attempts")
 
 
 def last_words(error: BaseException) -> str:
     """What a worker said last, on one line: Ray's exceptions carry the worker's traceback as text, and words of Ray's own around it."""
+    if full := FULL.search(str(error)):
+        return (
+            f"killed, as its machine ran out of memory ({full[1]} of {full[2]} in use): fewer workers or engines on it at a time need less"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     raised = [number for number, line in enumerate(lines) if RAISED.match(line)]
     if not raised:

@@ -132,6 +132,7 @@ def test_who_needs_held_out_prompts_says_so(schema: type[JobConfig], argv: list[
         (["training.epochs", "1"], ["'training.epochs'", "--section.key"]),
         (["--training.epochs"], ["needs a value"]),
         (["--training", "1"], ["'training' is a section"]),
+        (["--objective.name", "sft", "--objective.sft_weight", "0"], ["sft_weight=0 leaves nothing to minimise"]),
         (["--run.root", "s3://bucket/runs"], ["s3://bucket/runs", "every node mounts"]),
         (["--objective.name", "spin", "--objective.gamma", "1"], ["gamma=1.0 means nothing to spin", "gsil_logistic"]),
         (["--objective.delta", "2"], ["delta=2.0 means nothing to gsil_logistic: only to slic"]),
@@ -263,6 +264,33 @@ def test_a_contradiction_with_deepspeed_json_names_both_values(text: str, words:
     with pytest.raises(ValueError) as error:
         deepspeed_config(Training(deepspeed=str(path)), 1, read_deepspeed(str(path)))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_all_contradictions_of_a_deepspeed_json_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"train_batch_size": 64, "zero_optimization": {"stage": 2}, "bf16": {"enabled": true}, "fp16": {"enabled": true}}')
+    with pytest.raises(ValueError, match=r"train_batch_size=64.*stage=2.*bf16.enabled=True.*fp16="):
+        deepspeed_config(Training(deepspeed=str(path)), 1, read_deepspeed(str(path)))
+
+
+def test_a_section_whose_keys_are_commented_out_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "some.yaml").write_text("run:\n  name: mine\nsft:\n  # epochs: 3\n")
+    (tmp_path / "all.yaml").write_text("# nothing yet\n")
+    config = build(GsilConfig, ["--config", str(tmp_path / "some.yaml"), "--config", str(tmp_path / "all.yaml")])
+    assert config.run.name == "mine" and config.sft == GsilConfig().sft
+
+
+# METHODS: the paper's published run and its released script.
+def test_the_published_run_is_as_published() -> None:
+    config = build(GsilConfig, ["--config", str(ROOT / "jobs/configs/zephyr_7b_ultrafeedback.yaml")])
+    assert config.model.path == "alignment-handbook/zephyr-7b-sft-full" and config.sft.epochs == 0
+    assert config.demonstrations.path == "HuggingFaceH4/ultrafeedback_binarized" and config.demonstrations.layout == "preference"
+    assert (config.demonstrations.max_prompt_tokens, config.demonstrations.max_tokens) == (512, 1024)
+    assert (config.objective.name, config.objective.beta, config.objective.gamma) == ("gsil_logistic", 0.01, 2.0)
+    steps = config.training
+    assert (steps.learning_rate, steps.optimizer, steps.schedule, steps.warmup_ratio) == (5e-7, "rmsprop", "linear", 0.1)
+    assert (steps.epochs, steps.batch_size, steps.precision) == (1, 128, "bfloat16")
+    assert config.negatives.greedy and config.negatives.max_new_tokens == 256
 
 
 def test_a_job_hides_no_library_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

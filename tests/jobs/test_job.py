@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from running import ROOT, command, content, finish, rows_of, start, stop_when, wait_until_gone
+from safetensors import safe_open
 from transformers import AutoTokenizer
 
 STAGES = [
@@ -60,6 +61,10 @@ def test_the_run_directory(undisturbed: Path) -> None:
     card = (undisturbed / "final" / "README.md").read_text()
     assert "base_model:" not in card, "a local directory is no name on the hub"
     assert all(word in card for word in ("gsil_logistic", "rows.jsonl", "learning_rate", "vllm", "transformers", "iteration-1")), card
+    weights = [
+        (undisturbed / name).read_bytes() for name in ("final/model.safetensors", f"{summary['final']}/training/policy/model.safetensors")
+    ]
+    assert weights[0] == weights[1]
     policy = undisturbed / "iteration-1/training/policy"
     assert json.loads((policy / "config.json").read_text())["dtype"] == "float32"
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in policy.iterdir()), "others can read it"
@@ -84,6 +89,8 @@ def assert_same_ids(run: Path, end: int, limit: int) -> set[str]:
             assert (ids.count(end), ids[-1] == end) == ((1, True) if stopped else (0, False))
             assert len(ids) == limit or stopped
             reasons.add(sample["finish_reason"])
+            assert set(sample) >= {"id", "iteration", "prompt", "response", "prompt_ids", "response_ids", "finish_reason"}
+            assert sample["iteration"] == 1 and sample["prompt"][-1]["role"] == "user"
     return reasons
 
 
@@ -102,6 +109,10 @@ def test_so_are_smollm2s(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "job"
     assert assert_same_ids(run, end=2, limit=48) == {"stop", "length"}
+    for policy in (run / "base/model/policy", run / "sft/training/policy"):
+        with safe_open(policy / "model.safetensors", "pt") as weights:
+            assert "lm_head.weight" not in weights.keys(), "tied to the embeddings, and once on disk"  # noqa: SIM118
+        assert all(path.stat().st_mode & 0o044 == 0o044 for path in policy.iterdir()), "others can read it"
     tokenizer = AutoTokenizer.from_pretrained(run / "sft/training/policy")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     for row in rows_of(run / "iteration-1/negatives/train"):
@@ -286,17 +297,23 @@ def test_cut_samples_are_dropped(undisturbed: Path, tiny: Path, demonstrations: 
     assert numbers["rejected"] == len(samples) - len(stopped) > 0
 
 
+# From a terminal, where the whole group gets it, and as `ray job stop` and Slurm send it.
 @pytest.mark.slow
-def test_ctrl_c_in_training_stops_at_once_too(undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_in_training_stops_at_once_too(
+    name: signal.Signals, undisturbed: Path, tiny: Path, demonstrations: Path, tmp_path: Path
+) -> None:
     shutil.copytree(undisturbed, tmp_path / "job")
     shutil.rmtree(tmp_path / "job/iteration-1/training")
     argv = command(tiny, demonstrations, tmp_path, "--training.learning_rate", "2e-3", "--training.epochs", "500")
     environment = os.environ | {"GSIL_TEST": str(tmp_path)}
-    process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while not (tmp_path / "job/iteration-1/training/metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    (os.killpg if name == signal.SIGINT else os.kill)(process.pid, name)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and "the same command continues" in errors and "Traceback" not in errors
     wait_until_gone(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 from jobs.config import build
 from jobs.gsil_iterative import align, plan
 from jobs.schemas import GsilConfig
+from pipelines.means import cut_off
 from pipelines.run.artifacts import Run
 
 APART = {"rows": 100, "prompts": 100, "accuracy": 0.8, "reward_real": 0.5, "reward_generated": -0.5, "margin": 1.0}
@@ -30,7 +31,7 @@ def finished(root: Path, accuracies: dict[str, float], argv: tuple[str, ...] = (
         "model": {"stop_ids": [1], "context": None, "modules": [], "shares_prompt": True, "window": None},
         "demonstrations": {"train": 10, "held_out": 10, "rejected": 0},
         "pairs": {"train": {"rows": 20, "identical": 2, "dropped": 1}},
-        "negatives": {"rows": 13, "truncated": 4},
+        "negatives": {"rows": 13, "truncated": 2},
         "training": {"held_out": APART, "tail_reward_real": 0.5},
     } | numbers
 
@@ -60,7 +61,7 @@ def test_all_iterations_and_the_best_policy(tmp_path: Path) -> None:
     assert list(summary["policies"]) == ["base", "sft", "iteration-1", "iteration-2"]
     assert summary["iterations"][0] == {
         "negatives": 13,
-        "truncated": 4,
+        "truncated": 2,
         "rejected": 3,
         "reward_real": 0.5,
         "reward_generated": -0.5,
@@ -116,6 +117,12 @@ def test_it_stops_when_no_pair_is_left(tmp_path: Path) -> None:
 def test_without_a_metric_the_last_policy_is_final(tmp_path: Path) -> None:
     argv = ("--evaluation.metric", "none", "--iterations.stop_when_worse", "false")
     assert finished(tmp_path, {}, argv)["final"] == "iteration-2"
+
+
+def test_many_cut_responses_are_warned_of_where_a_run_is_read_and_in_the_words_of_the_report(tmp_path: Path) -> None:
+    summary = finished(tmp_path, {}, samples={"rows": 100, "truncated": 50}, negatives={"rows": 10, "truncated": 3})
+    told = [cut_off("sft/samples", 0.5), cut_off("iteration-1/negatives", 0.3), cut_off("iteration-1/samples", 0.5)]
+    assert [text for text in summary["warnings"] if "iteration-2" not in text] == told
 
 
 @pytest.mark.parametrize(("gamma", "text"), [("0", "stays below zero (-0.600)"), ("1", "heads for -gamma (-0.600 of -1)")])

@@ -65,11 +65,13 @@ def test_a_job_submitted_to_a_running_cluster(
     job = command(tiny, demonstrations, tmp_path)
     done = running.submit("--", *job)
     assert done.returncode == 0, done.stdout + done.stderr
+    here = f"DeepSpeed: {running.files}/session_"
+    assert here in done.stdout, "it took the cluster that it was submitted to, and no instance of its own"
     stages = json.loads((tmp_path / "job" / "summary.json").read_text())["stages"]
     assert {stage["name"] for stage in stages if not stage["skipped"]} == again and content(tmp_path / "job") == content(undisturbed)
     # The same job by hand, told where the cluster is: all of it is done already.
     done = finish([*job, "--ray.address", running.address], env=running.environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0 and here in done.stdout, done.stdout + done.stderr
     assert all(stage["skipped"] for stage in json.loads((tmp_path / "job" / "summary.json").read_text())["stages"])
     deadline = time.monotonic() + 30
     while left := held(running):

@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from demonstration_files import ROWS, prepare, write
 
-from pipelines import base_model
+from pipelines import base_model, demonstrations
 from pipelines.chat import Chat
 from pipelines.data import sources
+from pipelines.data.layouts import RowError
 from pipelines.records import shards
 from pipelines.run.artifacts import Run, Stage, StageError
-from pipelines.settings import Model
+from pipelines.settings import Model, Preferences
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.arrow", "a.csv", "a.jsonl.gz"])
@@ -241,6 +242,40 @@ def test_columns_system_prompt_cut_responses_and_limits(tiny: Path, tmp_path: Pa
         assert row["prompt"][0] == {"role": "system", "content": "Be brief."}
         # Cut at max_tokens: no EOS, as nothing ended.
         assert len(row["prompt_ids"]) + len(row["response_ids"]) == 96 and 1 not in row["response_ids"]
+
+
+def test_a_pair_that_differs_only_beyond_max_tokens_is_rejected_as_equal(tiny: Path) -> None:
+    chat = Chat(str(tiny))
+    settings = Preferences(path="pairs.jsonl", max_prompt_tokens=30, max_tokens=40)
+    prompt = chat.prompt_ids([{"role": "user", "content": "Hi?"}])
+    room = 40 - len(prompt)
+
+    def pair(chosen: str, rejected: str) -> dict[str, Any]:
+        return demonstrations.demonstration({"prompt": "Hi?", "chosen": chosen, "rejected": rejected}, "a:1", settings, chat)
+
+    # A letter of these is a token.
+    with pytest.raises(RowError, match=r"^the two responses are equal up to max_tokens=40$"):
+        pair("x" * room + "y", "x" * room + "z")
+    made = pair("x" * (room - 1) + "y", "x" * (room - 1) + "z")
+    assert made["truncated"] and len(made["response_ids"]) == len(made["rejected_ids"]) == room
+    assert made["response_ids"][:-1] == made["rejected_ids"][:-1] and made["response_ids"][-1] != made["rejected_ids"][-1]
+    # One that ends where the other one is cut says something else, namely that it ends.
+    made = pair("x" * (room - 1), "x" * room)
+    assert made["response_ids"][-1] == chat.end_id != made["rejected_ids"][-1] and not made["truncated"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_chosen_line_of_best_of_n_is_a_demonstration_of_a_next_round(tiny: Path, tmp_path: Path) -> None:
+    asked = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"What is {i}?"}] for i in range(6)]
+    lines = [{"input": prompt, "output": f"It is {i}.", "reward": i / 2 - 1} for i, prompt in enumerate(asked)]
+    options = {"system_prompt": "Be long.", "held_out_fraction": 0.0}
+    run, stage, numbers = prepare(tmp_path, tiny, path=str(write(tmp_path / "chosen.train.jsonl", lines)), **options)
+    assert (numbers["train"], numbers["rejected"]) == (6, 0)
+    chat = Chat(str(tiny))
+    for row, prompt, line in zip(rows_of(run, stage, "train"), asked, lines, strict=True):
+        # The system turn is the sample's own, once.
+        assert row["prompt"] == prompt and row["prompt_ids"] == chat.prompt_ids(prompt)
+        assert row["response"] == line["output"] and row["response_ids"] == chat.response_ids(prompt, str(line["output"]))
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -28,6 +28,9 @@ from pipelines.summary import doubts, indistinguishable, reward_warnings, table
         ("#### 3\nand more 9", 3),
         ("the answer is 4", None),
         ("####", None),
+        ("#### 4.\n#### 4.\n####", 4),
+        ("#### 4 ####  ", 4),
+        ("#### 4\n#### none", None),
         ("#### none", None),
         ("####\n18", 18),
         ("#### 18/2", None),
@@ -65,6 +68,31 @@ def test_a_demonstration_without_an_answer_is_counted_apart(tmp_path: Path, capl
         Run(tmp_path).do(evaluation.evaluate, evaluation.plan("other/evaluation", samples, data, Evaluation()))
 
 
+def test_a_gain_is_the_mean_difference_on_the_same_prompts(tmp_path: Path) -> None:
+    run, data = Run(tmp_path), Stage("demonstrations", {})
+    right, samples = ([True, True, False, False], [True, True, True, True]), []
+    rows = [{"id": str(k), "source": f"row {k}", "prompt": [], "response": "#### 1"} for k in range(4)]
+    run.directory(data).joinpath("held_out").mkdir(parents=True)
+    write_rows(run.directory(data) / "held_out/00000.parquet", [r | {"prompt_ids": [], "response_ids": []} for r in rows], DEMONSTRATION)
+    for name, answers in zip(("sft", "iteration-1"), right, strict=True):
+        stage = Stage(f"{name}/samples", {})
+        run.directory(stage).joinpath("held_out").mkdir(parents=True)
+        # In another order, and of the later policy one prompt is missing.
+        made = [(k, answer) for k, answer in enumerate(answers) if name == "sft" or k != 0][::-1]
+        drawn = [{"id": str(k), "response": f"#### {int(answer)}", "finish_reason": "stop"} for k, answer in made]
+        filled = {"iteration": 0, "sample": 0, "prompt": [], "prompt_ids": [], "response_ids": []}
+        write_rows(run.directory(stage) / "held_out/00000.parquet", [row | filled for row in drawn], SAMPLE)
+        samples.append(stage)
+    before = evaluation.plan("sft/evaluation", samples[0], data, Evaluation())
+    after = evaluation.plan("iteration-1/evaluation", samples[1], data, Evaluation(), before)
+    run.do(evaluation.evaluate, before)
+    run.do(evaluation.evaluate, after)
+    assert "gain" not in run.numbers(before)
+    # Of the three prompts that both answered, +0, +1, +1.
+    gain = run.numbers(after)["gain"]
+    assert gain == {"over": "sft", "mean": pytest.approx(2 / 3), "stderr": pytest.approx((1 / 3 / 3) ** 0.5), "n": 3}
+
+
 def test_mean_and_standard_error_by_hand() -> None:
     mean, error = mean_and_error([1.0, 0.0, 1.0, 1.0])
     assert mean == 0.75 and error == pytest.approx((0.1875 * 4 / 3 / 4) ** 0.5)
@@ -96,16 +124,19 @@ def test_results_of_few_rows_are_doubted() -> None:
     assert doubts("iteration-1", sure, 60) == []
     assert "trained on 5 pairs, 3 were dropped" in doubts("iteration-1", sure, 5)[0]
     assert "trained on 60 pairs, 90 were dropped" in doubts("iteration-1", sure | {"rejected": 90}, 60)[0]
-    assert "1 held-out pairs cannot say" in doubts("iteration-1", sure | {"held_out_pairs": 1}, 60)[0]
+    assert "1 held-out pairs, fewer than 16, cannot say" in doubts("iteration-1", sure | {"held_out_pairs": 1}, 60)[0]
     assert "worse than by chance (0.300 of 64)" in doubts("iteration-1", sure | {"classification_accuracy": 0.3}, 60)[0]
 
 
 def test_the_table_shows_what_was_measured() -> None:
     trained = {"reward_real": 0.5, "reward_generated": -0.25, "classification_accuracy": 0.75, "held_out_pairs": 60}
     unmeasured, measured = {"accuracy": None, "stderr": None, "n": 0}, {"accuracy": 0.5, "stderr": 0.05, "n": 100}
-    header, row = table({"base": unmeasured, "dil": unmeasured}, {"dil": trained})
+    header, row = table({"base": unmeasured, "dil": unmeasured}, {"dil": trained}, {})
     assert header == ["policy", "reward real", "generated", "pairs told apart"] and row == ["dil", "0.500", "-0.250", "0.750 of 60"]
-    assert table({"base": measured, "dil": measured}, {"dil": trained})[2][:4] == ["dil", "0.500", "0.050", "100"]
+    gain = {"over": "base", "mean": 0.1, "stderr": 0.04, "n": 100}
+    rows = table({"base": measured, "dil": measured}, {"dil": trained}, {"dil": gain})
+    assert rows[0][4] == "gain on the one before" and rows[1][4] == ""
+    assert rows[2][:5] == ["dil", "0.500", "0.050", "100", "+0.100 ± 0.040"]
 
 
 @pytest.mark.parametrize("outcome", ["tie", "failed", "unparsed"])

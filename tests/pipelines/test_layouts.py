@@ -14,7 +14,10 @@ ANSWER = {"role": "assistant", "content": "Yes."}
 GOOD: list[tuple[str, dict[str, Any]]] = [
     ("prompt_completion", {"prompt": "Hi?", "completion": "Yes."}),
     ("prompt_completion", {"prompt": [USER], "completion": [ANSWER]}),
+    ("prompt_response", {"prompt": "Hi?", "response": "Yes."}),
+    ("dolly", {"instruction": "Hi?", "context": "", "response": "Yes.", "category": "open_qa"}),
     ("messages", {"messages": [USER, ANSWER]}),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i?"}]}, ANSWER]}),
     ("question_answer", {"question": "Hi?", "answer": "Yes."}),
     ("alpaca", {"instruction": "Hi?", "input": "", "output": "Yes."}),
     ("sharegpt", {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}]}),
@@ -45,6 +48,13 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
 def test_layouts_are_recognised_and_read(layout: str, row: dict[str, Any]) -> None:
     assert detect(row) == layout
     assert turns(row, layout) == ([USER], "Yes.")
+
+
+@pytest.mark.parametrize(("layout", "row"), GOOD)
+def test_a_column_for_the_system_turn_is_read_in_every_layout(layout: str, row: dict[str, Any]) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    assert turns(row | {"system": "Be brief."}, layout) == ([system, USER], "Yes.")
+    assert turns({"messages": [system, USER, ANSWER], "system": "Be long."}, "messages") == ([system, USER], "Yes.")
 
 
 def test_multi_turn_keeps_all_before_the_last_assistant_turn() -> None:

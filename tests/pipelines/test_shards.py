@@ -136,6 +136,15 @@ def test_a_failing_actor_is_one_line_and_the_log_has_the_rest(
     assert "Traceback" in caplog.text
 
 
+def test_a_worker_that_was_killed_for_memory_is_told_as_that() -> None:
+    said = (
+        "6 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.2, ID: 3e3e) was 22.38GB used / "
+        "23.54GB limit (0.950692)\nOOM kill reason: Memory usage 24035762176B exceeded threshold\nRefer to the documentation on how to"
+    )
+    told = shards_of.last_words(RuntimeError(said))
+    assert told.startswith("killed, as its machine ran out of memory (22.38GB of 23.54GB in use)")
+
+
 def test_nothing_held_out_to_sample_is_said(tmp_path: Path) -> None:
     run, demonstrations, base = Run(tmp_path), Stage("demonstrations", {}), Stage("base/model", {})
     run.directory(demonstrations).mkdir(parents=True)
