@@ -90,7 +90,8 @@ def _summary(config: DilConfig, graph: Graph, run: Run) -> dict[str, Any]:
     scores = {name: run.numbers(graph.evaluations[name][1]) if name in graph.evaluations else unknown for name in names}
     pairs, training = run.numbers(graph.pairs), run.numbers(graph.training)
     numbers = summary.iteration_numbers(pairs, {"rows": pairs["train"]["rows"]}, training)
-    warnings = summary.reward_warnings("dil", training, config.objective)
+    drawn = [text for samples, _ in graph.evaluations.values() for text in summary.cut(samples.name, run.numbers(samples))]
+    warnings = [text for text in drawn if not text.startswith("base/")] + summary.reward_warnings("dil", training, config.objective)
     warnings += summary.doubts("dil", numbers, pairs["train"]["rows"])
     for text in warnings:
         log.warning(text)

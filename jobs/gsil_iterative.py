@@ -158,7 +158,6 @@ class Result:
         self.iterations.append(summary.iteration_numbers(pairs, negatives, training))
         told = summary.reward_warnings(step.policy.name, training, self.config.objective)
         for text in (
-            *summary.cut(step.negatives.name, negatives),
             *told,
             *summary.doubts(step.policy.name, self.iterations[-1], pairs["train"]["rows"]),
         ):
@@ -185,6 +184,8 @@ class Result:
 
     def nothing_left(self, step: Iteration) -> bool:
         """Whether no pair is left to train on."""
+        for text in summary.cut(step.negatives.name, self.run.numbers(step.negatives)):
+            self.warn(text)
         if self.run.numbers(step.pairs)["train"]["rows"]:
             return False
         self.stopped = f"{step.policy.name}: every sample equals its demonstration or was dropped, nothing is left to tell apart"

@@ -52,6 +52,23 @@ def files(path: str) -> dict[str, list[int]]:
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
+def check_tokens(run: Run, sampled: Stage, model: Stage, instead: str) -> None:
+    """Token ids mean something for the tokenizer alone that made them.
+
+    Args:
+        run: the run.
+        sampled: the model whose ids another one is to read.
+        model: that one.
+        instead: what a person may do.
+
+    Raises:
+        StageError: their tokenizers differ.
+    """
+    ours, theirs = (Path(tokenizer(run, base), "tokenizer.json") for base in (sampled, model))
+    if ours.exists() and theirs.exists() and ours.read_bytes() != theirs.read_bytes():
+        raise StageError(f"{model.name} and {sampled.name} have different tokenizers, and one is to read what the other wrote: {instead}")
+
+
 def check(run: Run, base: Stage, longest: dict[str, int], trainings: dict[str, Training]) -> None:
     """Stops before an engine or a worker would find out that settings do not fit the model.
 

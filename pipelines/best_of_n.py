@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from actors.settings import Engine, RewardScoring
 from actors.storage import replacing
-from pipelines import base_model, demonstrations, generation, scoring
+from pipelines import base_model, demonstrations, evaluation, generation, scoring
 from pipelines.best_of_n_report import Array, Prompt, centres_of, report, select
 from pipelines.plots import plot_best_of_n
 from pipelines.records import shards
@@ -51,7 +51,7 @@ class Golden:
     """its 1"""
 
     @classmethod
-    def by(cls, score: "Score", judge: str, many: Stage, greedy: Stage, base_greedy: Stage, demonstrations: Stage) -> "Golden":
+    def by(cls, score: Score, judge: str, many: Stage, greedy: Stage, base_greedy: Stage, demonstrations: Stage) -> "Golden":
         """Plans them: everything is scored by `judge`, of all but the N samples the held-out part alone."""
         return cls(
             samples=score("best_of_n/golden", many, judge),
@@ -220,7 +220,8 @@ def choose_from(
         raise StageError(f"nobody chooses: choose_by={settings.choose_by!r} is none of {', '.join(selectors) or 'no scorers'}")
     longest = data.max_prompt_tokens + settings.max_new_tokens
     base = base_model.plan(Model(path=policy))
-    before = base_model.plan(Model(path=initial), "initial/model") if initial and settings.golden != "none" else None
+    judged = initial and settings.golden != "none" and "held_out" in settings.asked()
+    before = base_model.plan(Model(path=str(initial)), "initial/model") if judged else None
     rows = demonstrations.plan(data, base)
 
     def sample(name: str, weights: Stage) -> Stage:
@@ -234,10 +235,14 @@ def choose_from(
     golden = Golden.by(score, settings.golden, many, greedy[0], greedy[1], rows) if greedy else None
     scores = {scorer: score(f"best_of_n/scorer-{number}", many, scorer) for number, scorer in enumerate(scorers, start=1)}
     results = plan(many, golden, scores, selectors, chooser, rule or Combination())
-    for model in (base, *([before] if before else [])):
-        run.do(base_model.prepare(Model(path=policy if model is base else str(initial))), model)
-    base_model.check(run, base, {"max_prompt_tokens + max_new_tokens": longest}, {})
+    for path, model in ((policy, base), *([(str(initial), before)] if before else [])):
+        run.do(base_model.prepare(Model(path=path)), model)
+        base_model.check(run, model, {"max_prompt_tokens + max_new_tokens": longest}, {})
+    if before:
+        base_model.check_tokens(run, base, before, "name an initial model with the policy's tokenizer")
     run.do(demonstrations.prepare(data, False), rows)
+    if before and settings.golden == "exact_answer":
+        evaluation.check_answers(run, rows, "golden", "exact_answer", "name another judge, or no initial model")
     for stages in ((many, *greedy[:1]), greedy[1:]):
         run.do(generation.sample(engine, longest, False), *stages)
     for stages in (*([golden.stages()] if golden else []), *((stage,) for stage in scores.values())):

@@ -143,7 +143,7 @@ def curve(
     low, high = bootstrap_band(expected, seed=0)
     rate, rate_error = _mean_and_error(wins + ties / 2)
     # Ends that are equal but for rounding say nothing between them.
-    base, span = ends[0], 0.0 if math.isclose(*ends) else ends[1] - ends[0]
+    base, span = ends[0], 0.0 if math.isclose(*ends, abs_tol=1e-12) else ends[1] - ends[0]
     values = {"golden": golden, "stderr": stderr, "low": low, "high": high}
     normalised = (
         {

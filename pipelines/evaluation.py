@@ -32,7 +32,7 @@ def plan(name: str, samples: Stage, demonstrations: Stage, evaluation: Evaluatio
         samples: of held-out prompts.
         demonstrations: of the same prompts.
         evaluation: the metric.
-        before: the evaluation of the policy that it was made from: what it gains on that is told, too.
+        before: the evaluation of the policy before it: what it gains on that is told, too.
     """
     inputs = {"samples": samples, "demonstrations": demonstrations} | ({"before": before} if before else {})
     return Stage(name, {"metric": evaluation.metric}, inputs, demand="the driver", version=3)

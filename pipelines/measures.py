@@ -16,7 +16,7 @@ from actors.settings import Scoring
 from pipelines import base_model
 from pipelines.means import CUT, FEW, cell, cut_off, mean_and_error
 from pipelines.records import SCORE, shards, write_rows
-from pipelines.run.artifacts import Run, Stage, StageError, Work, write_json
+from pipelines.run.artifacts import Run, Stage, Work, write_json
 from pipelines.workers.shards import Shard, map_shards
 
 SPLIT = "train"
@@ -50,7 +50,7 @@ def log_probs(scoring: Scoring, longest: int, trust_remote_code: bool) -> Work:
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         (stage,) = stages
         samples = stage.inputs["samples"]
-        _same_tokens(run, samples.inputs["base"], stage.inputs["base"])
+        base_model.check_tokens(run, samples.inputs["base"], stage.inputs["base"], "name another answers.reference")
         arguments = {
             "weights": base_model.weights(run, stage.inputs["model"]),
             "scoring": scoring,
@@ -66,15 +66,6 @@ def log_probs(scoring: Scoring, longest: int, trust_remote_code: bool) -> Work:
         return map_shards(run, tasks, LogProbShards, arguments, scoring, env)
 
     return work
-
-
-def _same_tokens(run: Run, sampled: Stage, model: Stage) -> None:
-    """Log-probs of token ids mean something for the tokenizer alone that made them."""
-    ours, theirs = (Path(base_model.tokenizer(run, base), "tokenizer.json") for base in (sampled, model))
-    if ours.exists() and theirs.exists() and ours.read_bytes() != theirs.read_bytes():
-        raise StageError(
-            f"{model.name} and {sampled.name} have different tokenizers: a KL divergence needs the same one. Name another answers.reference"
-        )
 
 
 class LogProbShards:
@@ -194,11 +185,11 @@ def doubts(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     told = []
     for policy, numbers in found.items():
         if numbers["texts"]["truncated"] > CUT:
-            told.append(cut_off(policy, numbers["texts"]["truncated"]))
+            told.append(cut_off(f"{policy}/answers", numbers["texts"]["truncated"]))
         for measure, scored in numbers["measures"].items():
             if scored["unscored"]:
                 told.append(f"{policy}: {measure} has no score of {scored['unscored']} of {scored['unscored'] + scored['n']} answers")
-    fewest = min((scored["prompts"] for numbers in found.values() for scored in numbers["measures"].values()), default=FEW)
-    if fewest < FEW:
-        told.append(f"answers to {fewest} prompts only: means and standard errors over so few say little")
+    prompts = [scored.get("prompts", FEW) for numbers in found.values() for scored in numbers["measures"].values()]
+    if min(prompts, default=FEW) < FEW:
+        told.append(f"scores of answers to {min(prompts)} prompts only: means and standard errors over so few say little")
     return told

@@ -55,7 +55,7 @@ def plan_turn(name: str, turn: int, base: Stage, settings: MtBench, before: Stag
     """
     assert settings.path
     identity = {"questions": sources.identity([str(_file(settings.path, "question.jsonl"))], None, ""), "limit": settings.limit}
-    return Stage(name, identity | {"turn": turn}, {"base": base} | ({"before": before} if before else {}))
+    return Stage(name, identity | {"turn": turn}, {"base": base} | ({"before": before} if before else {}), version=2)
 
 
 def _file(path: str, name: str) -> Path:
@@ -124,7 +124,8 @@ def read(settings: MtBench) -> list[dict[str, Any]]:
         raise StageError(f"{file} holds no question")
     # Spread over the file: it has its questions by category.
     count = min(settings.limit or len(rows), len(rows))
-    return [rows[k * len(rows) // count] | {"references": references.get(rows[k * len(rows) // count]["id"], [])} for k in range(count)]
+    asked = [rows[k * len(rows) // count] for k in range(count)]
+    return [row | {"references": references.get(row["id"], [])} for row in asked]
 
 
 def _lines(file: Path, reader: Any) -> list[dict[str, Any]]:
@@ -181,7 +182,7 @@ def write_questions(settings: MtBench, names: list[str]) -> Work:
 
 def plan_grades(answers: Stage) -> Stage:
     """The stage that reads the grades."""
-    return Stage("evaluation/mt_bench/grades", {}, {"answers": answers}, demand="the driver")
+    return Stage("evaluation/mt_bench/grades", {}, {"answers": answers}, demand="the driver", version=2)
 
 
 def read_grades(settings: MtBench, judge: Judge) -> Work:
@@ -243,7 +244,7 @@ def tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
 def doubts(found: Mapping[str, Any]) -> list[str]:
     """Warns of grades that are missing from a mean, and of a mean over few questions."""
     told = []
-    fewest = min((row["questions"] for row in found.values()), default=QUESTIONS)
+    fewest = min((row.get("questions", QUESTIONS) for row in found.values()), default=QUESTIONS)
     if fewest < QUESTIONS:
         kinds = ", ".join(group for group in next(iter(found.values()))["parts"] if not group.startswith("turn "))
         told.append(f"MT-Bench: {fewest} of its {QUESTIONS} questions ({kinds}): the mean is not that of MT-Bench")

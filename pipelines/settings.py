@@ -72,7 +72,7 @@ class Model(Settings):
 
 
 COLUMNS = (
-    *("prompt", "completion", "messages", "question", "answer", "instruction", "input", "output", "system"),
+    *("prompt", "completion", "response", "messages", "question", "answer", "instruction", "input", "context", "output", "system"),
     *("conversations", "chosen", "rejected", "real", "generated"),
 )
 """That the layouts read."""

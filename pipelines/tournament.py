@@ -36,6 +36,8 @@ GAME = pa.schema(
     }
 )
 """`outcome` is "first", "second", "tie", "unparsed" or "failed" (no answer); `given` and `swapped` are the same of each order alone."""
+ORDERS = (("given", "answer"), ("swapped", "answer_swapped"))
+"""Columns of what was read of each order, and of what the judge said."""
 WORDS: dict[Reading, str] = {0: "first", 1: "second", "tie": "tie", "unparsed": "unparsed"}
 READINGS = {word: reading for reading, word in WORDS.items()}
 
@@ -193,8 +195,8 @@ def judge_games(tournament: Tournament, judge: Judge) -> Work:
                 key = game["id"], game["first"], game["second"]
                 games.append(_judged(game, answers.get((*key, 0)), answers.get((*key, 1))))
         write_rows(run.directory(stage) / "games.parquet", games, GAME)
-        unread = [game["answer"] for game in games if game["outcome"] == "unparsed"]
-        check_read(stage, unread, sum(game.get("given") is not None for game in games), judge)
+        verdicts = [(game[order], game[said]) for game in games if game.get("given") for order, said in ORDERS]
+        check_read(stage, [said for read, said in verdicts if read == "unparsed"], len(verdicts), judge)
         missing = run.numbers(stage.inputs["questions"])["missing"]
         cut = sum(bool(answer["cut"]) for answer in answers.values())
         return {stage.name: numbers(games, stage.inputs["questions"].settings["contestants"], stage.settings["seed"], missing, cut)}

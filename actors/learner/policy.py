@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ def export(
         else:
             state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
         # As it was trained, sampled and measured: of the master weights a reader would get a policy that nobody looked at.
-        state = _rounded(state, settings, draws)
+        state = _rounded(state, settings, draws, model.all_tied_weights_keys)
         words = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
         if kind == "policy":
             GenerationConfig.from_pretrained(tokenizer).save_pretrained(directory)
@@ -207,21 +207,22 @@ def export(
     return written
 
 
-def _rounded(state: dict[str, torch.Tensor], settings: Training, draws: int) -> dict[str, torch.Tensor]:
+def _rounded(state: dict[str, torch.Tensor], settings: Training, draws: int, tied: Collection[str]) -> dict[str, torch.Tensor]:
     """Weights in the precision that they are saved in. A full training computes with the nearest ones; adapters are merged afterwards, by
-    the seed `draws`."""
+    the seed `draws`. Names that the model declares as `tied` stay one tensor with what they are tied to, and are once on disk."""
     draw, merged = torch.Generator().manual_seed(draws), settings.lora_r and settings.precision == "bfloat16"
     done: dict[tuple[Any, ...], torch.Tensor] = {}
 
-    def place(tensor: torch.Tensor) -> tuple[Any, ...]:
-        # Tied weights are one tensor under several names, and are to be one on disk.
-        return tensor.data_ptr(), tensor.shape
-
-    for tensor in state.values():
-        if place(tensor) not in done:
+    found = {}
+    for name, tensor in state.items():
+        place = tensor.data_ptr(), tensor.shape
+        if place not in done:
             rounded = stochastic(tensor, draw) if merged and tensor.dtype == torch.float32 else tensor
-            done[place(tensor)] = rounded if merged else tensor.to(DTYPES[settings.precision])
-    return {name: done[place(tensor)] for name, tensor in state.items()}
+            found[name] = done[place] = rounded if merged else tensor.to(DTYPES[settings.precision])
+        else:
+            # transformers writes no tensor under two names unless the model says that it reads one of them back.
+            found[name] = done[place] if name in tied else done[place].clone()
+    return found
 
 
 def digests(state: Mapping[str, torch.Tensor]) -> dict[str, int]:

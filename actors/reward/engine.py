@@ -53,7 +53,8 @@ def _positions(config: Any) -> int:
     """How many tokens a model reads at most."""
     limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
     # RoBERTa and its kin count positions from behind that of the padding.
-    return limit - config.pad_token_id - 1 if config.model_type.endswith("roberta") or config.model_type == "camembert" else limit
+    kin = "roberta" in config.model_type or config.model_type in ("camembert", "xmod", "longformer", "mpnet", "ibert", "data2vec-text")
+    return limit - config.pad_token_id - 1 if kin else limit
 
 
 def knows(architecture: str) -> bool:

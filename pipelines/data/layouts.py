@@ -72,8 +72,9 @@ def turns(row: Mapping[str, Any], layout: str) -> Turns:
         RowError: missing or empty fields, wrong types, unknown roles, no assistant turn.
     """
     prompt, response = LAYOUTS[layout](row)
-    if row.get("system") and (not prompt or prompt[0]["role"] != "system"):
-        prompt = [{"role": "system", "content": _text(row, "system")}, *prompt]
+    system = _text(row, "system") if row.get("system") is not None else ""
+    if system.strip() and (not prompt or prompt[0]["role"] != "system"):
+        prompt = [{"role": "system", "content": system}, *prompt]
     for message in prompt:
         _unicode(message["content"], "prompt")
     _unicode(response, "response")
@@ -134,7 +135,7 @@ def _alpaca(row: Mapping[str, Any]) -> Turns:
 
 
 def _dolly(row: Mapping[str, Any]) -> Turns:
-    return _instruction(row, "context"), _text(row, "response")
+    return _instruction(row, "input" if row.get("context") is None else "context"), _text(row, "response")
 
 
 def _instruction(row: Mapping[str, Any], column: str) -> list[Message]:

@@ -63,12 +63,12 @@ def find(path: str, split: str, must: bool = False, key: str = "demonstrations.p
     if not found and glob.has_magic(root):
         raise StageError(f"{key}={path!r}: nothing matches {root}: check the directory and the pattern")
     asked = must or not glob.has_magic(path)
-    # A directory that was asked for may itself be called as a split, which says nothing of the files in it.
+    # A directory that was asked for may itself be called as a split: that tells none of its files from the others.
     folders = {file: Path(file).parent.name for file in files if Path(file).parent != Path(root)}
     named = [file for file in files if asked and split in (Path(file).name.split(".")[0].split("-")[0], folders.get(file))]
     if not files:
         raise StageError(f"{key}={path!r} holds no file that ends in {', '.join(SUFFIXES)} (or one of them with .gz)")
-    if must and len(files) > 1 and not named:
+    if must and len(files) > 1 and not named and Path(root).name != split:
         names = ", ".join(Path(file).name for file in files[:9])
         raise StageError(f"{key}={path!r} holds no file or folder of the split {split!r}, but {names}")
     return [str(fs.unstrip_protocol(file)) if "://" in path else str(Path(file).resolve()) for file in named or files]

@@ -133,7 +133,7 @@ class Judge(JudgeModel):
     max_failed_fraction: float = placement(0.02, ge=0, le=1)
     """more questions without an answer than this fail the tournament; an endpoint is then asked no more"""
     max_unread_fraction: float = placement(0.5, ge=0, le=1)
-    """more verdicts that cannot be read than this, of those that the judge gave, fail it too"""
+    """more verdicts or grades that cannot be read than this, of those that the judge gave, fail the tournament or MT-Bench"""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Judge":

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from actors.settings import Objective
 from pipelines import mt_bench, reward_training, summary, tournament
 from pipelines.means import CUT, cut_off
-from pipelines.report.facts import Facts
+from pipelines.report.facts import EVALUATED, Facts
 
 
 def doubts(facts: Facts) -> list[str]:
@@ -28,7 +28,7 @@ def _iterations(facts: Facts) -> Iterator[str]:
 def _cut(facts: Facts) -> Iterator[str]:
     for name, found in facts.lengths.items():
         if found.truncated > CUT and "base" not in name.split("/"):
-            yield cut_off(name, found.truncated)
+            yield cut_off(name.removeprefix(EVALUATED), found.truncated)
 
 
 def _rewards(facts: Facts) -> Iterator[str]:

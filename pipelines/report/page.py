@@ -14,9 +14,10 @@ from pipelines.tables import ruled
 from pipelines.watching.states import SKIPPED, StageFacts
 from pipelines.watching.status import duration
 
+ERRORS = "± is one standard error."
 GAINS = (
-    "± is one standard error. The gain is the mean difference to the policy before on the same prompts: less than two of its standard "
-    "errors is no proof of a change."
+    "The gain is the mean difference to the policy before on the same prompts: less than two of its standard errors is no proof of a "
+    "change."
 )
 ANSWERS = (
     "± is one standard error over prompts. Cut: the share of answers that ended at the limit of tokens. Distinct 1, 2, 3: the share of "
@@ -93,7 +94,8 @@ def tables(facts: Facts) -> dict[str, Rows]:
 def notes(facts: Facts) -> dict[str, str]:
     """What a reader of a table has to know, by its title."""
     measured = any(numbers.get("n") for numbers in facts.evaluations().values())
-    said = [*([GAINS] if measured else []), *([REWARDS] if facts.trained() else [])]
+    gained = any(numbers.get("gain") for numbers in facts.evaluations().values())
+    said = [*([ERRORS] if measured else []), *([GAINS] if gained else []), *([REWARDS] if facts.trained() else [])]
     found = {"Policies": " ".join(said)} if said else {}
     found["Reward models on held-out pairs"] = BASELINES
     found["Answers to the prompts"] = ANSWERS

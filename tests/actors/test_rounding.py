@@ -42,7 +42,11 @@ def test_small_updates_of_many_weights_are_kept_in_the_sum() -> None:
 @pytest.mark.parametrize("settings", [{"precision": "bfloat16"}, {"precision": "bfloat16", "lora_r": 4}, {"precision": "float32"}])
 def test_tied_weights_stay_one_tensor(settings: dict[str, Any]) -> None:
     embedding, norm = torch.randn(8, 4), torch.randn(4)
-    state = {"embed.weight": embedding, "norm.weight": norm, "lm_head.weight": embedding}
-    saved = _rounded(state, Training(**settings), 0)
+    state = {"embed.weight": embedding, "norm.weight": norm, "lm_head.weight": embedding, "other.weight": embedding}
+    saved = _rounded(state, Training(**settings), 0, {"lm_head.weight": "embed.weight"})
     assert saved["lm_head.weight"].data_ptr() == saved["embed.weight"].data_ptr() != saved["norm.weight"].data_ptr()
+    # What shares memory without being declared as tied would be refused.
+    assert saved["other.weight"].data_ptr() != saved["embed.weight"].data_ptr() and torch.equal(
+        saved["other.weight"], saved["embed.weight"]
+    )
     assert all(tensor.dtype == DTYPES[settings["precision"]] for tensor in saved.values())

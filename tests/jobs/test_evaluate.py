@@ -16,6 +16,7 @@ from jobs.evaluate import plan
 from jobs.schemas import EvaluateConfig
 from pipelines import measures, mt_bench, scorers
 from pipelines.judges.settings import JudgeModel, MtBench
+from pipelines.means import cut_off
 from pipelines.records import SAMPLE, SCORE, write_rows
 from pipelines.report import scoreboard
 from pipelines.run.artifacts import Run, Stage, StageError
@@ -75,7 +76,7 @@ def test_policies_before_a_judge_of_their_own(tiny: Path, undisturbed: Path, tmp
     assert all(row["kind"] == "logprob" and len(row["logps"]) == 2 and not row["failed"] for row in said)
     again = finish(command(tmp_path, **options))
     assert again.returncode == 0 and all(stage["skipped"] for stage in summary(tmp_path, "judged")["stages"])
-    in_words = finish(command(tmp_path, **(options | {"judge.mode": "text", "judge.max_new_tokens": 8})))
+    in_words = finish(command(tmp_path, **(options | {"judge.mode": "text", "judge.max_new_tokens": 8, "judge.max_unread_fraction": 1})))
     assert in_words.returncode == 0, in_words.stdout + in_words.stderr
     ran = {stage["name"] for stage in summary(tmp_path, "judged")["stages"] if not stage["skipped"]}
     assert ran == {f"evaluation/tournament/{name}" for name in ("questions", "answers", "games")}
@@ -130,6 +131,7 @@ def test_what_the_judge_reads_beside_the_answers_is_in_the_fingerprint(tmp_path:
         for turn, failed in ((1, "x"), (2, None))
     ]
     assert mt_bench.doubts(mt_bench.numbers([*grades, grades[0] | {"grade": 3.0, "failed": None}])) == [
+        "MT-Bench: 1 of its 80 questions (math): the mean is not that of MT-Bench",
         "MT-Bench: 1 questions about tiny were not answered by the judge: not in its mean over 1",
         "MT-Bench: 1 answers of the judge about tiny could not be read: not in its mean over 1",
     ]
@@ -157,11 +159,17 @@ def test_the_held_out_prompts_of_a_run_are_all_asked_however_long(tiny: Path, tm
 
 
 def test_a_mean_says_of_how_many_answers_it_is(tmp_path: Path) -> None:
-    scored = {"mean": 0.5, "stderr": 0.06, "n": 70, "unscored": 30}
+    scored = {"mean": 0.5, "stderr": 0.06, "n": 70, "prompts": 70, "unscored": 30}
     found = {"sft": {"measures": {"exact_answer": scored}, "kl": None, "texts": measures.texts([])}}
     assert measures.table(found)[1][:2] == ["sft", "0.500 ± 0.060 of 70"]
     assert measures.doubts(found) == ["sft: exact_answer has no score of 30 of 100 answers"]
-    assert measures.doubts({"sft": {"measures": {"exact_answer": scored | {"unscored": 0}}}}) == []
+    whole = {"measures": {"exact_answer": scored | {"unscored": 0}}, "texts": measures.texts([])}
+    assert measures.doubts({"sft": whole}) == []
+    assert (
+        "answers to 15 prompts only" in measures.doubts({"sft": {**whole, "measures": {"x": scored | {"prompts": 15, "unscored": 0}}}})[0]
+    )
+    cut = [{"response": "a", "response_ids": [1], "finish_reason": reason} for reason in ("length", "stop")]
+    assert measures.doubts({"sft": {**whole, "texts": measures.texts(cut)}}) == [cut_off("sft/answers", 0.5)]
 
 
 def test_the_divergence_is_the_mean_difference_of_log_probs(tmp_path: Path) -> None:
@@ -178,7 +186,31 @@ def test_the_divergence_is_the_mean_difference_of_log_probs(tmp_path: Path) -> N
     for name, reference, mean, error in (("far", other, 1.5, 0.5), ("alike", same, 0.0, 0.0)):
         stage = measures.plan(name, samples, {}, own, reference)
         run.do(measures.measure, stage)
-        assert run.numbers(stage)["kl"] == {"mean": mean, "stderr": error, "n": 2, "unscored": 0}
+        assert run.numbers(stage)["kl"] == {"mean": mean, "stderr": error, "n": 2, "prompts": 2, "unscored": 0}
+
+
+def test_several_samples_of_a_prompt_are_one_prompt_to_the_error(tmp_path: Path) -> None:
+    run, samples, scored = Run(tmp_path), Stage("samples", {}), Stage("score", {})
+    for stage in (samples, scored):
+        (run.directory(stage) / "train").mkdir(parents=True)
+    rows = [{"id": prompt, "sample": sample, "score": float(prompt == "a")} for prompt in "ab" for sample in range(8)]
+    write_rows(run.directory(scored) / "train/00000.parquet", rows, SCORE)
+    drawn = [row | {"response": "a", "response_ids": [1], "finish_reason": "stop"} for row in rows]
+    write_rows(run.directory(samples) / "train/00000.parquet", drawn, SAMPLE)
+    stage = measures.plan("m", samples, {"right": scored})
+    run.do(measures.measure, stage)
+    # One prompt has all, the other none: 16 answers say as much as two.
+    assert run.numbers(stage)["measures"]["right"] == {"mean": 0.5, "stderr": 0.5, "n": 16, "prompts": 2, "unscored": 0}
+
+
+def test_a_limit_of_mt_bench_is_spread_over_its_categories(tmp_path: Path) -> None:
+    rows = [{"question_id": k, "category": "abcdefgh"[k // 10], "turns": ["a", "b"]} for k in range(80)]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def asked(limit: int | None) -> list[str]:
+        return [row["id"] for row in mt_bench.read(MtBench(path=str(tmp_path), limit=limit))]
+
+    assert asked(8) == [str(k) for k in range(0, 80, 10)] and asked(None) == asked(80) == asked(200) == [str(k) for k in range(80)]
 
 
 def test_tasks_of_a_group_that_have_no_metric_in_common() -> None:

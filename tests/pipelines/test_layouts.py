@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.data.layouts import RowError, detect, turns
+from pipelines.data.layouts import OTHER_SIDE, RowError, detect, rejected, turns
 
 USER = {"role": "user", "content": "Hi?"}
 ANSWER = {"role": "assistant", "content": "Yes."}
@@ -16,6 +16,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("prompt_completion", {"prompt": [USER], "completion": [ANSWER]}),
     ("prompt_response", {"prompt": "Hi?", "response": "Yes."}),
     ("dolly", {"instruction": "Hi?", "context": "", "response": "Yes.", "category": "open_qa"}),
+    ("dolly", {"instruction": "Hi?", "input": " ", "response": "Yes.", "system": " "}),
     ("messages", {"messages": [USER, ANSWER]}),
     ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i?"}]}, ANSWER]}),
     ("question_answer", {"question": "Hi?", "answer": "Yes."}),
@@ -54,7 +55,15 @@ def test_layouts_are_recognised_and_read(layout: str, row: dict[str, Any]) -> No
 def test_a_column_for_the_system_turn_is_read_in_every_layout(layout: str, row: dict[str, Any]) -> None:
     system = {"role": "system", "content": "Be brief."}
     assert turns(row | {"system": "Be brief."}, layout) == ([system, USER], "Yes.")
+    if layout in OTHER_SIDE and row.get(OTHER_SIDE[layout][1]) == "No.":
+        assert rejected(row | {"system": "Be brief."}, layout) == "No."
+
+
+def test_a_conversation_keeps_its_own_system_turn() -> None:
+    system = {"role": "system", "content": "Be brief."}
     assert turns({"messages": [system, USER, ANSWER], "system": "Be long."}, "messages") == ([system, USER], "Yes.")
+    with pytest.raises(RowError, match="'system' is a number, not text"):
+        turns({"messages": [USER, ANSWER], "system": 3}, "messages")
 
 
 def test_multi_turn_keeps_all_before_the_last_assistant_turn() -> None:

@@ -75,6 +75,11 @@ def test_the_name_of_the_directory_that_was_asked_for_says_nothing_of_its_files(
     for path in (str(tmp_path / "train"), f"{tmp_path}/train/", f"file://{tmp_path}/train"):
         assert [Path(f).name for f in sources.find(path, "train")] == ["train.jsonl", "a.jsonl"]
         assert [Path(f).name for f in sources.find(path, "test")] == ["test.jsonl"]
+    (tmp_path / "validation").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / "validation" / name, ROWS[:3])
+    found = sources.find(str(tmp_path / "validation"), "validation", must=True)
+    assert [Path(f).name for f in found] == ["a.jsonl", "b.jsonl"], "all of them are of that split"
 
 
 @pytest.mark.usefixtures("local_ray")

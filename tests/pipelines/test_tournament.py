@@ -45,7 +45,7 @@ def test_a_judge_that_prefers_length_says_what_arithmetic_says(tmp_path: Path) -
 def test_words_that_say_nothing_are_no_ties(tmp_path: Path) -> None:
     with endpoint(lambda question: "Hm.") as (url, _):
         with pytest.raises(
-            StageError, match=r"18 of 18 verdicts of the judge cannot be read, more than .*=0.5. One says: 'Hm.'. All answers"
+            StageError, match=r"36 of 36 verdicts of the judge cannot be read, more than .*=0.5. One says: 'Hm.'. All answers"
         ):
             Played(tmp_path).play(url=url)
         found = Played(tmp_path / "allowed").play(url=url, max_unread_fraction=1)
