@@ -198,11 +198,12 @@ def export(
             words.chat_template = (
                 {name: ends_with_its_turn(text) for name, text in named.items()} if isinstance(named, dict) else ends_with_its_turn(named)
             )
+        # transformers takes the second names of tied weights out of it.
+        written = digests(state)
         model.save_pretrained(directory, state_dict=state)
         words.save_pretrained(directory)
         # The precision of the weights on disk, not of those in training.
         finish(directory, {"dtype": settings.precision, **(facts or {})})
-        written = digests(state)
     dist.barrier()
     return written
 

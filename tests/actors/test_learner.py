@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from models import write_tiny
+from safetensors import safe_open
 from training import assert_same_steps, train, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -136,6 +138,15 @@ def test_the_exported_directory_is_a_plain_hugging_face_model(alone: tuple[list[
     assert AutoTokenizer.from_pretrained(policy).chat_template == AutoTokenizer.from_pretrained(tiny).chat_template
     assert (policy / "model.safetensors").exists() and (policy / "generation_config.json").exists()
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("settings", [{"precision": "bfloat16", "zero_stage": 1}, {"lora_r": 4, "lora_targets": "c_attn"}])
+def test_tied_weights_are_once_on_disk(settings: dict[str, Any], pairs: Path, tmp_path: Path) -> None:
+    train(write_tiny(tmp_path / "gpt2", "gpt2"), pairs, tmp_path / "out", 1, Objective(), **settings)
+    with safe_open(tmp_path / "out/policy/model.safetensors", "pt") as weights:
+        assert "transformer.wte.weight" in weights.keys() and "lm_head.weight" not in weights.keys()  # noqa: SIM118
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/policy")
+    assert model.lm_head.weight is model.transformer.wte.weight
 
 
 def test_sft_raises_the_log_probs_of_demonstrations(tiny: Path, pairs: Path, tmp_path: Path) -> None:

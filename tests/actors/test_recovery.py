@@ -67,7 +67,7 @@ def test_so_does_bfloat16_with_its_float32_sums(after: int, tiny: Path, pairs: P
     assert_same_steps(train(tiny, pairs, tmp_path, after, Objective(), **options), whole, rel=1e-4 if after == 2 else 0.1)
 
 
-@pytest.mark.parametrize("kind", ["policy", "reward"])
+@pytest.mark.parametrize("kind", ["policy", pytest.param("reward", marks=pytest.mark.slow)])
 def test_low_rank_adapters_go_on_too(kind: str, tiny: Path, pairs: Path, tmp_path: Path) -> None:
     options = {"kind": kind, "epochs": 6, "checkpoint_every": 3, "lora_r": 4, "lora_targets": "q_proj,v_proj", "zero_stage": 2}
     if kind == "reward":

@@ -84,6 +84,7 @@ def test_policies_before_a_judge_of_their_own(tiny: Path, undisturbed: Path, tmp
     assert all(row["text"] is not None and 0 < row["written"] <= 8 and not row["failed"] for row in said)
 
 
+@pytest.mark.slow
 def test_mt_bench_over_both_turns(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mt_bench"
     folder.mkdir()
