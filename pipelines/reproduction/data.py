@@ -79,7 +79,7 @@ def plan_preferences(name: str, samples: Stage, demonstrations: Stage) -> Stage:
         samples: several of a prompt.
         demonstrations: of the same prompts, right ones.
     """
-    return Stage(name, {"pairs": True}, {"samples": samples, "demonstrations": demonstrations}, demand="the driver")
+    return Stage(name, {"pairs": True}, {"samples": samples, "demonstrations": demonstrations}, demand="the driver", version=2)
 
 
 def write_preferences(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
