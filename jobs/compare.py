@@ -39,9 +39,9 @@ def main(argv: Sequence[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 1
         facts = gather(path, prefix=jobs[0].prefix if jobs else "")
-        # What else was asked in the same directory is told apart by its job.
-        others = {job.prefix.rstrip("-"): config for job, config in zip(jobs[1:], configs[1:], strict=True)}
-        facts = replace(facts, config=yaml.safe_dump((configs[0] if configs else {}) | others))
+        # What else was asked in the same directory adds the sections of its job; those that jobs share are the first one's.
+        sections = {name: section for config in reversed(configs) for name, section in config.items()}
+        facts = replace(facts, config=yaml.safe_dump(sections))
         if not facts.stages:
             print(f"error: {path} is no run directory: no stage has left a manifest.json in it", file=sys.stderr)
             return 1

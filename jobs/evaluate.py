@@ -112,7 +112,8 @@ def _resolved(config: EvaluateConfig) -> EvaluateConfig:
     root = _root(config)
     found = policies.demonstrations(root)
     if found is None:
-        raise StageError(f"prompts.path is not given, and {root} has no held-out demonstrations: name a file of prompts")
+        what = "has no held-out demonstrations" if root.exists() else "is no run: there is no such directory"
+        raise StageError(f"prompts.path is not given, and {root} {what}: name a file of prompts, or another run")
     lengths = {name: max(getattr(config.prompts, name), found.get(name, 0)) for name in ("max_prompt_tokens", "max_tokens")}
     return config.model_copy(update={"prompts": config.prompts.model_copy(update=found | lengths)})
 

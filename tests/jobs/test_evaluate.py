@@ -258,6 +258,15 @@ def test_what_cannot_be_evaluated(flags: list[str], said: str) -> None:
         build(EvaluateConfig, flags)
 
 
+def test_prompts_of_a_run_that_is_not_there(tmp_path: Path) -> None:
+    flags = ["--policies.paths", "{a: org/model}", "--answers.measures", "[exact_answer]", "--run.root", str(tmp_path), "--run.name"]
+    with pytest.raises(StageError, match=r"nosuch is no run: there is no such directory: name a file of prompts, or another run"):
+        plan(build(EvaluateConfig, [*flags, "nosuch"]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StageError, match=r"empty has no held-out demonstrations: name a file of prompts, or another run"):
+        plan(build(EvaluateConfig, [*flags, "empty"]))
+
+
 @pytest.mark.parametrize("trust", [False, True])
 def test_code_of_a_judges_model_runs_where_that_was_allowed(trust: bool, tiny: Path, tmp_path: Path) -> None:
     asked = ["--run.root", str(tmp_path), "--prompts.path", "arithmetic", "--policies.paths", f"{{a: {tiny}}}", "--judge.path", str(tiny)]

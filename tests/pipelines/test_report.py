@@ -296,6 +296,13 @@ def test_runs_side_by_side(ended: Path, tmp_path: Path, capsys: pytest.CaptureFi
         file.write("best_of_n:\n  n: 4\n  prompts: 8\n")
     assert differences([gather(ended), gather(other)])[2:] == [["best_of_n", "", "used"]], "another job's settings are not listed"
     output = tmp_path / "both.html"
+    # The one was evaluated in its own directory, the other's evaluation has one of its own.
+    (other / "evaluation-config.yaml").write_text("answers:\n  samples: 8\nobjective:\n  beta: 9.0\n")
+    asked = tmp_path / "asked"
+    Run(asked).do(work, graph()[0])
+    (asked / "evaluation-config.yaml").write_text("answers:\n  samples: 1\n")
+    assert compare.main([str(other), str(asked), "--output", str(output)]) == 0
+    assert re.search(r"answers\.samples\W+8\W+1\W", capsys.readouterr().out)
     assert compare.main([str(ended), str(other), "--output", str(output)]) == 0
     told = capsys.readouterr().out
     assert all(text in told for text in ("objective.beta", "Versions that differ: none", "Times", "iteration-1/training", "Data"))
