@@ -6,8 +6,10 @@ Gang.train(jobs) --Orders--> every worker: `actors.learner.entry.run` --> traine
 import concurrent.futures
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +85,18 @@ class Gang:
         notices = str(run.notices.absolute())
         self.orders = beside_the_driver(GangOrders, notices)
         self.given = 0
-        self.over: concurrent.futures.Future[None] = concurrent.futures.Future()
-        trainer = _trainer(self.orders, run, training, notices)
-        # In the main thread Ray Train takes over Ctrl-C, and keeps it.
-        threading.Thread(target=self._fit, args=(trainer,), name=WAITS_FOR_ACTORS, daemon=True).start()
+        self.spare = training.max_failures
+        self.trainer = partial(_trainer, self.orders, run, training, notices)
+        self._start()
 
-    def _fit(self, trainer: Any) -> None:
+    def _start(self) -> None:
+        self.over: concurrent.futures.Future[None] = concurrent.futures.Future()
+        # In the main thread Ray Train takes over Ctrl-C, and keeps it.
+        threading.Thread(target=self._fit, name=WAITS_FOR_ACTORS, daemon=True).start()
+
+    def _fit(self) -> None:
         try:
-            self.over.set_result(trainer.fit())
+            self.over.set_result(self.trainer().fit())
         except BaseException as error:  # noqa: BLE001
             self.over.set_exception(error)
 
@@ -110,7 +116,7 @@ class Gang:
         self.given += 1
         done = self.orders.done.remote(self.given)
         told = False
-        while not self.over.done():
+        while not self.over.done() or self._again(under_way(jobs)):
             if ray.wait([done], timeout=0.5)[0]:
                 ray.get(done)
                 return
@@ -122,6 +128,22 @@ class Gang:
             raise _told(error, under_way(jobs)) from error
         if error:
             raise error
+
+    def _again(self, job: Job) -> bool:
+        """Starts workers again that ended with Ray Train itself: it does so for those that die, and ends with an actor of its own, such as
+        those that Linux or Ray end where memory is short. As often as workers may die, counted apart."""
+        import ray
+
+        error = self.over.exception()
+        lost = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
+        if not self.spare or not isinstance(lost, ray.exceptions.RayActorError):
+            return False
+        self.spare -= 1
+        log.warning("%s: an actor of Ray Train died, and its workers with it: they start again (%s)", job["name"], last_words(lost))
+        ray.get(self.orders.failed.remote({}))
+        _give_back()
+        self._start()
+        return True
 
     def alive(self) -> bool:
         """Whether all workers live that it was started with."""
@@ -142,6 +164,20 @@ class Gang:
         ray.kill(self.orders)
 
 
+def _give_back() -> None:
+    """Frees what Ray Train held in this job when its controller died: its cleaner asks the dashboard, which a local instance has not."""
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    mine = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    for written in state._connect_and_get_accessor().get_placement_group_table():
+        group = Group.FromString(written)
+        if group.creator_job_id == mine and group.creator_actor_dead and group.state != Group.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
 def under_way(jobs: list[Job]) -> Job:
     """The first of some trainings that is not done."""
     return next((job for job in jobs if trained(job["output"]) is None), jobs[-1])
@@ -159,6 +195,7 @@ def _told(error: Any, job: Job) -> StageError:
 def _trainer(orders: Any, run: Run, training: Training, notices: str) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.constants import DEFAULT_WORKER_GROUP_START_TIMEOUT_S
 
     class Tells(ray.train.UserCallback):
         """Notes failures; Ray Train's controller, where this runs, must not wait."""
@@ -181,7 +218,9 @@ def _trainer(orders: Any, run: Run, training: Training, notices: str) -> Any:
             # In Ray's dashboard.
             name=f"{run.root.name}-training".replace("/", "-"),
             storage_path=str(run.root / "logs" / "ray_train"),
-            failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=training.max_failures, controller_failure_limit=math.ceil(run.patience / DEFAULT_WORKER_GROUP_START_TIMEOUT_S)
+            ),
             worker_runtime_env={"env_vars": env},
             callbacks=[Tells()],
         ),

@@ -9,6 +9,8 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.exceptions import RayActorError
+from ray.train import ControllerError
 from running import when
 from stages import planned, run_stage
 from training import assert_same_steps, steps_of
@@ -18,6 +20,7 @@ from pipelines import policy_training
 from pipelines.run.artifacts import StageError
 from pipelines.run.keeping import Keeper
 from pipelines.run.restarts import restarts
+from pipelines.workers import gang
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +45,9 @@ def test_workers_that_waited_train_as_new_ones_do(waited: list[list[dict[str, fl
     assert_same_steps(waited[1], waited[0], rel=1e-6)
 
 
-def training_workers() -> list[int]:
-    """Processes of those that are there."""
-    mine = psutil.Process().children(recursive=True)
-    return [p.pid for p in mine if p.name().startswith("ray::RayTrain") or "RayTrainWorker" in " ".join(p.cmdline())]
+def actors(kind: str = "RayTrainWorker") -> list[int]:
+    """Processes of Ray Train that are there."""
+    return [p.pid for p in psutil.Process().children(recursive=True) if f"ray::{kind}" in " ".join(p.cmdline())]
 
 
 @pytest.mark.slow
@@ -55,23 +57,23 @@ def test_one_that_dies_while_it_waits_costs_nothing_but_the_start_of_another_gan
     run, training, stages = planned(tmp_path, tiny, [None, None], workers=2)
     run.keeper = Keeper(60)
     run.do(policy_training.train(training, Tracking(), 64, False), stages[0])
-    before = set(training_workers())
+    before = set(actors())
     os.kill(min(before), signal.SIGKILL)
     time.sleep(5)
     run.do(policy_training.train(training, Tracking(), 64, False), stages[1])
     assert_same_steps(steps_of(run.directory(stages[1])), undisturbed, rel=4e-3)
-    assert not before & set(training_workers()) and restarts(run.directory(stages[1])) == 0
+    assert not before & set(actors()) and restarts(run.directory(stages[1])) == 0
     run.keeper.close()
 
 
 @pytest.mark.slow
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_only(
-    undisturbed: Any, local_ray: None, tiny: Path, tmp_path: Path
+    undisturbed: Any, local_ray: None, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     killed: list[int] = []
 
     def kill() -> None:
-        killed.append(training_workers()[0])
+        killed.append(actors()[0])
         os.kill(killed[0], signal.SIGKILL)
 
     watcher = when((tmp_path / "gsil/training/checkpoints/step-000010/done.json").exists, kill)
@@ -79,7 +81,47 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_only(
     watcher.join()
     assert killed and not psutil.pid_exists(killed[0])
     assert_same_steps(steps_of(stage), undisturbed, rel=4e-3)
-    assert restarts(stage) == 1
+    assert caplog.text.count("training goes on behind step") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "starts_again"), [("TrainController", True), ("SynchronizationActor", False)])
+def test_so_does_an_actor_of_ray_train_itself(
+    kind: str, starts_again: bool, undisturbed: Any, local_ray: None, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Ray's memory monitor or Linux may end them; Ray Train starts none of them again, and workers need not all of them."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        (process,) = actors(kind)
+        killed.append(process)
+        os.kill(process, signal.SIGKILL)
+
+    watcher = when((tmp_path / "gsil/training/checkpoints/step-000010/done.json").exists, kill)
+    stage = run_stage(tmp_path, tiny, workers=2)
+    watcher.join()
+    assert killed and not psutil.pid_exists(killed[0])
+    assert_same_steps(steps_of(stage), undisturbed, rel=4e-3)
+    assert caplog.text.count("an actor of Ray Train died") == starts_again
+
+
+@pytest.mark.slow
+def test_what_ray_train_does_not_try_again_is_tried_as_often_as_workers_may_die(
+    undisturbed: Any, local_ray: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, deaths = gang._trainer, [RayActorError(), RayActorError()]
+
+    class Dies:
+        """A trainer whose controller meets the death of one of its actors."""
+
+        def fit(self) -> None:
+            raise ControllerError(deaths.pop())
+
+    monkeypatch.setattr(gang, "_trainer", lambda *arguments: Dies() if deaths else real(*arguments))
+    with pytest.raises(StageError, match=r"gsil/training: a training worker failed: .*\(logs/job.log has all of it\)"):
+        run_stage(tmp_path / "once", tiny, workers=2, max_failures=0)
+    assert len(deaths) == 1
+    assert_same_steps(steps_of(run_stage(tmp_path / "twice", tiny, workers=2, max_failures=1)), undisturbed, rel=4e-3)
 
 
 @pytest.mark.slow
