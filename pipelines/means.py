@@ -1,10 +1,12 @@
 """A mean with its standard error, as numbers and for a person."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 FEW = 16
 """Pairs below which a share of them has a standard error of more than 0.12."""
+WIDE = 1.96
+"""Standard errors to either side of a mean, for 95 %."""
 CUT = 0.2
 """Share of responses that were cut, above which is warned."""
 
@@ -23,6 +25,18 @@ def cell(mean: float | None, error: float | None, digits: int, sign: bool = Fals
     if mean is None:
         return ""
     return f"{mean:{'+' if sign else ''}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def ends(shares: Mapping[str, tuple[float | None, int]]) -> str:
+    """What a person has to know of shares of 0 or 1, whose standard error is 0: how far off they may be, by Wilson's interval (1927). Empty
+    where there are none.
+
+    Args:
+        shares: and how many each is over, by name.
+    """
+    room = {name: (mean, WIDE**2 / (n + WIDE**2)) for name, (mean, n) in shares.items() if mean in (0, 1) and n}
+    told = [f"{name} {f'at most {far:.3f}' if mean == 0 else f'at least {1 - far:.3f}'}" for name, (mean, far) in room.items()]
+    return f"Where none or all are right, ± 0 says nothing; at 95 % (Wilson) the true share is: {', '.join(told)}." if told else ""
 
 
 def cut_off(name: str, share: float) -> str:

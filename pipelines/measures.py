@@ -17,6 +17,7 @@ from pipelines import base_model
 from pipelines.means import CUT, FEW, cell, cut_off, mean_and_error
 from pipelines.records import SCORE, shards, write_rows
 from pipelines.run.artifacts import Run, Stage, Work, write_json
+from pipelines.scoring import PATTERN
 from pipelines.workers.shards import Shard, map_shards
 
 SPLIT = "train"
@@ -178,6 +179,16 @@ def _shown(numbers: Mapping[str, Any] | None) -> str:
     if not numbers:
         return ""
     return cell(numbers["mean"], numbers["stderr"], 3) + (f" of {numbers['n']}" if numbers["unscored"] else "")
+
+
+def shares(found: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[float | None, int]]:
+    """The measures that are shares of right answers, and of how many prompts, by policy and measure; `found` as for `table`."""
+    told = {}
+    for policy, numbers in found.items():
+        for name, scored in numbers["measures"].items():
+            if name == "exact_answer" or name.startswith(PATTERN):
+                told[f"{policy}, {name}"] = scored["mean"], scored["prompts"]
+    return told
 
 
 def doubts(found: Mapping[str, Mapping[str, Any]]) -> list[str]:

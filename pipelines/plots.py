@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.means import WIDE
+
 ENDS = ("random", "oracle (golden)")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Told apart also by who sees no red or no green (Okabe and Ito)."""
-WIDE = 1.96
-"""Standard errors to each side of a mean, in a band of 95 %."""
 
 
 def plot_best_of_n(found: Mapping[str, Any], path: Path) -> None:

@@ -14,16 +14,12 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.records import shards
+from pipelines.report.decks import EVALUATED, Card, decks
 from pipelines.run.artifacts import Stage
 from pipelines.run.manifests import read_json
 from pipelines.run.plan import Planned
 from pipelines.watching import states
 from pipelines.watching.states import DAMAGED, DONE, RUNNING, SKIPPED, STOPPED, WAITING, StageFacts
-
-ROWS = 10
-"""Held-out prompts that are shown side by side."""
-EVALUATED = "evaluation/policies/"
 
 
 @dataclass(frozen=True)
@@ -41,17 +37,6 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A held-out prompt with what everybody answered."""
-
-    id: str
-    prompt: str
-    demonstration: str
-    answers: Mapping[str, tuple[str, float | None]]
-    """policy -> response and its score, if it has one"""
-
-
-@dataclass(frozen=True)
 class Facts:
     """A run so far."""
 
@@ -66,7 +51,8 @@ class Facts:
     """training stage -> its steps"""
     lengths: Mapping[str, Lengths]
     """sampling stage -> its responses"""
-    rows: Sequence[Row]
+    decks: Mapping[str, Sequence[Card]]
+    """title -> cards: answers, games and grades, rows of tasks"""
     best_of_n: Mapping[str, Any] | None
     failure: str | None = None
     """why it stopped before its end"""
@@ -146,7 +132,7 @@ def gather(
         versions=manifests[-1].get("versions", {}) if manifests else {},
         curves={s.name: steps for s in known if s.state not in (WAITING, DAMAGED) and (steps := _steps(root / s.name / "metrics.jsonl"))},
         lengths={s.name: _lengths(root / s.name, m["fingerprint"]) for s, m in zip(done, manifests, strict=True) if _samples(s)},
-        rows=_rows(root, done),
+        decks=decks(root, done),
         best_of_n=next((read_json(root / s.name / "report.json") for s in done if (root / s.name / "report.json").exists()), None),
         failure=failure,
         prefix=prefix,
@@ -178,36 +164,3 @@ def _lengths(folder: Path, fingerprint: str) -> Lengths:
         tokens += pc.list_value_length(table["response_ids"]).to_pylist()
         finish.update(table["finish_reason"].to_pylist())
     return Lengths(tuple(tokens), dict(finish))
-
-
-def _rows(root: Path, done: Sequence[StageFacts]) -> list[Row]:
-    """The first held-out prompts with the answers of every policy; of an evaluation its prompts."""
-    asked = next((root / stage.name / "train" for stage in done if stage.name.startswith(EVALUATED) and stage.own == "prompts"), None)
-    real: dict[str, Mapping[str, Any]] = {}
-    for path in shards(asked or root / "demonstrations" / "held_out"):
-        if len(real) < ROWS:
-            table = pq.read_table(path, columns=["id", "prompt", "response"]).slice(0, ROWS - len(real))
-            real |= {row["id"]: row for row in table.to_pylist()}
-    answers: dict[str, dict[str, tuple[str, float | None]]] = {key: {} for key in real}
-    # Of another command in the same directory there may be scores of other answers.
-    own_stages = {stage.name for stage in done}
-    for stage in done:
-        if stage.own not in ("samples", "answers") or stage.name.startswith(EVALUATED) != bool(asked):
-            continue
-        scored = f"{stage.name.rpartition('/')[0]}/{'score-1' if asked else 'evaluation'}"
-        scores = _scores(root / scored / ("train" if asked else "")) if scored in own_stages else {}
-        for path in shards(root / stage.name / ("train" if asked else "held_out")):
-            for row in pq.read_table(path, columns=["id", "response"], filters=[("id", "in", list(real))]).to_pylist():
-                answers[row["id"]].setdefault(stage.policy, (row["response"], scores.get(row["id"])))
-    return [Row(key, _text(row["prompt"]), row["response"], answers[key]) for key, row in real.items()]
-
-
-def _scores(folder: Path) -> dict[str, float]:
-    return {row["id"]: row["score"] for path in shards(folder) for row in pq.read_table(path, columns=["id", "score"]).to_pylist()}
-
-
-def _text(messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation; of a single question the words alone."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -6,10 +6,12 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from pipelines import best_of_n_report, reward_training, summary
+from pipelines import best_of_n_report, measures, reward_training, summary
+from pipelines.means import ends
 from pipelines.report import figures, scoreboard
+from pipelines.report.decks import Card, Side
 from pipelines.report.doubts import doubts
-from pipelines.report.facts import Facts, Row
+from pipelines.report.facts import Facts
 from pipelines.tables import ruled
 from pipelines.watching.states import SKIPPED, StageFacts
 from pipelines.watching.status import duration
@@ -37,6 +39,7 @@ BASELINES = (
     "By the length alone: a threshold. By the words alone: a classifier that sees only which words and marks occur in a response, not "
     "their order, which tells which model wrote it. Where these do as well, the reward model may know no more than they do."
 )
+COLOURED = ("right", "wrong", "won", "lost")
 TEMPLATE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 Rows = Sequence[Sequence[str]]
 
@@ -96,9 +99,10 @@ def notes(facts: Facts) -> dict[str, str]:
     measured = any(numbers.get("n") for numbers in facts.evaluations().values())
     gained = any(numbers.get("gain") for numbers in facts.evaluations().values())
     said = [*([ERRORS] if measured else []), *([GAINS] if gained else []), *([REWARDS] if facts.trained() else [])]
-    found = {"Policies": " ".join(said)} if said else {}
+    said.append(ends({name: (numbers["accuracy"], numbers["n"]) for name, numbers in facts.evaluations().items()}))
+    found = {"Policies": " ".join(filter(None, said))}
     found["Reward models on held-out pairs"] = BASELINES
-    found["Answers to the prompts"] = ANSWERS
+    found["Answers to the prompts"] = " ".join(filter(None, (ANSWERS, ends(measures.shares(facts.scoreboard()["measures"])))))
     found["Tasks"] = "± is one standard error, as lm-eval has it; n is how many rows were asked."
     found["Tournament: games of the first against the second"] = GAMES
     if judge := _judge(facts, "tournament"):
@@ -107,7 +111,7 @@ def notes(facts: Facts) -> dict[str, str]:
         found["The judge"] = f"{judge} {equal}" if asked.get("equal") else judge
     if judge := _judge(facts, "mt_bench"):
         found["MT-Bench, grades from 1 to 10"] = judge
-    return found
+    return {title: said for title, said in found.items() if said}
 
 
 def _judge(facts: Facts, what: str) -> str:
@@ -190,27 +194,25 @@ def _best_of_n(facts: Facts) -> str:
     return figure(figures.best_of_n(facts))
 
 
-def _rows(facts: Facts) -> str:
-    if not any(row.answers for row in facts.rows):
-        return ""
-    # A measure that says yes or no; any other is shown as its number.
-    binary = {score for row in facts.rows for _, score in row.answers.values()} <= {None, 0.0, 1.0}
-    cards = "".join(_card(number, row, binary) for number, row in enumerate(facts.rows))
-    control = '<p class="browse"><button id="before">previous</button> <span id="place"></span> <button id="after">next</button></p>'
-    return control + f'<div id="cards">{cards}</div>'
+def _decks(facts: Facts) -> str:
+    return "".join(f"<h3>{escape(title)}</h3>{_deck(cards)}" for title, cards in facts.decks.items())
 
 
-def _card(number: int, row: Row, binary: bool) -> str:
-    answers = {"demonstration": (row.demonstration, None), **row.answers}
-    columns = "".join(_answer(name, text, score, binary) for name, (text, score) in answers.items())
-    prompt = f'<h4>prompt</h4><pre class="prompt">{escape(row.prompt)}</pre>'
-    return f'<div class="card" data-number="{number}">{prompt}<div class="sides">{columns}</div></div>'
+def _deck(cards: Sequence[Card]) -> str:
+    buttons = '<button class="before">previous</button> <span class="place"></span> <button class="after">next</button>'
+    return f'<div class="deck"><p class="browse">{buttons}</p>{"".join(map(_card, cards))}</div>'
 
 
-def _answer(name: str, text: str, score: float | None, binary: bool) -> str:
-    said = "" if score is None else ("right" if score else "wrong") if binary else f"{score:.4g}"
-    mark = f' <span class="score {said}">{said}</span>' if said else ""
-    return f"<article><h4>{escape(name)}{mark}</h4><pre>{escape(text)}</pre></article>"
+def _card(card: Card) -> str:
+    sides = "".join(map(_side, card.sides))
+    return f'<div class="card"><h4>prompt</h4><pre class="prompt">{escape(card.prompt)}</pre><div class="sides">{sides}</div></div>'
+
+
+def _side(side: Side) -> str:
+    verdict = side.mark.partition(",")[0]
+    kind = f"score {verdict}" if verdict in COLOURED else "score"
+    mark = f' <span class="{kind}">{escape(side.mark)}</span>' if side.mark else ""
+    return f"<article><h4>{escape(side.name)}{mark}</h4><pre>{escape(side.text)}</pre></article>"
 
 
 def _ran(facts: Facts) -> str:
@@ -255,6 +257,6 @@ SECTIONS: Mapping[str, Callable[[Facts], str]] = {
     "Training": training,
     "Samples": _samples,
     "Best of N": _best_of_n,
-    "Side by side": _rows,
+    "Side by side": _decks,
     "What ran": _ran,
 }

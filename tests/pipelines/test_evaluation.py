@@ -8,7 +8,7 @@ import pytest
 from actors.settings import Objective
 from pipelines import evaluation, tournament
 from pipelines.evaluation import exact_answer, final_number
-from pipelines.means import cell, mean_and_error
+from pipelines.means import cell, ends, mean_and_error
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
 from pipelines.report import scoreboard
 from pipelines.run.artifacts import Run, Stage, StageError
@@ -98,6 +98,14 @@ def test_mean_and_standard_error_by_hand() -> None:
     assert mean == 0.75 and error == pytest.approx((0.1875 * 4 / 3 / 4) ** 0.5)
     assert mean_and_error([]) == (None, None) and mean_and_error([1.0]) == (1.0, None)
     assert [cell(0.25, 0.0351, 2), cell(0.25, None, 3), cell(None, None, 2)] == ["0.25 ± 0.04", "0.250", ""]
+
+
+def test_none_right_leaves_room_for_a_share_that_wilsons_interval_says() -> None:
+    said = ends({"base": (0.0, 104), "sft": (0.5, 104), "iteration-1": (1.0, 40), "iteration-2": (None, 0)})
+    # The interval's end is where the share p is 1.96 of its own standard errors, sqrt(p (1 - p) / n), away from what was seen.
+    assert pytest.approx(1.96, abs=1e-3) == 0.035636 / (0.035636 * (1 - 0.035636) / 104) ** 0.5
+    assert said.endswith("the true share is: base at most 0.036, iteration-1 at least 0.912.")
+    assert ends({"sft": (0.5, 104)}) == ""
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pipelines.report.facts import gather
 from pipelines.report.page import notes
 from pipelines.report.writing import Reporter
 from pipelines.run.artifacts import Run, Stage, write_json
+from pipelines.run.manifests import read_manifest, write_manifest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DATA = Stage("demonstrations", {})
@@ -142,6 +143,13 @@ def ended(tmp_path: Path) -> Path:
     return root
 
 
+def renumber(directory: Path, **numbers: Any) -> None:
+    """Makes other numbers of a stage that is done."""
+    content = read_manifest(directory / "manifest.json")
+    assert content
+    write_manifest(directory / "manifest.json", content | {"numbers": numbers})
+
+
 def test_what_is_wrong_is_said(ended: Path) -> None:
     said = doubts(gather(ended))
     assert said[0] == "mind the gap" and len(said) == 4
@@ -176,12 +184,12 @@ def test_in_a_browser_nothing_overflows_and_rows_can_be_browsed(ended: Path, wid
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto((ended / "report.html").as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= width, "wide tables and figures scroll by themselves"
-        assert page.locator(".card:visible").count() == 1 and page.locator("#place").text_content() == "1 of 4"
-        page.click("#after")
-        assert page.locator("#place").text_content() == "2 of 4"
-        page.click("#before")
-        page.click("#before")
-        assert page.locator("#place").text_content() == "4 of 4" and page.locator(".card:visible").get_attribute("data-number") == "3"
+        assert page.locator(".card:visible").count() == 1 and page.locator(".place").text_content() == "1 of 4"
+        page.click(".after")
+        assert page.locator(".place").text_content() == "2 of 4"
+        page.click(".before")
+        page.click(".before")
+        assert page.locator(".place").text_content() == "4 of 4"
         inks = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.querySelector('figure svg')).color]")
         assert inks[0] == inks[1] == ("rgb(230, 232, 235)" if scheme == "dark" else "rgb(28, 30, 33)")
         if folder := os.environ.get("GSIL_PICTURES"):
@@ -206,19 +214,27 @@ def test_a_report_that_cannot_be_written_costs_no_stage(
 
 
 def test_an_objective_without_a_generated_side_is_reported_too(ended: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = ended / "iteration-1" / "training" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["numbers"] = {"last": {"loss": 1.0, "logps_real": -2.0}}
-    manifest.write_text(json.dumps(content))
+    renumber(ended / "iteration-1" / "training", last={"loss": 1.0, "logps_real": -2.0})
     Reporter(ended, graph())()
-    assert "| iteration-1 | 0.250 | 0.050 | 100 |  |  |  |" in (ended / "report.md").read_text()
+    told = (ended / "report.md").read_text()
+    assert "| iteration-1 | 0.250 | 0.050 | 100 |  |  |  |" in told and "damaged" not in told
     assert compare.main([str(ended), "--output", str(ended / "compare.html")]) == 0 and "iteration-1" in capsys.readouterr().out
+
+
+def test_of_none_right_it_says_how_many_may_be(ended: Path) -> None:
+    assert "Wilson" not in (ended / "report.md").read_text()
+    renumber(ended / "sft" / "evaluation", accuracy=0.0, stderr=0.0, n=100)
+    Reporter(ended, graph())()
+    told = [(ended / f"report.{ending}").read_text() for ending in ("html", "md")]
+    assert all("(Wilson) the true share is: sft at most 0.037." in text for text in told)
 
 
 def test_scores_of_another_command_are_not_shown(ended: Path) -> None:
     write_rows(ended / "sft" / "evaluation" / "00000.parquet", [{"id": str(k), "score": 1.0} for k in range(4)], SCORES)
-    assert {row.answers["sft"][1] for row in gather(ended, graph()).rows} == {1.0}
-    assert {row.answers["sft"][1] for row in gather(ended, [s for s in graph() if s.name != "sft/evaluation"]).rows} == {None}
+    own = [stage for stage in graph() if stage.name != "sft/evaluation"]
+    for stages, mark in ((graph(), "right"), (own, "")):
+        cards = gather(ended, stages).decks["Answers"]
+        assert [side.mark for card in cards for side in card.sides if side.name == "sft"] == [mark] * 4
 
 
 def write_curve(root: Path, stage: Stage, **values: float) -> None:

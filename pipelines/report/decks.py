@@ -1,0 +1,168 @@
+"""Decks of cards: what was asked, and beside each other what everybody said to it.
+
+stages that are done, rows on disk --> title --> cards
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipelines.records import shards
+from pipelines.watching.states import StageFacts
+
+CARDS = 10
+"""of a deck at most"""
+CUT = "cut"
+"""Mark of a response that ended at the limit of tokens."""
+EVALUATED = "evaluation/policies/"
+GAMES, GRADES = "evaluation/tournament/games", "evaluation/mt_bench/grades"
+OUTCOMES = {"first": ("won", "lost"), "second": ("lost", "won")}
+ORDERS = (("answer", "given", ("first", "second")), ("answer_swapped", "swapped", ("second", "first")))
+"""Columns of what a judge said and of what was read of it, and the order in which it was shown the responses."""
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """What somebody said, and what was made of it ("right", "won", a number, "cut")."""
+
+    name: str
+    text: str
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A prompt and what was said to it."""
+
+    prompt: str
+    sides: tuple[Side, ...]
+
+
+def decks(root: Path, done: Sequence[StageFacts]) -> dict[str, list[Card]]:
+    """The first held-out prompts (of an evaluation its prompts) with the answers of every policy, games and grades with the judge's words,
+    and rows of tasks; without those of which there are none."""
+    asked = next((root / stage.name / "train" for stage in done if stage.name.startswith(EVALUATED) and stage.own == "prompts"), None)
+    prompts = asked or root / "demonstrations" / "held_out"
+    found = {"Answers": _answers(root, done, prompts, evaluated=asked is not None)}
+    names = {stage.name for stage in done}
+    found["Games before the judge"] = [card for file in shards(root / GAMES) if GAMES in names for card in _games(file, prompts)]
+    found["Grades of MT-Bench"] = [card for file in shards(root / GRADES) if GRADES in names for card in _grades(file)]
+    tasks: dict[str, dict[str, Path]] = {}
+    for stage in done:
+        if stage.name.startswith(EVALUATED) and stage.own.startswith("tasks/"):
+            tasks.setdefault(stage.own.removeprefix("tasks/"), {})[stage.policy] = root / stage.name
+    found |= {f"Task {name}": _task(folders) for name, folders in tasks.items()}
+    return {title: cards for title, cards in found.items() if cards}
+
+
+def _answers(root: Path, done: Sequence[StageFacts], prompts: Path, evaluated: bool) -> list[Card]:
+    real: dict[str, dict[str, Any]] = {}
+    for path in shards(prompts):
+        if len(real) < CARDS:
+            real |= {row["id"]: row for row in _head(path, CARDS - len(real), ["id", "prompt", "response"])}
+    answers: dict[str, dict[str, tuple[str, float | None, bool]]] = {key: {} for key in real}
+    # Of another command in the same directory there may be scores of other answers.
+    own_stages = {stage.name for stage in done}
+    for stage in done:
+        if stage.own not in ("samples", "answers") or stage.name.startswith(EVALUATED) != evaluated:
+            continue
+        scored = f"{stage.name.rpartition('/')[0]}/{'score-1' if evaluated else 'evaluation'}"
+        scores = _scores(root / scored / ("train" if evaluated else "")) if scored in own_stages else {}
+        for path in shards(root / stage.name / ("train" if evaluated else "held_out")):
+            rows = pq.read_table(path, columns=["id", "response", "finish_reason"], filters=[("id", "in", list(real))])
+            for row in rows.to_pylist():
+                said = row["response"], scores.get(row["id"]), row["finish_reason"] == "length"
+                answers[row["id"]].setdefault(stage.policy, said)
+    mark = _marks(score for said in answers.values() for _, score, _ in said.values())
+    cards = []
+    for key, row in real.items():
+        sides = [Side(name, text, ", ".join(filter(None, (mark(score), cut * CUT)))) for name, (text, score, cut) in answers[key].items()]
+        cards += [Card(_conversation(row["prompt"]), (Side("demonstration", row["response"]), *sides))] if sides else []
+    return cards
+
+
+def _games(file: Path, prompts: Path) -> list[Card]:
+    """Of every pair as many."""
+    pairs: dict[tuple[str, str], list[int]] = {}
+    for number, game in enumerate(pq.read_table(file, columns=["first", "second"]).to_pylist()):
+        pairs.setdefault((game["first"], game["second"]), []).append(number)
+    in_turn = sorted((place, number) for numbers in pairs.values() for place, number in enumerate(numbers[:CARDS]))
+    games = pq.read_table(file).take(sorted(number for _, number in in_turn[:CARDS])).to_pylist()
+    wanted = [("id", "in", [game["id"] for game in games])]
+    asked = {
+        row["id"]: row for path in shards(prompts) for row in pq.read_table(path, columns=["id", "prompt"], filters=wanted).to_pylist()
+    }
+    return [_game(game, _conversation(asked[game["id"]]["prompt"]) if game["id"] in asked else game["id"]) for game in games]
+
+
+def _game(game: Mapping[str, Any], prompt: str) -> Card:
+    marks = OUTCOMES.get(game["outcome"], (game["outcome"],) * 2)
+    said = [Side(game[name], game[f"response_{name}"], mark) for name, mark in zip(("first", "second"), marks, strict=True)]
+    if game["question"] is None:
+        return Card(prompt, (*said, Side("the judge", "was not asked: both are the same")))
+    names = {name: game[name] for name in ("first", "second")}
+    for answer, reading, order in ORDERS:
+        shown = " before ".join(names[name] for name in order)
+        said.append(Side(f"the judge, shown {shown}", game[answer] or "", names.get(game[reading], game[reading] or "no answer")))
+    return Card(prompt, tuple(said))
+
+
+def _grades(file: Path) -> list[Card]:
+    """Of every policy as many. What the judge was shown holds the question and the answer."""
+    grades = pq.read_table(file).to_pylist()
+    place = {key: number for number, key in enumerate(dict.fromkeys((row["id"], row["turn"]) for row in grades))}
+    return [_grade(row) for row in sorted(grades, key=lambda row: place[row["id"], row["turn"]])[:CARDS]]
+
+
+def _grade(row: Mapping[str, Any]) -> Card:
+    grade = "no answer" if row["failed"] else "unread" if row["grade"] is None else f"{row['grade']:g}"
+    return Card(row["question"], (Side(f"the judge on {row['policy']}, turn {row['turn']}", row["answer"] or "", grade),))
+
+
+def _task(folders: Mapping[str, Path]) -> list[Card]:
+    rows = {policy: {row["row"]: row for path in shards(folder)[:1] for row in _head(path, CARDS)} for policy, folder in folders.items()}
+    mark = _marks(row["score"] for own in rows.values() for row in own.values())
+    cards = []
+    for number, example in next(iter(rows.values())).items():
+        said = [Side(policy, _said(own[number]), mark(own[number]["score"])) for policy, own in rows.items() if number in own]
+        cards.append(Card("\n\n".join(example["prompts"]), (Side("the right answer", example["target"]), *said)))
+    return cards
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    """What a policy wrote, or how probable it found each choice."""
+    if not row["continuations"]:
+        return "\n\n".join([*row["responses"], *(f"program: {verdict}" for verdict in row["verdicts"])])
+    choices = sorted(zip(row["loglikelihoods"], row["continuations"], strict=True), reverse=True)
+    return "\n".join(f"{value:8.2f} {choice.strip()}" for value, choice in choices)
+
+
+def _marks(scores: Iterable[float | None]) -> Callable[[float | None], str]:
+    """How to write scores: of those that say yes or no in words, any other as its number."""
+    binary = set(scores) <= {None, 0.0, 1.0}
+
+    def mark(score: float | None) -> str:
+        return "" if score is None else ("right" if score else "wrong") if binary else f"{score:.4g}"
+
+    return mark
+
+
+def _head(path: Path, count: int, columns: list[str] | None = None) -> Rows:
+    """The first rows; no more of a large file is read."""
+    with pq.ParquetFile(path) as file:
+        return next((batch.to_pylist() for batch in file.iter_batches(count, columns=columns)), [])
+
+
+def _scores(folder: Path) -> dict[str, float]:
+    return {row["id"]: row["score"] for path in shards(folder) for row in pq.read_table(path, columns=["id", "score"]).to_pylist()}
+
+
+def _conversation(messages: Sequence[Mapping[str, str]]) -> str:
+    """Of a single question the words alone."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
