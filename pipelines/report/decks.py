@@ -107,7 +107,8 @@ def _game(game: Mapping[str, Any], prompt: str) -> Card:
     names = {name: game[name] for name in ("first", "second")}
     for answer, reading, order in ORDERS:
         shown = " before ".join(names[name] for name in order)
-        said.append(Side(f"the judge, shown {shown}", game[answer] or "", names.get(game[reading], game[reading] or "no answer")))
+        mark = f"for {names[game[reading]]}" if game[reading] in names else game[reading] or "no answer"
+        said.append(Side(f"the judge, shown {shown}", game[answer] or "", mark))
     return Card(prompt, tuple(said))
 
 

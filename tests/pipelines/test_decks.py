@@ -75,15 +75,15 @@ def test_games_of_every_pair_are_shown_with_what_the_judge_said_in_both_orders(t
         (
             Side("a", "a says 0", "won"),
             Side("b", "b says 0", "lost"),
-            Side("the judge, shown a before b", "A writes more. [[A]]", "a"),
-            Side("the judge, shown b before a", "<b>B</b> [[B]]", "a"),
+            Side("the judge, shown a before b", "A writes more. [[A]]", "for a"),
+            Side("the judge, shown b before a", "<b>B</b> [[B]]", "for a"),
         ),
     )
-    assert [side.mark for side in tie.sides] == ["tie", "tie", "a", "b"]
+    assert [side.mark for side in tie.sides] == ["tie", "tie", "for a", "for b"]
     assert equal.sides[2:] == (Side("the judge", "was not asked: both are the same"),)
     lost, failed = cards[-2:]
-    assert [side.mark for side in lost.sides] == ["lost", "won", "c", "c"]
-    assert [side.mark for side in failed.sides] == ["failed", "failed", "a", "no answer"]
+    assert [side.mark for side in lost.sides] == ["lost", "won", "for c", "for c"]
+    assert [side.mark for side in failed.sides] == ["failed", "failed", "for a", "no answer"]
     shown = page.html(gather(tmp_path))
     assert "&lt;b&gt;B&lt;/b&gt;" in shown and '<span class="score won">won</span>' in shown and '<span class="score">tie</span>' in shown
 
