@@ -130,8 +130,9 @@ class Gang:
             raise error
 
     def _again(self, job: Job) -> bool:
-        """Starts workers again that ended with Ray Train itself: it does so for those that die, and ends with an actor of its own, such as
-        those that Linux or Ray end where memory is short. As often as workers may die, counted apart."""
+        """Starts the workers again where an actor of Ray Train's own has died, its controller say, as Linux and Ray end them where memory
+        is short: of a worker's death Ray Train takes care, at its own it gives up. At most `max_failures` times, counted apart.
+        """
         import ray
 
         error = self.over.exception()
