@@ -255,7 +255,7 @@ class Training(Settings):
     checkpoints_kept: int = placement(1, ge=1)
     """newest checkpoints that stay until the stage is done"""
     max_failures: int = placement(2, ge=0)
-    """times that a stage's training goes on from the last checkpoint after workers died, before the stage fails"""
+    """times that a stage's training goes on from the last checkpoint after workers died, and as often after Ray Train itself did"""
     deepspeed: str | None = None
     """a DeepSpeed JSON of your own; where it contradicts a setting here, the job stops and names both values"""
     seed: int = 0

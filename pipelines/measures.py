@@ -187,7 +187,7 @@ def shares(found: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[float | No
     for policy, numbers in found.items():
         for name, scored in numbers["measures"].items():
             if name == "exact_answer" or name.startswith(PATTERN):
-                told[f"{policy}, {name}"] = scored["mean"], scored["prompts"]
+                told[f"{policy}, {name}"] = scored["mean"], scored.get("prompts", 0)
     return told
 
 

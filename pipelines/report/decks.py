@@ -11,15 +11,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipelines.records import shards
+from pipelines.report.facts import EVALUATED, Facts
 from pipelines.watching.states import StageFacts
 
 CARDS = 10
 """of a deck at most"""
 CUT = "cut"
 """Mark of a response that ended at the limit of tokens."""
-EVALUATED = "evaluation/policies/"
 GAMES, GRADES = "evaluation/tournament/games", "evaluation/mt_bench/grades"
-OUTCOMES = {"first": ("won", "lost"), "second": ("lost", "won")}
+OUTCOMES = {"first": ("won", "lost"), "second": ("lost", "won"), "failed": ("no answer",) * 2, "unparsed": ("unread",) * 2}
 ORDERS = (("answer", "given", ("first", "second")), ("answer_swapped", "swapped", ("second", "first")))
 """Columns of what a judge said and of what was read of it, and the order in which it was shown the responses."""
 Rows = list[dict[str, Any]]
@@ -42,9 +42,10 @@ class Card:
     sides: tuple[Side, ...]
 
 
-def decks(root: Path, done: Sequence[StageFacts]) -> dict[str, list[Card]]:
+def decks(facts: Facts) -> dict[str, list[Card]]:
     """The first held-out prompts (of an evaluation its prompts) with the answers of every policy, games and grades with the judge's words,
     and rows of tasks; without those of which there are none."""
+    root, done = facts.root, facts.done
     asked = next((root / stage.name / "train" for stage in done if stage.name.startswith(EVALUATED) and stage.own == "prompts"), None)
     prompts = asked or root / "demonstrations" / "held_out"
     found = {"Answers": _answers(root, done, prompts, evaluated=asked is not None)}
@@ -73,10 +74,9 @@ def _answers(root: Path, done: Sequence[StageFacts], prompts: Path, evaluated: b
         scored = f"{stage.name.rpartition('/')[0]}/{'score-1' if evaluated else 'evaluation'}"
         scores = _scores(root / scored / ("train" if evaluated else "")) if scored in own_stages else {}
         for path in shards(root / stage.name / ("train" if evaluated else "held_out")):
-            rows = pq.read_table(path, columns=["id", "response", "finish_reason"], filters=[("id", "in", list(real))])
-            for row in rows.to_pylist():
-                said = row["response"], scores.get(row["id"]), row["finish_reason"] == "length"
-                answers[row["id"]].setdefault(stage.policy, said)
+            wanted = [("id", "in", list(real)), ("sample", "=", 0)]
+            for row in pq.read_table(path, columns=["id", "response", "finish_reason"], filters=wanted).to_pylist():
+                answers[row["id"]][stage.policy] = row["response"], scores.get(row["id"]), row["finish_reason"] == "length"
     mark = _marks(score for said in answers.values() for _, score, _ in said.values())
     cards = []
     for key, row in real.items():
@@ -86,17 +86,17 @@ def _answers(root: Path, done: Sequence[StageFacts], prompts: Path, evaluated: b
 
 
 def _games(file: Path, prompts: Path) -> list[Card]:
-    """Of every pair as many."""
+    """Of every pair as many, one at least."""
     pairs: dict[tuple[str, str], list[int]] = {}
     for number, game in enumerate(pq.read_table(file, columns=["first", "second"]).to_pylist()):
         pairs.setdefault((game["first"], game["second"]), []).append(number)
-    in_turn = sorted((place, number) for numbers in pairs.values() for place, number in enumerate(numbers[:CARDS]))
-    games = pq.read_table(file).take(sorted(number for _, number in in_turn[:CARDS])).to_pylist()
-    wanted = [("id", "in", [game["id"] for game in games])]
-    asked = {
-        row["id"]: row for path in shards(prompts) for row in pq.read_table(path, columns=["id", "prompt"], filters=wanted).to_pylist()
-    }
-    return [_game(game, _conversation(asked[game["id"]]["prompt"]) if game["id"] in asked else game["id"]) for game in games]
+    shown = [number for numbers in pairs.values() for number in numbers[: max(1, CARDS // len(pairs))]]
+    games = pq.read_table(file).take(shown).to_pylist() if shown else []
+    asked: dict[str, str] = {}
+    for path in shards(prompts):
+        rows = pq.read_table(path, columns=["id", "prompt"], filters=[("id", "in", [game["id"] for game in games])])
+        asked |= {row["id"]: _conversation(row["prompt"]) for row in rows.to_pylist()}
+    return [_game(game, asked.get(game["id"], game["id"])) for game in games]
 
 
 def _game(game: Mapping[str, Any], prompt: str) -> Card:
@@ -107,16 +107,21 @@ def _game(game: Mapping[str, Any], prompt: str) -> Card:
     names = {name: game[name] for name in ("first", "second")}
     for answer, reading, order in ORDERS:
         shown = " before ".join(names[name] for name in order)
-        mark = f"for {names[game[reading]]}" if game[reading] in names else game[reading] or "no answer"
-        said.append(Side(f"the judge, shown {shown}", game[answer] or "", mark))
+        # Of a game that failed, neither order is read.
+        read = f"for {names[game[reading]]}" if game[reading] in names else game[reading] or ""
+        said.append(Side(f"the judge, shown {shown}", game[answer] or "", "no answer" if game[answer] is None else read))
     return Card(prompt, tuple(said))
 
 
 def _grades(file: Path) -> list[Card]:
-    """Of every policy as many. What the judge was shown holds the question and the answer."""
-    grades = pq.read_table(file).to_pylist()
-    place = {key: number for number, key in enumerate(dict.fromkeys((row["id"], row["turn"]) for row in grades))}
-    return [_grade(row) for row in sorted(grades, key=lambda row: place[row["id"], row["turn"]])[:CARDS]]
+    """Of some questions, spread over the categories, both turns of every policy. What the judge was shown holds question and answer."""
+    questions: dict[str, Rows] = {}
+    for row in pq.read_table(file).to_pylist():
+        questions.setdefault(row["id"], []).append(row)
+    count = max(1, CARDS // max(map(len, questions.values()), default=1))
+    ids = list(questions)
+    chosen = [ids[k * len(ids) // count] for k in range(min(count, len(ids)))]
+    return [_grade(row) for key in chosen for row in sorted(questions[key], key=lambda row: row["turn"])]
 
 
 def _grade(row: Mapping[str, Any]) -> Card:
@@ -125,21 +130,31 @@ def _grade(row: Mapping[str, Any]) -> Card:
 
 
 def _task(folders: Mapping[str, Path]) -> list[Card]:
-    rows = {policy: {row["row"]: row for path in shards(folder)[:1] for row in _head(path, CARDS)} for policy, folder in folders.items()}
+    """Of each task of a group as many, one at least."""
+    rows: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    for policy, folder in folders.items():
+        files = shards(folder)
+        each = max(1, CARDS // max(1, len(files)))
+        rows[policy] = {(path.stem, row["row"]): row for path in files for row in _head(path, each)}
     mark = _marks(row["score"] for own in rows.values() for row in own.values())
     cards = []
-    for number, example in next(iter(rows.values())).items():
-        said = [Side(policy, _said(own[number]), mark(own[number]["score"])) for policy, own in rows.items() if number in own]
-        cards.append(Card("\n\n".join(example["prompts"]), (Side("the right answer", example["target"]), *said)))
+    for key in dict.fromkeys(key for own in rows.values() for key in own):
+        found = {policy: own[key] for policy, own in rows.items() if key in own}
+        example = next(iter(found.values()))
+        several = len(example["prompts"]) > 1
+        asked = "\n\n".join(f"({k}) {text}" if several else text for k, text in enumerate(example["prompts"], start=1))
+        sides = [Side(policy, _said(row, several), mark(row["score"])) for policy, row in found.items()]
+        cards.append(Card(f"{key[0]}\n\n{asked}", (Side("the right answer", example["target"]), *sides)))
     return cards
 
 
-def _said(row: Mapping[str, Any]) -> str:
-    """What a policy wrote, or how probable it found each choice."""
+def _said(row: Mapping[str, Any], several: bool) -> str:
+    """What a policy wrote, or how probable it found each choice; `several` prompts, one a choice, are told apart by their numbers."""
     if not row["continuations"]:
         return "\n\n".join([*row["responses"], *(f"program: {verdict}" for verdict in row["verdicts"])])
-    choices = sorted(zip(row["loglikelihoods"], row["continuations"], strict=True), reverse=True)
-    return "\n".join(f"{value:8.2f} {choice.strip()}" for value, choice in choices)
+    choices = enumerate(zip(row["loglikelihoods"], row["continuations"], strict=True), start=1)
+    lines = [f"{value:8.2f} {f'({k}) ' if several else ''}{choice.strip()}" for k, (value, choice) in choices]
+    return "\n".join(["log-prob of each choice, in all:", *lines])
 
 
 def _marks(scores: Iterable[float | None]) -> Callable[[float | None], str]:
@@ -159,7 +174,9 @@ def _head(path: Path, count: int, columns: list[str] | None = None) -> Rows:
 
 
 def _scores(folder: Path) -> dict[str, float]:
-    return {row["id"]: row["score"] for path in shards(folder) for row in pq.read_table(path, columns=["id", "score"]).to_pylist()}
+    """Of the first answer to each prompt; those of a training's evaluation are of the only one."""
+    rows = [row for path in shards(folder) for row in pq.read_table(path).to_pylist()]
+    return {row["id"]: row["score"] for row in rows if row.get("sample", 0) == 0}
 
 
 def _conversation(messages: Sequence[Mapping[str, str]]) -> str:

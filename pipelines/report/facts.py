@@ -14,12 +14,13 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.report.decks import EVALUATED, Card, decks
 from pipelines.run.artifacts import Stage
 from pipelines.run.manifests import read_json
 from pipelines.run.plan import Planned
 from pipelines.watching import states
 from pipelines.watching.states import DAMAGED, DONE, RUNNING, SKIPPED, STOPPED, WAITING, StageFacts
+
+EVALUATED = "evaluation/policies/"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Lengths:
 class Facts:
     """A run so far."""
 
+    root: Path
     name: str
     config: str
     """the resolved config, YAML"""
@@ -51,13 +53,16 @@ class Facts:
     """training stage -> its steps"""
     lengths: Mapping[str, Lengths]
     """sampling stage -> its responses"""
-    decks: Mapping[str, Sequence[Card]]
-    """title -> cards: answers, games and grades, rows of tasks"""
     best_of_n: Mapping[str, Any] | None
     failure: str | None = None
     """why it stopped before its end"""
     prefix: str = ""
     """of the names of the job's own files"""
+
+    @property
+    def done(self) -> list[StageFacts]:
+        """The stages whose data is there."""
+        return [stage for stage in self.stages if stage.state in (DONE, SKIPPED)]
 
     @property
     def title(self) -> str:
@@ -125,6 +130,7 @@ def gather(
     manifests = [read_json(root / stage.name / "manifest.json") or {} for stage in done]
     file = root / f"{prefix}config.yaml"
     return Facts(
+        root=root,
         name=root.name,
         config=file.read_text(encoding="utf-8") if file.exists() else "",
         stages=tuple(known),
@@ -132,7 +138,6 @@ def gather(
         versions=manifests[-1].get("versions", {}) if manifests else {},
         curves={s.name: steps for s in known if s.state not in (WAITING, DAMAGED) and (steps := _steps(root / s.name / "metrics.jsonl"))},
         lengths={s.name: _lengths(root / s.name, m["fingerprint"]) for s, m in zip(done, manifests, strict=True) if _samples(s)},
-        decks=decks(root, done),
         best_of_n=next((read_json(root / s.name / "report.json") for s in done if (root / s.name / "report.json").exists()), None),
         failure=failure,
         prefix=prefix,

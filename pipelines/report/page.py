@@ -9,7 +9,7 @@ from string import Template
 from pipelines import best_of_n_report, measures, reward_training, summary
 from pipelines.means import ends
 from pipelines.report import figures, scoreboard
-from pipelines.report.decks import Card, Side
+from pipelines.report.decks import Card, Side, decks
 from pipelines.report.doubts import doubts
 from pipelines.report.facts import Facts
 from pipelines.tables import ruled
@@ -195,7 +195,7 @@ def _best_of_n(facts: Facts) -> str:
 
 
 def _decks(facts: Facts) -> str:
-    return "".join(f"<h3>{escape(title)}</h3>{_deck(cards)}" for title, cards in facts.decks.items())
+    return "".join(f"<h3>{escape(title)}</h3>{_deck(cards)}" for title, cards in decks(facts).items())
 
 
 def _deck(cards: Sequence[Card]) -> str:

@@ -6,8 +6,8 @@ Gang.train(jobs) --Orders--> every worker: `actors.learner.entry.run` --> traine
 import concurrent.futures
 import contextlib
 import logging
-import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -116,10 +116,12 @@ class Gang:
         self.given += 1
         done = self.orders.done.remote(self.given)
         told = False
-        while not self.over.done() or self._again(under_way(jobs)):
+        while True:
             if ray.wait([done], timeout=0.5)[0]:
                 ray.get(done)
                 return
+            if self.over.done() and not self._again(under_way(jobs)):
+                break
             if not told and ray.get(self.orders.failed_so_far.remote()):
                 told = True
                 hurt()
@@ -142,7 +144,7 @@ class Gang:
         self.spare -= 1
         log.warning("%s: an actor of Ray Train died, and its workers with it: they start again (%s)", job["name"], last_words(lost))
         ray.get(self.orders.failed.remote({}))
-        _give_back()
+        _give_back(error)
         self._start()
         return True
 
@@ -161,21 +163,28 @@ class Gang:
 
         self.orders.end.remote()
         with contextlib.suppress(Exception):
-            self.over.exception(timeout=CLOSE_SECONDS)
+            _give_back(self.over.exception(timeout=CLOSE_SECONDS))
         ray.kill(self.orders)
 
 
-def _give_back() -> None:
-    """Frees what Ray Train held in this job when its controller died: its cleaner asks the dashboard, which a local instance has not."""
+def _give_back(error: BaseException | None) -> None:
+    """Frees what Ray Train's controller held, if a training ended with its death: the placement group outlives it, as Ray Train's cleaner
+    asks the dashboard, which a local instance has not."""
     import ray
     from ray._private.state import state
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    mine = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    if not isinstance(error, ray.exceptions.RayActorError) or not error.actor_id:
+        return
+    # One that only could not be reached may live, and its workers write.
+    ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(error.actor_id), True)
+    until = time.monotonic() + CLOSE_SECONDS
+    while (state.actor_table(error.actor_id) or {}).get("State") != "DEAD" and time.monotonic() < until:
+        time.sleep(0.1)
     for written in state._connect_and_get_accessor().get_placement_group_table():
         group = Group.FromString(written)
-        if group.creator_job_id == mine and group.creator_actor_dead and group.state != Group.REMOVED:
+        if group.creator_actor_id.hex() == error.actor_id and group.state != Group.REMOVED:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
@@ -189,14 +198,14 @@ def _told(error: Any, job: Job) -> StageError:
     first = next(iter((getattr(error, "worker_failures", None) or {}).values()), error)
     log.info("%s", first)
     output = Path(job["output"])
-    said = f"a training worker failed: {last_words(first)} (logs/job.log has all of it)"
+    who = "a training worker" if getattr(error, "worker_failures", None) else "Ray Train"
+    said = f"{who} failed: {last_words(first)} (logs/job.log has all of it)"
     return StageError(f"{job['name']}: {advice(output, first) if is_full(output, first) else said}")
 
 
 def _trainer(orders: Any, run: Run, training: Training, notices: str) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2._internal.constants import DEFAULT_WORKER_GROUP_START_TIMEOUT_S
 
     class Tells(ray.train.UserCallback):
         """Notes failures; Ray Train's controller, where this runs, must not wait."""
@@ -219,9 +228,7 @@ def _trainer(orders: Any, run: Run, training: Training, notices: str) -> Any:
             # In Ray's dashboard.
             name=f"{run.root.name}-training".replace("/", "-"),
             storage_path=str(run.root / "logs" / "ray_train"),
-            failure_config=ray.train.FailureConfig(
-                max_failures=training.max_failures, controller_failure_limit=math.ceil(run.patience / DEFAULT_WORKER_GROUP_START_TIMEOUT_S)
-            ),
+            failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
             worker_runtime_env={"env_vars": env},
             callbacks=[Tells()],
         ),

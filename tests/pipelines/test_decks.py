@@ -1,6 +1,6 @@
 """Games, grades and rows of tasks on the page, with the judge's words and what every policy wrote."""
 
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,19 @@ from pipelines.tasks import TASK_ROW
 from pipelines.tournament import GAME
 
 PROMPTS = Stage("evaluation/policies/a/prompts", {})
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHOICE = {"continuations": [" sheep", " goats"], "responses": [], "loglikelihoods": [-3.5, -1.25], "verdicts": []}
 GAMES, GRADES = Stage(decks.GAMES, {}), Stage(decks.GRADES, {})
 
 
-def written(root: Path, stage: Stage, rows: list[dict[str, Any]], schema: pa.Schema, name: str = "00000.parquet") -> None:
-    """A stage that is done, with these rows."""
+def written(root: Path, stage: Stage, rows: list[dict[str, Any]], schema: pa.Schema, *names: str) -> None:
+    """A stage that is done, with these rows in each of its files."""
 
     def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
-        path = run.directory(stages[0]) / name
-        path.parent.mkdir(exist_ok=True)
-        write_rows(path, rows, schema)
+        for name in names:
+            path = run.directory(stages[0]) / name
+            path.parent.mkdir(exist_ok=True)
+            write_rows(path, rows, schema)
         return {}
 
     Run(root).do(work, stage)
@@ -45,14 +48,15 @@ def game(number: int, second: str = "b", **said: Any) -> dict[str, Any]:
     return {"id": str(number), "first": "a", "second": second} | responses | found | said
 
 
-def test_an_answer_that_was_cut_is_marked(tmp_path: Path) -> None:
+def test_the_first_answer_is_shown_with_its_own_mark_and_whether_it_was_cut(tmp_path: Path) -> None:
     prompts(tmp_path)
     said = {"iteration": 0, "sample": 0, "prompt": [], "prompt_ids": [], "response": "It is", "response_ids": [1]}
     rows = [said | {"id": str(k), "finish_reason": "length" if k else "stop"} for k in range(2)]
+    rows += [row | {"sample": 1, "response": "Another", "finish_reason": "stop"} for row in rows]
     written(tmp_path, Stage("evaluation/policies/a/answers", {}), rows, SAMPLE, "train/00000.parquet")
-    scores = [{"id": str(k), "sample": 0, "score": float(k), "reason": None} for k in range(2)]
+    scores = [{"id": str(k), "sample": sample, "score": float(k ^ sample), "reason": None} for sample in range(2) for k in range(2)]
     written(tmp_path, Stage("evaluation/policies/a/score-1", {}), scores, SCORE, "train/00000.parquet")
-    cards = gather(tmp_path).decks["Answers"]
+    cards = decks.decks(gather(tmp_path))["Answers"]
     assert [card.sides[1] for card in cards] == [Side("a", "It is", "wrong"), Side("a", "It is", "right, cut")]
     shown = page.html(gather(tmp_path))
     assert '<span class="score right">right, cut</span>' in shown
@@ -64,11 +68,12 @@ def test_games_of_every_pair_are_shown_with_what_the_judge_said_in_both_orders(t
     rows = [game(0), game(1, outcome="tie", swapped="second"), game(2, outcome="tie", **silent), *(game(k) for k in range(3, 20))]
     rows += [
         game(0, "c", outcome="second", given="second", swapped="second"),
-        game(1, "c", outcome="failed", swapped=None, answer_swapped=None),
+        game(1, "c", outcome="failed", given=None, swapped=None, answer_swapped=None),
+        game(2, "c", outcome="unparsed", given="unparsed", answer="Well."),
     ]
     written(tmp_path, GAMES, rows, GAME, "games.parquet")
-    cards = gather(tmp_path).decks["Games before the judge"]
-    assert len(cards) == decks.CARDS and sum(card.sides[1].name == "c" for card in cards) == 2
+    cards = decks.decks(gather(tmp_path))["Games before the judge"]
+    assert [card.sides[1].name for card in cards] == ["b"] * 5 + ["c"] * 3
     first, tie, equal = cards[:3]
     assert first == Card(
         "question 0",
@@ -81,38 +86,67 @@ def test_games_of_every_pair_are_shown_with_what_the_judge_said_in_both_orders(t
     )
     assert [side.mark for side in tie.sides] == ["tie", "tie", "for a", "for b"]
     assert equal.sides[2:] == (Side("the judge", "was not asked: both are the same"),)
-    lost, failed = cards[-2:]
+    lost, failed, unread = cards[-3:]
     assert [side.mark for side in lost.sides] == ["lost", "won", "for c", "for c"]
-    assert [side.mark for side in failed.sides] == ["failed", "failed", "for a", "no answer"]
+    assert [side.mark for side in failed.sides] == ["no answer", "no answer", "", "no answer"]
+    assert [side.mark for side in unread.sides] == ["unread", "unread", "unparsed", "for a"]
     shown = page.html(gather(tmp_path))
     assert "&lt;b&gt;B&lt;/b&gt;" in shown and '<span class="score won">won</span>' in shown and '<span class="score">tie</span>' in shown
 
 
-def test_grades_are_shown_for_every_policy_beside_what_the_judge_was_shown(tmp_path: Path) -> None:
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
+def test_each_deck_is_browsed_by_its_own_buttons(tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    written(tmp_path, GAMES, [game(k) for k in range(20)], GAME, "games.parquet")
+    row: dict[str, Any] = {"prompts": ["shots"], "target": "5", "answers": "{}", "scores": "{}", "score": 1.0} | CHOICE
+    written(tmp_path, Stage("evaluation/policies/a/tasks/arc", {}), [{"row": k, **row} for k in range(3)], TASK_ROW, "arc.parquet")
+    (tmp_path / "report.html").write_text(page.html(gather(tmp_path)))
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = browser.new_page()
+        opened.goto((tmp_path / "report.html").as_uri())
+        opened.locator(".deck").nth(1).locator(".after").click()
+        assert opened.locator(".place").all_text_contents() == ["1 of 10", "2 of 3"]
+        assert [opened.locator(".deck").nth(k).locator(".card:visible").count() for k in range(2)] == [1, 1]
+        browser.close()
+
+
+def test_grades_of_some_questions_are_shown_for_every_policy_and_turn(tmp_path: Path) -> None:
     rows = [
-        {"id": str(k), "policy": policy, "category": "math", "turn": 1, "grade": grade, "question": f"{policy} on {k}", "answer": said}
+        {"id": f"q{k}", "policy": policy, "category": "math", "turn": turn, "grade": grade, "question": f"{policy} on {k}", "answer": said}
         for policy, grade, said in (("a", 7.5, "good [[7.5]]"), ("b", None, "who knows"))
+        for turn in (1, 2)
         for k in range(8)
     ]
-    rows.append(rows[0] | {"turn": 2, "failed": "no room", "grade": None, "answer": None})
+    rows[8] |= {"failed": "no room", "grade": None, "answer": None}
     written(tmp_path, GRADES, rows, GRADE, "grades.parquet")
-    cards = gather(tmp_path).decks["Grades of MT-Bench"]
-    assert [card.prompt for card in cards[:4]] == ["a on 0", "b on 0", "a on 1", "b on 1"] and len(cards) == decks.CARDS
+    cards = decks.decks(gather(tmp_path))["Grades of MT-Bench"]
+    assert [(card.prompt, card.sides[0].mark) for card in cards] == [
+        *(("a on 0", "7.5"), ("b on 0", "unread"), ("a on 0", "no answer"), ("b on 0", "unread")),
+        *(("a on 4", "7.5"), ("b on 4", "unread"), ("a on 4", "7.5"), ("b on 4", "unread")),
+    ]
     assert cards[0].sides == (Side("the judge on a, turn 1", "good [[7.5]]", "7.5"),)
-    assert cards[1].sides == (Side("the judge on b, turn 1", "who knows", "unread"),)
 
 
-@pytest.mark.parametrize("choice", [False, True])
-def test_rows_of_tasks_are_shown_with_every_policys_answer(choice: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("own", "asked", "text"),
+    [
+        ({"prompts": ["shots"], "responses": ["5"], "verdicts": ["it timed out"]}, "shots", "5\n\nprogram: it timed out"),
+        ({"prompts": ["shots"]} | CHOICE, "shots", "log-prob of each choice, in all:\n   -3.50 sheep\n   -1.25 goats"),
+        # Of winogrande it is the prompts that differ.
+        ({"prompts": ["Sheep", "Goats"]} | CHOICE, "(1) Sheep\n\n(2) Goats", "in all:\n   -3.50 (1) sheep\n   -1.25 (2) goats"),
+    ],
+)
+def test_rows_of_tasks_are_shown_with_every_policys_answer(own: dict[str, Any], asked: str, text: str, tmp_path: Path) -> None:
     stages = []
     for policy, score in (("a", 1.0), ("b", 0.0)):
-        said: dict[str, Any] = {"continuations": [], "responses": [f"{policy}: 5"], "loglikelihoods": [], "verdicts": ["it timed out"]}
-        if choice:
-            said = {"continuations": [" sheep", " goats"], "responses": [], "loglikelihoods": [-3.5, -1.25], "verdicts": []}
-        own = {"prompts": ["shots", "question"], "target": "5", "answers": "{}", "scores": json.dumps({}), "score": score}
-        stages.append(Stage(f"evaluation/policies/{policy}/tasks/gsm8k", {}))
-        written(tmp_path, stages[-1], [{"row": k, **own, **said} for k in range(40)], TASK_ROW)
-    cards = gather(tmp_path, stages).decks["Task gsm8k"]
-    assert len(cards) == decks.CARDS and cards[0].prompt == "shots\n\nquestion"
-    text = "   -1.25 goats\n   -3.50 sheep" if choice else "a: 5\n\nprogram: it timed out"
-    assert cards[0].sides[:2] == (Side("the right answer", "5"), Side("a", text, "right")) and cards[0].sides[2].mark == "wrong"
+        stages.append(Stage(f"evaluation/policies/{policy}/tasks/mmlu", {}))
+        row = {"continuations": [], "responses": [], "loglikelihoods": [], "verdicts": []} | own
+        row |= {"target": "5", "answers": "{}", "scores": "{}", "score": score}
+        rows = [{"row": k, **row} for k in range(40)]
+        written(tmp_path, stages[-1], rows, TASK_ROW, "algebra.parquet", "law.parquet", "logic.parquet")
+    cards = decks.decks(gather(tmp_path, stages))["Task mmlu"]
+    assert [card.prompt.partition("\n")[0] for card in cards] == ["algebra"] * 3 + ["law"] * 3 + ["logic"] * 3, "of each as many"
+    assert cards[0].prompt == f"algebra\n\n{asked}" and cards[0].sides[0] == Side("the right answer", "5")
+    assert [(side.name, side.mark) for side in cards[0].sides[1:]] == [("a", "right"), ("b", "wrong")]
+    assert cards[0].sides[1].text.endswith(text)

@@ -16,6 +16,7 @@ from pipelines.evaluation import SCORES
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
 from pipelines.report import facts, figures
 from pipelines.report.comparison import differences
+from pipelines.report.decks import decks
 from pipelines.report.doubts import doubts
 from pipelines.report.facts import gather
 from pipelines.report.page import notes
@@ -233,7 +234,7 @@ def test_scores_of_another_command_are_not_shown(ended: Path) -> None:
     write_rows(ended / "sft" / "evaluation" / "00000.parquet", [{"id": str(k), "score": 1.0} for k in range(4)], SCORES)
     own = [stage for stage in graph() if stage.name != "sft/evaluation"]
     for stages, mark in ((graph(), "right"), (own, "")):
-        cards = gather(ended, stages).decks["Answers"]
+        cards = decks(gather(ended, stages))["Answers"]
         assert [side.mark for card in cards for side in card.sides if side.name == "sft"] == [mark] * 4
 
 
