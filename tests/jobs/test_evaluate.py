@@ -304,5 +304,5 @@ def test_a_longer_answer_wins_before_a_judge_of_length(tiny: Path, undisturbed: 
         '<span class="who">sft</span>',
     ):
         assert part in page
-    assert page.count('class="card"') == 10
+    assert page.count('class="card"') == 10 + 5, "prompts with their answers, and games"
     assert "| sft | demonstrations |" in (tmp_path / "x" / "evaluation-report.md").read_text()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stages import renumber
 
 from jobs import compare
 from pipelines import tournament
@@ -22,7 +23,6 @@ from pipelines.report.facts import gather
 from pipelines.report.page import notes
 from pipelines.report.writing import Reporter
 from pipelines.run.artifacts import Run, Stage, write_json
-from pipelines.run.manifests import read_manifest, write_manifest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DATA = Stage("demonstrations", {})
@@ -142,13 +142,6 @@ def ended(tmp_path: Path) -> Path:
     write_json(root / "summary.json", summary)
     Reporter(root, stages)()
     return root
-
-
-def renumber(directory: Path, **numbers: Any) -> None:
-    """Makes other numbers of a stage that is done."""
-    content = read_manifest(directory / "manifest.json")
-    assert content
-    write_manifest(directory / "manifest.json", content | {"numbers": numbers})
 
 
 def test_what_is_wrong_is_said(ended: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training stages of a tiny model, on pairs that are made up."""
+"""Training stages of a tiny model, on pairs that are made up, and other numbers for stages that are done."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from training import write_pairs
 from actors.settings import Objective, Tracking, Training
 from pipelines import base_model, policy_training
 from pipelines.run.artifacts import Run, Stage
+from pipelines.run.manifests import read_manifest, write_manifest
 from pipelines.settings import Model
 
 
@@ -37,3 +38,10 @@ def planned(root: Path, model: Path, spoils: list[dict[int, float] | None], **se
         run.do(write, data)
         stages.append(policy_training.plan(f"{name}/training", base, base, data, training, Objective()))
     return run, training, stages
+
+
+def renumber(directory: Path, **numbers: Any) -> None:
+    """Makes other numbers of a stage that is done, in a manifest that is whole."""
+    content = read_manifest(directory / "manifest.json")
+    assert content
+    write_manifest(directory / "manifest.json", content | {"numbers": numbers})
