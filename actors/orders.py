@@ -44,7 +44,5 @@ def beside_the_driver(orders: type[Orders], *args: Any) -> Any:
 def here() -> dict[str, Any]:
     """Ray's options for what runs on this node and needs no room there."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    node = ray.get_runtime_context().get_node_id()
-    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    return {"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}

@@ -1,9 +1,11 @@
 """Memory and time of Best-of-N at scale: a stub draws the samples, all around it is real (pools, shards, scores, choice, report).
 
     python benchmarks/best_of_n_scale.py [--prompts 1000] [--samples 1000] [--scorers 2]
+    python benchmarks/best_of_n_scale.py --real [--prompts 4] [--samples 1000]
 
 The stub answers at once with 60 random tokens, the scorers are functions; what is measured is everything else: how long a sample takes
-on its way from the prompt to the report, and the most memory that the driver and any worker hold.
+on its way from the prompt to the report, and the most memory that the driver and any other process hold. With `--real` nothing is a stub:
+vLLM draws 60 tokens a sample from SmolLM2-135M, and a reward model of that shape scores them.
 """
 
 import argparse
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--scorers", type=int, default=2, choices=range(1, len(SCORERS) + 1))
+    parser.add_argument("--real", action="store_true", help="vLLM draws the samples, a reward model scores them")
     options = parser.parse_args()
     # Workers import the scorers by this file's name.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -69,20 +72,35 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     import best_of_n_scale as own
 
-    generation.SampleShards = own.Stub  # type: ignore[misc]
+    if not options.real:
+        generation.SampleShards = own.Stub  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder, connected(RaySettings(num_cpus=4)):
         run, base = Run(Path(folder) / "run"), base_model.plan(Model())
         run.do(base_model.prepare(Model()), base)
+        scorers = [f"best_of_n_scale:{name}" for name in SCORERS[: options.scorers]]
+        if options.real:
+            scorers = [str(reward_model(base_model.weights(run, base), base_model.tokenizer(run, base), Path(folder) / "reward"))]
         watch, began = Watch(), time.monotonic()
-        stage = flow(run, base, options.prompts, options.samples, SCORERS[: options.scorers])
+        stage = flow(run, base, options.prompts, options.samples, scorers)
         seconds, count = time.monotonic() - began, options.prompts * options.samples
-        driver, worker = watch.end()
+        most = watch.end()
         size = sum(file.stat().st_size for file in run.root.rglob("*") if file.is_file() and "base" not in file.parts)
         report = json.loads((stage / "report.json").read_text())
         assert report["sizes"][-1] == options.samples
-        print(f"{os.cpu_count()} cores, {options.prompts:,} prompts x {options.samples:,} samples, {options.scorers} scorers and a judge")
+        who = "vLLM, a reward model" if options.real else f"a stub, {options.scorers} scorers"
+        print(f"{os.cpu_count()} cores, {options.prompts:,} prompts x {options.samples:,} samples, {who} and a judge")
         print(f"{seconds:,.0f} s, {seconds / count * 1e6:,.0f} us a sample; {size / 2**30:.2f} GiB on disk")
-        print(f"driver {driver / 2**20:,.0f} MiB, a worker {worker / 2**20:,.0f} MiB at most")
+        print("MiB at most: " + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in sorted(most.items(), key=lambda each: -each[1])))
+
+
+def reward_model(policy: str, tokenizer: str, directory: Path) -> Path:
+    """A reward model of the policy's shape whose head knows nothing."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
+    return directory
 
 
 def flow(run: Run, base: Stage, prompts: int, samples: int, scorers: Sequence[str]) -> Path:
@@ -92,7 +110,7 @@ def flow(run: Run, base: Stage, prompts: int, samples: int, scorers: Sequence[st
     with rows.open("w") as file:
         for number in range(prompts):
             file.write(json.dumps({"prompt": f"Question {number}: {'word ' * 60}", "completion": "#### 1"}) + "\n")
-    engine, pool = Engine(), RewardScoring()
+    engine, pool = Engine(dtype="bfloat16"), RewardScoring()
     data = Demonstrations(path=str(other), held_out_path=str(rows))
     given = demonstrations.plan(data, base)
 
@@ -100,17 +118,21 @@ def flow(run: Run, base: Stage, prompts: int, samples: int, scorers: Sequence[st
         return generation.plan(name, base, base, given, sampling, engine, 1, {"held_out": None})
 
     def score(name: str, of: Stage, scorer: str) -> Stage:
-        return scoring.plan(name, of, given, f"best_of_n_scale:{scorer}", "float32", pool, ("held_out",))
+        return scoring.plan(name, of, given, scorer, "bfloat16", pool, ("held_out",))
 
-    many, greedy = sample("samples", Sampling(samples=samples)), sample("greedy", Sampling(greedy=True))
-    golden = best_of_n.Golden(
-        samples=score("golden", many, "judge"),
-        greedy=score("golden-greedy", greedy, "judge"),
-        base=score("golden-base", greedy, "judge"),
-        demonstrations=score("golden-demonstrations", given, "judge"),
+    many, greedy = (
+        sample("samples", Sampling(samples=samples, max_new_tokens=TOKENS)),
+        sample("greedy", Sampling(greedy=True, max_new_tokens=TOKENS)),
     )
-    scores = {name: score(f"score-{name}", many, name) for name in scorers}
-    choice = best_of_n.plan(many, golden, scores, {name: [name] for name in scorers}, scorers[0], Combination())
+    judge = "best_of_n_scale:judge"
+    golden = best_of_n.Golden(
+        samples=score("golden", many, judge),
+        greedy=score("golden-greedy", greedy, judge),
+        base=score("golden-base", greedy, judge),
+        demonstrations=score("golden-demonstrations", given, judge),
+    )
+    scores = {f"scorer-{number}": score(f"score-{number}", many, name) for number, name in enumerate(scorers)}
+    choice = best_of_n.plan(many, golden, scores, {name: [name] for name in scores}, next(iter(scores)), Combination())
     run.do(demonstrations.prepare(data, False), given)
     run.do(generation.sample(engine, 512, False), greedy, many)
     for stages in (golden.stages(), *((stage,) for stage in scores.values())):
@@ -120,10 +142,10 @@ def flow(run: Run, base: Stage, prompts: int, samples: int, scorers: Sequence[st
 
 
 class Watch:
-    """The most memory that this process and any of Ray's workers held, by looking four times a second."""
+    """The most memory that this process and the largest of each kind that it started held, by looking four times a second."""
 
     def __init__(self) -> None:
-        self.driver = self.worker = 0
+        self.most: dict[str, int] = {}
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._look, daemon=True)
         self.thread.start()
@@ -131,19 +153,18 @@ class Watch:
     def _look(self) -> None:
         own = psutil.Process()
         while not self.over.wait(0.25):
-            self.driver = max(self.driver, own.memory_info().rss)
-            for process in own.children(recursive=True):
+            for process in (own, *own.children(recursive=True)):
                 try:
-                    if process.name().startswith("ray::"):
-                        self.worker = max(self.worker, process.memory_info().rss)
+                    name = "driver" if process == own else "a worker" if process.name().startswith("ray::") else process.name()
+                    self.most[name] = max(self.most.get(name, 0), process.memory_info().rss)
                 except psutil.NoSuchProcess:
                     continue
 
-    def end(self) -> tuple[int, int]:
-        """Bytes of the driver and of the largest worker."""
+    def end(self) -> dict[str, int]:
+        """Bytes, by what it is; of Ray's workers the largest."""
         self.over.set()
         self.thread.join()
-        return self.driver, self.worker
+        return self.most
 
 
 if __name__ == "__main__":

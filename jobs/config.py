@@ -237,9 +237,19 @@ def _meant(text: str, what: str) -> str:
     return f'"{whole}"' if "'" in whole and '"' not in whole else shlex.quote(whole)
 
 
+OPTIONS = {
+    "--config FILE.yaml": "keys from a file; given several times, the later file says more",
+    "--dry-run": "prints the config, the stages with what is done of them, and what each asks for, and does nothing",
+    "--help": "prints this",
+}
+
+
 def help_text(schema: type[BaseModel], usage: str) -> str:
-    """Every key with its type, default and meaning."""
-    lines = [usage.strip(), "", "Keys (in the YAML as sections, on the command line as --section.key value):"]
+    """The options and every key with its type, default and meaning."""
+    lines = [usage.strip(), "", "Options:"]
+    for words, meaning in OPTIONS.items():
+        lines += [*_wrapped(words, 2), *_wrapped(meaning, 6)]
+    lines += ["", "Keys (in the YAML as sections, on the command line as --section.key value):"]
     for name, field in schema.model_fields.items():
         section = _section(field.annotation)
         assert section, "a config is made of sections"

@@ -153,6 +153,9 @@ def plan(config: IrlConfig) -> Graph:
     for number, scorer in enumerate(config.best_of_n.scorers, start=1):
         scores[scorer] = score(f"best_of_n/scorer-{number}", policy.many, scorer)
     selectors = {kind: [reward.name for reward in rewards if reward.kind == kind] for kind in config.rewards.kinds}
+    if config.rewards.seeds > 1:
+        # Beside what they decide together, each alone: over-optimisation of one is what an ensemble guards against.
+        selectors |= {reward.name: [reward.name] for reward in rewards}
     selectors |= {scorer: [scorer] for scorer in config.best_of_n.scorers}
     if config.rewards.ensemble:
         selectors["ensemble"] = [reward.name for reward in rewards if reward.kind in config.rewards.ensemble]

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from actors.settings import Engine, RewardScoring
 from actors.storage import replacing
 from pipelines import base_model, demonstrations, evaluation, generation, scoring
-from pipelines.best_of_n_report import Array, Prompt, centres_of, report, select
+from pipelines.best_of_n_report import Array, Prompt, Report, centres_of, scorers, select
 from pipelines.plots import plot_best_of_n
 from pipelines.records import shards
 from pipelines.run.artifacts import Run, Stage, StageError, write_json
@@ -89,7 +89,7 @@ def plan(
     inputs = {"samples": samples} | {f"score-{name}": stage for name, stage in scores.items()}
     if golden:
         inputs |= {"golden": golden.samples, "greedy": golden.greedy, "base": golden.base, "demonstrations": golden.demonstrations}
-    return Stage(name, settings, inputs, demand="the driver")
+    return Stage(name, settings, inputs, demand="the driver", version=2)
 
 
 def choose(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
@@ -99,30 +99,29 @@ def choose(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
 
 def _choose(run: Run, stage: Stage) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    chosen: dict[str, dict[str, int]] = {}
+    written: dict[str, dict[str, int]] = {}
     for split in ("held_out", "train"):
-        prompts, written = write_choices(run, stage, split)
+        report = Report(run, stage) if split == "held_out" and "golden" in stage.inputs else None
+        prompts, chosen = write_choices(run, stage, split, report)
         if prompts:
-            chosen[split] = {"prompts": len(prompts), "chosen": written}
-            if written < len(prompts):
+            written[split] = {"prompts": prompts, "chosen": chosen}
+            if chosen < prompts:
                 text = "%s: %d of %d %s prompts have no sample with a score, an end and words: they are missing in chosen.%s.jsonl"
-                log.warning(text, stage.name, len(prompts) - written, len(prompts), split, split)
-        if prompts and split == "held_out" and "golden" in stage.inputs:
-            found = report(run, stage, prompts)
+                log.warning(text, stage.name, prompts - chosen, prompts, split, split)
+        if prompts and report:
+            found = report.result()
             write_json(run.directory(stage) / "report.json", found)
             plot_best_of_n(found, run.directory(stage) / "best_of_n")
-    return found | {"written": chosen}
+    return found | {"written": written}
 
 
-def write_choices(run: Run, stage: Stage, split: str) -> tuple[list[Prompt], int]:
-    """Joins samples and scores of a split, writes them and the chosen ones; one file of samples in memory at a time. Returns the prompts
-    and of how many a response was chosen."""
-    folder = run.directory(stage)
-    names = [role.removeprefix("score-") for role in stage.inputs if role.startswith("score-")]
+def write_choices(run: Run, stage: Stage, split: str, report: Report | None) -> tuple[int, int]:
+    """Joins samples and scores of a split, writes them and the chosen ones, and tells the report; one file of samples in memory at a
+    time. Returns how many prompts there are, and of how many a response was chosen."""
+    folder, names = run.directory(stage), scorers(stage)
     columns = {f"score-{name}": f"reward_{name}" for name in names} | ({"golden": "golden"} if "golden" in stage.inputs else {})
-    members, centres = stage.settings["selectors"][stage.settings["chooser"]], centres_of(run, stage, names)
-    prompts: list[Prompt] = []
-    written = 0
+    members, centres = stage.settings["selectors"][stage.settings["chooser"]], centres_of(run, stage)
+    prompts = written = 0
     files = shards(run.directory(stage.inputs["samples"]) / split)
     if not files:
         return prompts, written
@@ -137,7 +136,9 @@ def write_choices(run: Run, stage: Stage, split: str) -> tuple[list[Prompt], int
             with replacing(folder / "samples" / split / path.name) as temporary:
                 pq.write_table(table, temporary, compression="zstd")
             for start, prompt in _by_prompt(table, names):
-                prompts.append(prompt)
+                prompts += 1
+                if report:
+                    report.add(prompt)
                 scores_N = select(prompt, members, stage.settings, centres)
                 written += _write_choice(table.slice(start, len(scores_N)), scores_N, chosen, preferences)
     return prompts, written
@@ -151,12 +152,13 @@ def _lines(path: Path) -> Iterator[TextIO]:
 
 def _by_prompt(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[int, Prompt]]:
     """Each prompt with the first row of its samples, which follow each other."""
-    ids = table["id"].to_numpy()
+    ids, responses = (table[name].to_numpy() for name in ("id", "response"))
     rewards = {name: table[f"reward_{name}"].to_numpy() for name in names}
     golden = table["golden"].to_numpy() if "golden" in table.column_names else np.zeros(len(table))
     starts = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1), len(ids)]
     for start, end in itertools.pairwise(starts):
-        yield int(start), Prompt(ids[start], golden[start:end], {name: rewards[name][start:end] for name in names})
+        scores = {name: rewards[name][start:end] for name in names}
+        yield int(start), Prompt(ids[start], responses[start:end], golden[start:end], scores)
 
 
 def _write_choice(samples: pa.Table, scores_N: Array, chosen: TextIO, preferences: TextIO) -> bool:

@@ -25,21 +25,28 @@ RANDOM, ORACLE = "random", "oracle (golden)"
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the report needs of a prompt; what a scorer failed on is not a number."""
+    """A prompt with its N samples; what a scorer failed on is not a number."""
 
     id: str
+    response_N: npt.NDArray[np.object_]
     golden_N: Array
     """zeros where there is no judge"""
     scores_MN: dict[str, Array]
     """by scorer"""
 
 
-def centres_of(run: Run, stage: Stage, names: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation of each reward on held-out samples, where normalised rewards are asked for; else (0, 1).
+def scorers(stage: Stage) -> list[str]:
+    """Who scored the samples of a stage that chooses."""
+    return [role.removeprefix("score-") for role in stage.inputs if role.startswith("score-")]
+
+
+def centres_of(run: Run, stage: Stage) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each scorer's reward on held-out samples, where normalised rewards are asked for; else (0, 1).
 
     Raises:
         StageError: a scorer that decides together with others has no such numbers.
     """
+    names = scorers(stage)
     centres = dict.fromkeys(names, (0.0, 1.0))
     together = {name for members in stage.settings["selectors"].values() if len(members) > 1 for name in members}
     for name in names if stage.settings["normalised"] else ():
@@ -60,50 +67,80 @@ def select(prompt: Prompt, members: Sequence[str], rule: Mapping[str, Any], cent
     return combine(rewards_MN, rule["combine"], rule["k"])
 
 
-def report(run: Run, stage: Stage, prompts: Sequence[Prompt]) -> dict[str, Any]:
+class Report:
     """Expected golden score and win rate of the best of n, for n = 1, 2, 4 ... N and every selector (exact, see `actors.reward`).
+
+    Prompts are taken in one at a time; of their samples stay `[3, S]` numbers a selector, so that N costs no memory.
 
     Samples without a golden score are left out for all, those without a reward are never chosen by that selector alone: for n above the
     number of the others a prompt stays at what it has. Prompts whose greedy response, base response or demonstration has no golden
     score are left out. All of it is counted.
 
-    Returns:
-        what report.json holds.
+    Args:
+        run: the run.
+        stage: that chooses.
     """
-    means = {role: _mean_by_prompt(run, stage.inputs[role]) for role in ("greedy", "base", "demonstrations")}
-    asked, names = len(prompts), [role.removeprefix("score-") for role in stage.inputs if role.startswith("score-")]
-    unscored = {"golden": sum(int(np.isnan(prompt.golden_N).sum()) for prompt in prompts)}
-    unscored |= {name: sum(int(np.isnan(prompt.scores_MN[name]).sum()) for prompt in prompts) for name in names}
-    prompts = [judged for prompt in prompts if all(prompt.id in found for found in means.values()) and (judged := _judged(prompt))]
-    if not prompts:
-        raise StageError(f"{stage.name}: no held-out prompt has a golden score of a sample, its greedy response and its demonstration")
-    ids = [prompt.id for prompt in prompts]
-    base, top = (float(np.mean([means[role][key] for key in ids])) for role in ("base", "demonstrations"))
-    greedy_P = np.array([means["greedy"][key] for key in ids])
-    largest = max(len(prompt.golden_N) for prompt in prompts)
-    sizes = sizes_up_to(largest)
-    centres = centres_of(run, stage, names)
-    choosers: dict[str, list[Array]] = {RANDOM: [np.zeros_like(prompt.golden_N) for prompt in prompts]}
-    for name, members in stage.settings["selectors"].items():
-        choosers[name] = [select(prompt, members, stage.settings, centres) for prompt in prompts]
-    choosers[ORACLE] = [prompt.golden_N for prompt in prompts]
-    return {
-        "sizes": sizes,
-        "kl": [kl_to_policy(n) for n in sizes],
-        "prompts": len(prompts),
-        "prompts_left_out": asked - len(prompts),
-        "unscored": unscored,
-        "samples": int(sum(len(prompt.golden_N) for prompt in prompts)),
-        "golden": {"base": base, "demonstrations": top, "greedy": float(greedy_P.mean())},
-        "selectors": {name: curve(scores, prompts, greedy_P, sizes, (base, top)) for name, scores in choosers.items()},
-    }
 
+    def __init__(self, run: Run, stage: Stage):
+        self.stage, self.centres = stage, centres_of(run, stage)
+        self.means = {role: _mean_by_prompt(run, stage.inputs[role]) for role in ("greedy", "base", "demonstrations")}
+        self.greedy = _responses(run, stage.inputs["greedy"].inputs["responses"])
+        self.asked = self.samples = 0
+        self.unscored = dict.fromkeys(["golden", *scorers(stage)], 0)
+        self.judged: list[tuple[str, int]] = []
+        """prompts with the number of their samples that have a golden score"""
+        self.rows: dict[str, list[Array]] = {name: [] for name in (RANDOM, *stage.settings["selectors"], ORACLE)}
 
-def _judged(prompt: Prompt) -> Prompt | None:
-    """A prompt with the samples that have a golden score; None if there is none."""
-    kept = np.isfinite(prompt.golden_N)
-    scores = {name: values[kept] for name, values in prompt.scores_MN.items()}
-    return Prompt(prompt.id, prompt.golden_N[kept], scores) if kept.any() else None
+    def add(self, prompt: Prompt) -> None:
+        """Takes in a prompt."""
+        self.asked += 1
+        for name, values in {"golden": prompt.golden_N, **prompt.scores_MN}.items():
+            self.unscored[name] += int(np.isnan(values).sum())
+        kept = np.isfinite(prompt.golden_N)
+        if not kept.any() or not all(prompt.id in found for found in self.means.values()):
+            return
+        golden_N, greedy = prompt.golden_N[kept], self.means["greedy"][prompt.id]
+        # The same words are a tie, also before a reward model whose rounding depends on what it reads beside them.
+        same_N = prompt.response_N[kept] == self.greedy[prompt.id]
+        values_3N = np.array([golden_N, (golden_N > greedy) & ~same_N, (golden_N == greedy) | same_N], dtype=np.float64)
+        by_N = {RANDOM: np.zeros_like(golden_N), ORACLE: golden_N}
+        by_N |= {
+            name: select(prompt, members, self.stage.settings, self.centres)[kept]
+            for name, members in self.stage.settings["selectors"].items()
+        }
+        for name, rows in self.rows.items():
+            rows.append(best_of(by_N[name], values_3N))
+        self.judged.append((prompt.id, len(golden_N)))
+
+    def result(self) -> dict[str, Any]:
+        """What report.json holds.
+
+        Raises:
+            StageError: no prompt could be judged.
+        """
+        if not self.judged:
+            raise StageError(
+                f"{self.stage.name}: no held-out prompt has a golden score of a sample, its greedy response and its demonstration"
+            )
+        counts = [count for _, count in self.judged]
+        sizes = sizes_up_to(max(counts))
+        # Whoever has fewer samples stays at what they have.
+        places = [[sizes_up_to(count).index(min(n, count)) for n in sizes] for count in counts]
+        golden = {role: float(np.mean([found[key] for key, _ in self.judged])) for role, found in self.means.items()}
+        ends = golden["base"], golden["demonstrations"]
+        return {
+            "sizes": sizes,
+            "kl": [kl_to_policy(n) for n in sizes],
+            "prompts": len(counts),
+            "prompts_left_out": self.asked - len(counts),
+            "unscored": self.unscored,
+            "samples": sum(counts),
+            "golden": golden,
+            "selectors": {
+                name: curve(np.array([row[:, place] for row, place in zip(rows, places, strict=True)]), ends)
+                for name, rows in self.rows.items()
+            },
+        }
 
 
 def _mean_by_prompt(run: Run, stage: Stage) -> dict[str, float]:
@@ -115,30 +152,37 @@ def _mean_by_prompt(run: Run, stage: Stage) -> dict[str, float]:
     return {key: float(np.mean(values)) for key, values in scores.items()}
 
 
-def curve(
-    scores: Sequence[Array], prompts: Sequence[Prompt], greedy_P: Array, sizes: Sequence[int], ends: tuple[float, float]
-) -> dict[str, Any]:
+def _responses(run: Run, stage: Stage) -> dict[str, str]:
+    tables = [pq.read_table(path, columns=["id", "response"]) for path in shards(run.directory(stage) / "held_out")]
+    return {key: text for table in tables for key, text in zip(*(table[name].to_pylist() for name in ("id", "response")), strict=True)}
+
+
+def best_of(chosen_by_N: Array, values_VN: Array) -> Array:
+    """Expected values of the best of n samples, `[V, S]`, for n = 1, 2, 4 ... N.
+
+    Args:
+        chosen_by_N: the score by which the best is chosen; what is not a number is not chosen, unless all are: then the choice is random.
+        values_VN: of the samples.
+    """
+    known = np.isfinite(chosen_by_N)
+    usable_N, values_VN = (chosen_by_N[known], values_VN[:, known]) if known.any() else (np.zeros(len(known)), values_VN)
+    chances_SN = chosen_with_probability(usable_N, [min(n, len(usable_N)) for n in sizes_up_to(len(known))])
+    return values_VN @ chances_SN.T
+
+
+def curve(values_P3S: Array, ends: tuple[float, float]) -> dict[str, Any]:
     """One selector's line of the report.
 
     Args:
-        scores: by which it chooses, `[N]` a prompt; what is not a number is not chosen, unless all are: then the choice is random.
-        prompts: with golden scores.
-        greedy_P: golden score of the greedy response to each.
-        sizes: n, from 1 to the most samples a prompt has.
-        ends: golden score of the base policy and of the demonstrations: 0 and 1 of the normalised score.
+        values_P3S: expected golden score, share of wins and share of ties against the greedy response, of each prompt and size.
+        ends: golden score of the base policy and of the demonstrations: 0 and 1 of the normalised score, which takes them as given: its
+            error is that of the golden score, on its scale.
 
     Returns:
         lists over sizes: golden with stderr over prompts and low, high (95 %, bootstrap over prompts); normalised, and its stderr, low
         and high, None where both ends are equal; win, tie and lose against the greedy response, win_rate = win + tie / 2 and its stderr.
     """
-    expected, wins, ties = (np.empty((len(prompts), len(sizes))) for _ in range(3))
-    for p, (chosen_by_N, prompt) in enumerate(zip(scores, prompts, strict=True)):
-        known = np.isfinite(chosen_by_N)
-        usable_N, golden_N = (chosen_by_N[known], prompt.golden_N[known]) if known.any() else (np.zeros(len(known)), prompt.golden_N)
-        chances_SN = chosen_with_probability(usable_N, [min(n, len(usable_N)) for n in sizes])
-        expected[p] = chances_SN @ golden_N
-        wins[p] = chances_SN @ (golden_N > greedy_P[p])
-        ties[p] = chances_SN @ (golden_N == greedy_P[p])
+    expected, wins, ties = values_P3S.swapaxes(0, 1)
     golden, stderr = _mean_and_error(expected)
     low, high = bootstrap_band(expected, seed=0)
     rate, rate_error = _mean_and_error(wins + ties / 2)

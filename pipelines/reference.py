@@ -7,6 +7,7 @@
 Shards of all inputs hold the same prompts, so the join is local to a shard.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipelines.records import PAIR, shards, sum_counts, uncut, write_rows
 from pipelines.run.artifacts import Run, Stage, Work
 from pipelines.workers.shards import Shard, map_shards
 
+log = logging.getLogger(__name__)
 SPLITS = ("train", "held_out")
 
 
@@ -75,6 +77,11 @@ def score(scoring: Scoring, precision: str, longest: int, trust_remote_code: boo
         numbers = map_shards(run, tasks, ScoreShards, arguments, scoring, env)
         for stage in stages:
             numbers[stage.name] |= {split: sum_counts(shards(run.directory(stage) / split)) for split in SPLITS}
+            for split in SPLITS:
+                made = numbers[stage.name][split]
+                if lost := made.get("identical", 0) + made.get("dropped", 0):
+                    said = "%s: %d of %d %s samples make no pair: %d equal their demonstration, %d were cut or have no partner"
+                    log.info(said, stage.name, lost, lost + made["rows"], split, made.get("identical", 0), made.get("dropped", 0))
         return numbers
 
     return work

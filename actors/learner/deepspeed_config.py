@@ -1,7 +1,7 @@
 """The DeepSpeed JSON of a training stage: ours, with a user's own laid over it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,17 @@ INSTEAD = {
     "optimizer": ("optimizer", "learning_rate", "weight_decay"),
     "scheduler": ("schedule", "warmup_ratio"),
     "fp16": ("precision",),
+    "amp": ("precision",),
+    "torch_autocast": ("precision",),
+    # The name before "bf16", which DeepSpeed does not read where there is one.
+    "bfloat16": ("precision",),
     "train_micro_batch_size_per_gpu": ("micro_batch_tokens",),
     "gradient_accumulation_steps": ("micro_batch_tokens",),
     "zero_optimization.offload_optimizer": ("offload",),
     "zero_optimization.offload_param": ("offload",),
+    # The names before those two, which DeepSpeed still reads.
+    "zero_optimization.cpu_offload": ("offload",),
+    "zero_optimization.cpu_offload_param": ("offload",),
 }
 """Keys of DeepSpeed that settings of ours replace."""
 
@@ -90,36 +97,42 @@ SETTING_OF_KEY = {
 
 def _agrees(key: str, value: Any, settings: Training) -> bool:
     """Whether the value of a key that settings of ours replace says the same as they do, or leaves it open."""
+    if key.startswith("zero_optimization."):
+        wanted = settings.offload and (not key.endswith("param") or settings.zero_stage == 3)
+        return value is wanted or (isinstance(value, Mapping) and value.get("device", "none") == ("cpu" if wanted else "none"))
     if not isinstance(value, Mapping):
-        return value == "auto"
-    if key == "fp16":
-        return value.get("enabled") is False
+        return False
     if key == "optimizer":
         same = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
         agree = all(number in ("auto", same.get(name)) for name, number in value.get("params", {}).items())
         return agree and str(value.get("type", "")).lower() == settings.optimizer
-    if key.startswith("zero_optimization.offload"):
-        wanted = settings.offload and (key.endswith("optimizer") or settings.zero_stage == 3)
-        return value.get("device", "none") == ("cpu" if wanted else "none")
-    return False
+    if key == "bfloat16":
+        return value == {"enabled": settings.precision == "bfloat16"}
+    return key in ("fp16", "amp", "torch_autocast") and value.get("enabled", False) is False
 
 
 def _overlaid(
     ours: dict[str, Any], theirs: Mapping[str, Any], settings: Training, contradictions: list[str], prefix: str = ""
 ) -> dict[str, Any]:
     """Ours with what they add; what says otherwise than ours goes to `contradictions`."""
+
+    def said(names: Sequence[str]) -> str:
+        return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
+
     result = dict(ours)
     for key, value in theirs.items():
         dotted = prefix + key
         if value == "auto" or (dotted in INSTEAD and _agrees(dotted, value, settings)):
             continue
         if dotted in INSTEAD:
-            said = ", ".join(f"{name}={getattr(settings, name)}" for name in INSTEAD[dotted])
-            contradictions.append(f"{dotted}={value!r}, the config says {said} (remove it from the JSON)")
-        elif isinstance(value, dict) and isinstance(ours.get(key), dict):
-            result[key] = _overlaid(ours[key], value, settings, contradictions, f"{dotted}.")
+            contradictions.append(f"{dotted}={value!r}, the config says {said(INSTEAD[dotted])} (remove it from the JSON)")
+        elif isinstance(ours.get(key), dict):
+            if isinstance(value, dict):
+                result[key] = _overlaid(ours[key], value, settings, contradictions, f"{dotted}.")
+            else:
+                contradictions.append(f"{dotted}={value!r}, which has to be an object such as {json.dumps(ours[key])}")
         elif dotted in SETTING_OF_KEY and value != ours.get(key):
-            contradictions.append(f"{dotted}={value!r}, the config says {SETTING_OF_KEY[dotted]}: {ours.get(key)!r} (make them agree)")
+            contradictions.append(f"{dotted}={value!r}, the config says {said([SETTING_OF_KEY[dotted]])} (make them agree)")
         else:
             result[key] = value
     return result

@@ -98,7 +98,8 @@ def train(job: TrainJob) -> None:
     engine = start_engine(policy.KINDS[job.kind].module(model), settings, job.deepspeed, universal)
     done = checkpoints.restore(engine, found, universal) if found else 0
     if found and dist.get_rank() == 0:
-        tell(f"{job.name}: training goes on behind step {done}, with {dist.get_world_size()} workers")
+        world = dist.get_world_size()
+        tell(f"{job.name}: training goes on behind step {done}, with {world} worker{'s' * (world > 1)}")
     learner = Learner(engine, job.objective, settings, job.longest)
 
     tracker = Tracker(output, job.name, job.tracking, settings_of(job), done) if dist.get_rank() == 0 else None

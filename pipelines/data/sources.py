@@ -53,12 +53,12 @@ def find(path: str, split: str, must: bool = False, key: str = "demonstrations.p
     if "://" not in path and not glob.has_magic(path) and not Path(path).exists():
         if HUB_ID.match(path) and not path.endswith(SUFFIXES):
             return [f"hub:{path}"]
-        raise StageError(f"{key}={path!r}: there is no such file or directory (in {Path.cwd()})")
+        raise StageError(f"{key}={path!r}: there is no such file or directory (in {Path.cwd()}): check the path")
     try:
         fs, root = filesystem(path)
         found = fs.glob(root) if glob.has_magic(root) else fs.find(root) if fs.isdir(root) else [root]
     except (OSError, ValueError, ImportError) as error:
-        raise StageError(f"{key}={path!r} cannot be listed: {error}") from None
+        raise StageError(f"{key}={path!r} cannot be listed: {error}: check the address, and who may read it") from None
     files = sorted(str(file) for file in found if _suffix(str(file)) and Path(str(file)).name not in NO_ROWS)
     if not found and glob.has_magic(root):
         raise StageError(f"{key}={path!r}: nothing matches {root}: check the directory and the pattern")
@@ -125,7 +125,9 @@ def _mark(file: str) -> Any:
         with Path(file).open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
-        raise StageError(f"{file} cannot be read: {error.strerror or 'there is no such file'}") from None
+        raise StageError(
+            f"{file} cannot be read: {error.strerror or 'there is no such file'}: check the path, and who may read it"
+        ) from None
 
 
 def read(file: str, subset: str | None = None, split: str = "train") -> Iterator[RawRow]:

@@ -3,6 +3,8 @@
 stages that are done, rows on disk --> title --> cards
 """
 
+import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ CARDS = 10
 """of a deck at most"""
 CUT = "cut"
 """Mark of a response that ended at the limit of tokens."""
+BEST = "best_of_n/results"
 GAMES, GRADES = "evaluation/tournament/games", "evaluation/mt_bench/grades"
 OUTCOMES = {"first": ("won", "lost"), "second": ("lost", "won"), "failed": ("no answer",) * 2, "unparsed": ("unread",) * 2}
 ORDERS = (("answer", "given", ("first", "second")), ("answer_swapped", "swapped", ("second", "first")))
@@ -43,13 +46,14 @@ class Card:
 
 
 def decks(facts: Facts) -> dict[str, list[Card]]:
-    """The first held-out prompts (of an evaluation its prompts) with the answers of every policy, games and grades with the judge's words,
-    and rows of tasks; without those of which there are none."""
+    """The first held-out prompts (of an evaluation its prompts) with the answers of every policy, the best of N beside the greedy response,
+    games and grades with the judge's words, and rows of tasks; without those of which there are none."""
     root, done = facts.root, facts.done
     asked = next((root / stage.name / "train" for stage in done if stage.name.startswith(EVALUATED) and stage.own == "prompts"), None)
     prompts = asked or root / "demonstrations" / "held_out"
     found = {"Answers": _answers(root, done, prompts, evaluated=asked is not None)}
     names = {stage.name for stage in done}
+    found["The best of N"] = _choices(root, prompts) if BEST in names else []
     found["Games before the judge"] = [card for file in shards(root / GAMES) if GAMES in names for card in _games(file, prompts)]
     found["Grades of MT-Bench"] = [card for file in shards(root / GRADES) if GRADES in names for card in _grades(file)]
     tasks: dict[str, dict[str, Path]] = {}
@@ -69,7 +73,8 @@ def _answers(root: Path, done: Sequence[StageFacts], prompts: Path, evaluated: b
     # Of another command in the same directory there may be scores of other answers.
     own_stages = {stage.name for stage in done}
     for stage in done:
-        if stage.own not in ("samples", "answers") or stage.name.startswith(EVALUATED) != evaluated:
+        # Of N samples the best are told, not the first.
+        if stage.own not in ("samples", "answers") or stage.policy == "best_of_n" or stage.name.startswith(EVALUATED) != evaluated:
             continue
         scored = f"{stage.name.rpartition('/')[0]}/{'score-1' if evaluated else 'evaluation'}"
         scores = _scores(root / scored / ("train" if evaluated else "")) if scored in own_stages else {}
@@ -82,6 +87,32 @@ def _answers(root: Path, done: Sequence[StageFacts], prompts: Path, evaluated: b
     for key, row in real.items():
         sides = [Side(name, text, ", ".join(filter(None, (mark(score), cut * CUT)))) for name, (text, score, cut) in answers[key].items()]
         cards += [Card(_conversation(row["prompt"]), (Side("demonstration", row["response"]), *sides))] if sides else []
+    return cards
+
+
+def _choices(root: Path, prompts: Path) -> list[Card]:
+    """The response that was chosen of each of the first prompts, beside the greedy one, with what the judge gives them."""
+    with (root / BEST / "chosen.held_out.jsonl").open(encoding="utf-8") as file:
+        chosen = {json.dumps(line["input"]): line for line in map(json.loads, itertools.islice(file, CARDS))}
+    golden: dict[tuple[str, str], float | None] = {}
+    real: dict[str, dict[str, Any]] = {}
+    for path in shards(root / BEST / "samples" / "held_out"):
+        rows = pq.read_table(path, filters=[("response", "in", [line["output"] for line in chosen.values()])]).to_pylist()
+        golden |= {(row["id"], row["response"]): row.get("golden") for row in rows}
+    for path in shards(prompts):
+        real |= {json.dumps(row["prompt"]): row for row in pq.read_table(path, columns=["id", "prompt", "response"]).to_pylist()}
+    greedy = {row["id"]: row["response"] for path in shards(root / "best_of_n/greedy/held_out") for row in pq.read_table(path).to_pylist()}
+    judged = _scores(root / "best_of_n/golden-greedy/held_out")
+    mark = _marks([*golden.values(), *judged.values()])
+    cards = []
+    for key, line in chosen.items():
+        row = real[key]
+        sides = [Side("demonstration", row["response"])]
+        if row["id"] in greedy:
+            sides.append(Side("greedy", greedy[row["id"]], mark(judged.get(row["id"]))))
+        said = mark(golden.get((row["id"], line["output"])))
+        sides.append(Side("the best of N", line["output"], ", ".join(filter(None, (said, f"reward {line['reward']:.3g}")))))
+        cards.append(Card(_conversation(row["prompt"]), tuple(sides)))
     return cards
 
 

@@ -35,7 +35,8 @@ class Terminal(watch.Watcher):
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
         )
-        self.bars = Progress(*columns, console=self.console, transient=True)
+        # Else it would show what libraries print.
+        self.bars = Progress(*columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False)
         self.live = self.console.is_terminal
         self.task: TaskID | None = None
         self.said = time.monotonic()
@@ -86,7 +87,7 @@ def rate(progress: watch.Progress) -> str:
     if progress.counted:
         return f"{progress.unit}, finishing"
     if not speed:
-        return f"{progress.unit}, starting"
+        return progress.unit if progress.done else f"{progress.unit}, starting"
     told = f"{speed:.1f}/s" if speed > 1 else f"{1 / speed:.1f} s each"
     return f"{progress.unit}, {told}" + ("" if left is None else f", {left:.0f} s left")
 

@@ -100,10 +100,10 @@ class Pace:
 
     def _begin(self, done: int, now: float) -> None:
         self.before = self.first = self.last = done
-        self.since = self.met = self.changed = now
+        self.met = self.changed = now
 
     def at(self, done: int, now: float) -> float | None:
-        """The pace when `done` are done; None as long as nothing was."""
+        """The pace when `done` are done; None before a second time that some came: the first waited for the start of whoever makes them."""
         if done < self.last:
             # What an earlier attempt had done was taken back.
             self._begin(done, now)
@@ -115,7 +115,7 @@ class Pace:
         if made:
             # As if one more came now, where that is late.
             return made / max(self.changed - self.met, (now - self.met) * made / (made + 1), 1e-9)
-        return (self.last - self.before) / max(now - self.since, 1e-9) if self.last > self.before else None
+        return None
 
 
 class Watch(Display):

@@ -66,7 +66,7 @@ class ActorPool:
         self.over = False
         """whether there will be no more items"""
         self.orders = beside_the_driver(Orders)
-        read = ray.data.read_datasource(Feed(self.orders), ray_remote_args=here(), override_num_blocks=1)
+        read = ray.data.read_datasource(Feed(self.orders), **here(), override_num_blocks=1)
         # Else Ray Data would wait for a block that is worth sending.
         read.context.target_max_block_size = 1
         # Who waits makes no progress.

@@ -168,8 +168,7 @@ class Gang:
 
 
 def _give_back(error: BaseException | None) -> None:
-    """Frees what Ray Train's controller held, if a training ended with its death: the placement group outlives it, as Ray Train's cleaner
-    asks the dashboard, which a local instance has not."""
+    """Frees what Ray Train's controller held, if a training ended with its death: the placement group outlives it."""
     import ray
     from ray._private.state import state
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
@@ -206,6 +205,15 @@ def _told(error: Any, job: Job) -> StageError:
 def _trainer(orders: Any, run: Run, training: Training, notices: str) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Trainer(TorchTrainer):
+        """Without Ray Train's cleaner of placement groups (`_give_back` is ours): that asks the dashboard whether the controller lives.
+        A local instance has none, and whatever else listens at 127.0.0.1:8265, the dashboard of another Ray say, knows no such controller:
+        the cleaner would then kill the workers in mid-training."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            return [each for each in super()._create_default_callbacks() if not isinstance(each, PlacementGroupCleanerCallback)]
 
     class Tells(ray.train.UserCallback):
         """Notes failures; Ray Train's controller, where this runs, must not wait."""
@@ -215,7 +223,7 @@ def _trainer(orders: Any, run: Run, training: Training, notices: str) -> Any:
 
     gpu = training.gpus_per_worker > 0
     env = environment(training.precision, training.cpus_per_worker, training.gpus_per_worker) | {FOLDER: notices}
-    return TorchTrainer(
+    return Trainer(
         worker,
         train_loop_config={"orders": orders},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),

@@ -14,6 +14,7 @@ from jobs import runner
 from jobs.config import ConfigError, build, help_text, to_yaml
 from jobs.gsil_iterative import align, plan
 from jobs.schemas import DilConfig, EvaluateConfig, GsilConfig, IrlConfig, JobConfig, ReproduceConfig, ServeConfig
+from pipelines.settings import RunSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
@@ -220,6 +221,16 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert min(seconds) < 1.5
 
 
+def test_a_submitted_jobs_runs_are_not_thrown_away_with_its_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert RunSettings(name="a").directory() == tmp_path / "runs/a"
+    (tmp_path / "runtime_resources/working_dir_files/_ray_pkg_1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runtime_resources/working_dir_files/_ray_pkg_1")
+    assert RunSettings(name="a").directory() == tmp_path / "home/runs/a"
+    assert RunSettings(name="a", root="/shared/runs").directory() == Path("/shared/runs/a")
+
+
 def test_a_users_deepspeed_json_is_laid_over_ours(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 1, "overlap_comm": true}, "train_batch_size": "auto", "wall_clock_breakdown": true}')
@@ -231,7 +242,8 @@ def test_a_users_deepspeed_json_is_laid_over_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        '{"fp16": {"enabled": false}}',
+        '{"fp16": {"enabled": false}, "bfloat16": {"enabled": false}, "amp": {"enabled": false}}',
+        '{"zero_optimization": {"cpu_offload": false, "cpu_offload_param": false}}',
         '{"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}}',
         '{"optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": 0.0}}}',
         '{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}, "gradient_clipping": 1.0}',
@@ -248,9 +260,13 @@ def test_a_deepspeed_json_that_agrees_is_no_contradiction(said: str, tmp_path: P
     [
         ('{"fp16": {"enabled": true}}', ["fp16=", "precision=float32"]),
         ('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', ["offload_optimizer=", "offload=False"]),
-        ('{"zero_optimization": {"stage": 3}}', ["zero_optimization.stage=3", "1", "zero_stage"]),
-        ('{"train_batch_size": 64}', ["train_batch_size=64", "8", "batch_size"]),
-        ('{"bf16": {"enabled": true}}', ["bf16.enabled=True", "False", "precision"]),
+        ('{"zero_optimization": {"stage": 3}}', ["zero_optimization.stage=3", "zero_stage=1"]),
+        ('{"train_batch_size": 64}', ["train_batch_size=64", " batch_size=8"]),
+        ('{"bf16": {"enabled": true}}', ["bf16.enabled=True", "precision=float32"]),
+        ('{"bfloat16": {"enabled": true}}', ["bfloat16=", "precision=float32"]),
+        ('{"torch_autocast": {"enabled": true, "dtype": "bf16"}}', ["torch_autocast=", "precision=float32"]),
+        ('{"zero_optimization": {"cpu_offload": true}}', ["cpu_offload=True", "offload=False"]),
+        ('{"zero_optimization": false}', ["zero_optimization=False", "object", '"stage": 1']),
         ('{"optimizer": {"type": "AdamW", "params": {"lr": 2e-5}}}', ["optimizer=", "2e-05", "learning_rate=1e-05"]),
         ('{"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}}', ["optimizer=", "betas", "optimizer=adamw"]),
         ('{"optimizer": {"type": "Adam"}}', ["optimizer=", "Adam", "optimizer=adamw", "learning_rate=1e-05"]),

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from running import command, content, finish, rows_of, start, stop_when, wait_until_gone
+from transformers import AutoTokenizer
+from vllm_server import served
 
 from actors.learner.batches import Example
 from actors.scorer import Scorer
@@ -165,26 +167,28 @@ def test_the_report(finished: Path) -> None:
     assert [sum(parts) for parts in zip(line["win"], line["tie"], line["lose"], strict=True)] == pytest.approx([1.0] * 4)
 
 
-def test_the_reward_model_loads_in_vllms_pooling_runner_unchanged(finished: Path) -> None:
+def test_vllms_own_server_reads_the_same_rewards_from_a_conversation(finished: Path) -> None:
     directory = finished / "rewards/init-sft/seed-0/reward"
-    probe = (
-        "import sys, os, json\n"
-        "os.environ |= {'VLLM_ENABLE_V1_MULTIPROCESSING': '0', 'VLLM_CPU_KVCACHE_SPACE': '1', 'HF_HUB_OFFLINE': '1'}\n"
-        "from vllm import LLM, PoolingParams\n"
-        "from transformers import AutoTokenizer\n"
-        "llm = LLM(sys.argv[1], runner='pooling', enforce_eager=True, max_model_len=256, dtype='float32')\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "talk = [{'role': 'user', 'content': 'What is 3 and 4?'}, {'role': 'assistant', 'content': '3 + 4 = 7'}]\n"
-        "ids = list(tokenizer.apply_chat_template(talk, return_dict=False))\n"
-        "out = llm.classify([{'prompt_token_ids': ids}], pooling_params=PoolingParams(use_activation=False))\n"
-        "print('scored', json.dumps([ids, out[0].outputs.probs]))\n"
-    )
-    done = finish([sys.executable, "-c", probe, str(directory)])
-    assert "scored" in done.stdout, done.stderr[-2000:]
-    ids, (reward,) = json.loads(done.stdout.rpartition("scored")[2])
-    assert ids[-1] == 1, "the conversation ends where the reward is read"
+    talk = [{"role": "user", "content": "What is 3 and 4?"}, {"role": "assistant", "content": "3 + 4 = 7"}]
+    ids = AutoTokenizer.from_pretrained(directory).apply_chat_template(talk, return_dict=False)
+    asked = {"model": "ours", "messages": talk, "use_activation": False, "add_special_tokens": False}
+    with served(directory, "--runner", "pooling", "--max-model-len", "256", "--dtype", "float32") as client:
+        answer = client.post("/classify", json=asked).raise_for_status().json()
+    assert answer["usage"]["prompt_tokens"] == len(ids) and ids[-1] == 1, "the conversation ends where the reward is read"
     want = Scorer(str(directory), Scoring(), "float32", kind="reward")([Example("a", ids[:5], (ids[5:],))])[0][0]
-    assert reward == pytest.approx(want, abs=1e-3)
+    assert answer["data"][0]["probs"] == pytest.approx([want], abs=1e-3)
+
+
+def test_the_best_are_demonstrations_of_a_next_round(finished: Path, tiny: Path, tmp_path: Path) -> None:
+    chosen = finished / "best_of_n/results/chosen.train.jsonl"
+    held_out = finished / "best_of_n/results/chosen.held_out.jsonl"
+    ways = ("--demonstrations.held_out_path", str(held_out), "--evaluation.metric", "none", "--iterations.stop_when_worse", "false")
+    done = finish(command(tiny, chosen, tmp_path, *ways))
+    assert done.returncode == 0, done.stdout + done.stderr
+    best = {json.dumps(line["input"]): line["output"].strip() for line in map(json.loads, chosen.read_text().splitlines())}
+    trained_on = rows_of(tmp_path / "job/demonstrations/train")
+    assert best and {json.dumps(row["prompt"]): row["response"] for row in trained_on} == best
+    assert (tmp_path / "job/iteration-1/training/policy/model.safetensors").exists()
 
 
 def test_best_of_n_from_python(tiny: Path, demonstrations: Path, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,12 @@ def test_the_run_directory(undisturbed: Path) -> None:
     assert all(not stage["skipped"] for stage in summary["stages"])
     (iteration,) = summary["iterations"]
     assert {"negatives", "truncated", "rejected", "reward_real", "reward_generated", "margin", "classification_accuracy"} <= set(iteration)
+    rhos = pq.read_table(undisturbed / "iteration-1/training/held_out.parquet").to_pandas()
+    beta = yaml.safe_load((undisturbed / "config.yaml").read_text())["objective"]["beta"]
+    real, generated = beta * rhos["rho_real"], beta * rhos["rho_generated"]
+    assert iteration["classification_accuracy"] == pytest.approx((real > generated).mean()) and len(rhos) > 4
+    expected = [real.mean(), generated.mean(), (real - generated).mean()]
+    assert [iteration[name] for name in ("reward_real", "reward_generated", "margin")] == pytest.approx(expected, abs=1e-5)
     assert summary["demonstrations"]["train"] + summary["demonstrations"]["held_out"] == 40
     assert summary["demonstrations"]["rejected"] == 1
     (rejected,) = pq.read_table(undisturbed / "demonstrations" / "rejected.parquet").to_pylist()
@@ -127,35 +133,6 @@ def test_the_first_step_of_the_iteration_starts_at_the_reference(undisturbed: Pa
     assert first["reward_real"] == pytest.approx(0, abs=1e-4)
 
 
-def test_the_policies_load_in_transformers_and_vllm_unchanged(undisturbed: Path) -> None:
-    probe = (
-        "import sys, os\n"
-        "os.environ |= {'VLLM_ENABLE_V1_MULTIPROCESSING': '0', 'HF_HUB_OFFLINE': '1'}\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "from vllm import LLM, SamplingParams\n"
-        "llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=2**27)\n"
-        "asked = [{'role': 'user', 'content': 'What is 3 and 4?'}]\n"
-        "out = llm.chat(asked, SamplingParams(temperature=0, max_tokens=4, detokenize=True))\n"
-        "prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)\n"
-        "assert list(out[0].prompt_token_ids) == list(prompt), (out[0].prompt_token_ids, prompt)\n"
-        "assert model.generation_config.eos_token_id in (1, [1]), model.generation_config\n"
-        "import torch\n"
-        "told = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=4)[0, len(prompt):].tolist()\n"
-        "assert list(out[0].outputs[0].token_ids) == told, (out[0].outputs[0].token_ids, told)\n"
-        "from actors.generator import Generator\n"
-        "from actors.settings import Sampling\n"
-        "generator = Generator.__new__(Generator)\n"
-        "generator.stop_ids = [1]\n"
-        "drawn = generator._params(Sampling(temperature=0.7, top_p=0.9, samples=3, max_new_tokens=5), None)\n"
-        "assert (drawn.temperature, drawn.top_p, drawn.n, drawn.max_tokens, drawn.stop_token_ids) == (0.7, 0.9, 3, 5, [1]), drawn\n"
-        "assert generator._params(Sampling(greedy=True, temperature=0.7), None).temperature == 0\n"
-        "print('loaded')\n"
-    )
-    done = finish([sys.executable, "-c", probe, str(undisturbed / "final")])
-    assert "loaded\n" in done.stdout, done.stderr[-2000:]
-
-
 def test_a_second_run_of_a_finished_job_does_nothing_again(undisturbed: Path, tiny: Path, demonstrations: Path) -> None:
     before = content(undisturbed)
     started = time.monotonic()
@@ -194,6 +171,7 @@ IN_GENERATION = "sft/samples, one of its shards"
 WITH_MODELS = [IN_GENERATION, "iteration-1/training"]
 BEFORE = STAGES[:5]
 """what is done before the first of these moments, and would take a minute each time"""
+OF_A_MOMENT = {"demonstrations", *(f"{policy}/evaluation" for policy in ("base", "sft", "iteration-1"))}
 THE_OTHERS = [name for name in STAGES if name not in WITH_MODELS]
 
 
@@ -207,18 +185,18 @@ def test_killed_after_every_stage_and_within_generation_it_ends_with_the_same_fi
             shutil.copytree(undisturbed / name, run / name)
     first_shards: dict[Path, int] = {}
     finished: dict[Path, bytes] = {}
-    kills = 0
+    missed: list[str] = []
 
     def reached(moment: str) -> bool:
         return any((run / "sft/samples").glob("*/*.parquet")) if moment == IN_GENERATION else (run / moment / "manifest.json").exists()
 
     for moment in behind:
         if reached(moment):
+            missed.append(moment)
             continue
         process = start(argv, tmp_path)
         stop_when(process, functools.partial(reached, moment), signal.SIGKILL)
         wait_until_gone(tmp_path)
-        kills += 1
         finished |= {path: path.read_bytes() for path in run.rglob("manifest.json")}
         if moment == IN_GENERATION:
             first_shards = {p: p.stat().st_mtime_ns for p in (run / "sft/samples").glob("*/*.parquet")}
@@ -226,8 +204,8 @@ def test_killed_after_every_stage_and_within_generation_it_ends_with_the_same_fi
     done = finish(argv)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(path.stat().st_mtime_ns == made for path, made in first_shards.items()), "finished shards were made again"
-    # Of all stages two may end within the half second in which the one before was killed.
-    assert kills >= len(behind) - (2 if behind is THE_OTHERS else 0)
+    # They may end within the half second in which the one before was killed.
+    assert len(missed) <= 2 and set(missed) <= OF_A_MOMENT
     assert all(path.read_bytes() == made for path, made in finished.items()), "finished stages ran again"
     assert content(run) == content(undisturbed)
     numbers = [json.loads((root / "summary.json").read_text()) for root in (run, undisturbed)]

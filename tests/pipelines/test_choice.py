@@ -29,13 +29,14 @@ def scores(run: Run, name: str, values: list[float | None], keys: list[tuple[str
 
 
 def planned(run: Run, first: list[float | None], second: list[float | None], rule: Combination, **selectors: list[str]) -> Stage:
-    """Golden scores of three samples of two prompts: a: 0, 1, 0; b: 1, 1, 0."""
+    """Golden scores of three samples of two prompts: a: 0, 1, 0; b: 1, 1, 0. Greedy responses: A with 0 and B with 1."""
     texts = [{"prompt": [{"role": "user", "content": k}], "response": f"{k}{n}", "finish_reason": "stop"} for k, n in SAMPLES]
     samples = write(run, "samples", [{"id": k, "sample": n} | t for (k, n), t in zip(SAMPLES, texts, strict=True)], SAMPLE)
     one = [("a", 0), ("b", 0)]
+    said = write(run, "greedy-responses", [{"id": key, "sample": 0, "response": key.upper()} for key, _ in one], SAMPLE)
     golden = Golden(
         samples=scores(run, "golden", [0.0, 1.0, 0.0, 1.0, 1.0, 0.0]),
-        greedy=scores(run, "greedy", [0.0, 1.0], one),
+        greedy=scores(run, "greedy", [0.0, 1.0], one, responses=said),
         base=scores(run, "base", [0.0, 0.2], one),
         demonstrations=scores(run, "demonstrations", [1.0, 1.0], one),
     )
@@ -82,6 +83,22 @@ def test_the_report_by_hand(tmp_path: Path) -> None:
     assert [(line["input"][0]["content"], line["output"], line["reward"]) for line in chosen] == [("a", "a0", 3.0), ("b", "b2", 3.0)]
     preferences = [json.loads(line) for line in (run.directory(stage) / "preferences.held_out.jsonl").read_text().splitlines()]
     assert [(line["chosen"][0]["content"], line["rejected"][0]["content"]) for line in preferences] == [("a0", "a2"), ("b2", "b0")]
+
+
+def test_the_greedy_responses_own_words_tie_with_it_however_the_judge_rounds(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    stage = planned(run, [3.0, 2.0, 1.0, 1.0, 2.0, 3.0], [0.0] * 6, Combination(), x=["x"])
+    greedy = stage.inputs["greedy"]
+    same = [{"id": key, "sample": 0, "response": text} for key, text in (("a", "a0"), ("b", "b2"))]
+    write_rows(run.directory(greedy.inputs["responses"]) / "held_out/00000.parquet", same, SAMPLE)
+    # The judge read a0 and b2 again, in other company, and differs in the last places: 0 before, 1 and 0 here.
+    near = [{"id": key, "sample": 0, "score": value} for key, value in (("a", -1e-7), ("b", 1e-7))]
+    write_rows(run.directory(greedy) / "held_out/00000.parquet", near, SCORE)
+    run.do(best_of_n.choose, stage)
+    x = run.numbers(stage)["selectors"]["x"]
+    # By x the best of three are a0 and b2 themselves. Of one: a0 ties, a1 and a2 win; b0 and b1 win, b2 ties.
+    assert (x["win"][-1], x["tie"][-1], x["lose"][-1]) == (0, 1, 0)
+    assert x["win"][0] == pytest.approx(2 / 3) and x["tie"][0] == pytest.approx(1 / 3)
 
 
 def ends(run: Run, stage: Stage, **values: list[float]) -> None:

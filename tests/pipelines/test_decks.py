@@ -1,10 +1,12 @@
 """Games, grades and rows of tasks on the page, with the judge's words and what every policy wrote."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.mt_bench import GRADE
@@ -60,6 +62,37 @@ def test_the_first_answer_is_shown_with_its_own_mark_and_whether_it_was_cut(tmp_
     assert [card.sides[1] for card in cards] == [Side("a", "It is", "wrong"), Side("a", "It is", "right, cut")]
     shown = page.html(gather(tmp_path))
     assert '<span class="score right">right, cut</span>' in shown
+
+
+def test_of_n_samples_the_chosen_one_is_shown_beside_the_greedy_response(tmp_path: Path) -> None:
+    asked = {"source": "x", "prompt_ids": [1], "response_ids": [2]}
+    talks = [[{"role": "user", "content": f"question {k}"}] for k in range(12)]
+    rows = [asked | {"id": str(k), "prompt": talk, "response": f"answer {k}"} for k, talk in enumerate(talks)]
+    written(tmp_path, Stage("demonstrations", {}), rows, DEMONSTRATION, "held_out/00000.parquet")
+    said = {"iteration": 1, "prompt_ids": [1], "response_ids": [1], "finish_reason": "stop"}
+    greedy = [said | {"id": str(k), "sample": 0, "prompt": talk, "response": f"greedy {k}"} for k, talk in enumerate(talks)]
+    written(tmp_path, Stage("best_of_n/greedy", {}), greedy, SAMPLE, "held_out/00000.parquet")
+    samples = [said | {"id": str(k), "sample": n, "prompt": talk, "response": f"{k}.{n}"} for k, talk in enumerate(talks) for n in range(4)]
+    written(tmp_path, Stage("best_of_n/samples", {}), samples, SAMPLE, "held_out/00000.parquet")
+    scores = [{"id": str(k), "sample": 0, "score": float(k == 1), "reason": None} for k in range(12)]
+    written(tmp_path, Stage("best_of_n/golden-greedy", {}), scores, SCORE, "held_out/00000.parquet")
+
+    def choose(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+        folder = run.directory(stages[0])
+        (folder / "samples/held_out").mkdir(parents=True)
+        table = pa.Table.from_pylist([row | {"golden": float(row["sample"] == 2)} for row in samples])
+        pq.write_table(table, folder / "samples/held_out/00000.parquet")
+        lines = [{"input": talk, "output": f"{k}.{2 + k % 2}", "reward": 1.5 + k} for k, talk in enumerate(talks)]
+        (folder / "chosen.held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return {}
+
+    Run(tmp_path).do(choose, Stage(decks.BEST, {}))
+    found = decks.decks(gather(tmp_path))
+    assert list(found) == ["The best of N"] and len(found["The best of N"]) == 10
+    first, second = found["The best of N"][:2]
+    expected = (Side("demonstration", "answer 0"), Side("greedy", "greedy 0", "wrong"), Side("the best of N", "0.2", "right, reward 1.5"))
+    assert first == Card("question 0", expected)
+    assert second.sides[1:] == (Side("greedy", "greedy 1", "right"), Side("the best of N", "1.3", "wrong, reward 2.5"))
 
 
 def test_games_of_every_pair_are_shown_with_what_the_judge_said_in_both_orders(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """A training stage under real Ray Train: a killed worker, fewer workers than wanted, rows that spoil everything."""
 
+import json
 import math
 import os
 import signal
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -15,7 +18,7 @@ from running import when
 from stages import planned, run_stage
 from training import assert_same_steps, steps_of
 
-from actors.settings import Tracking
+from actors.settings import Objective, Tracking
 from pipelines import policy_training
 from pipelines.run.artifacts import StageError
 from pipelines.run.keeping import Keeper
@@ -43,6 +46,44 @@ def undisturbed(waited: list[list[dict[str, float]]]) -> list[dict[str, float]]:
 
 def test_workers_that_waited_train_as_new_ones_do(waited: list[list[dict[str, float]]]) -> None:
     assert_same_steps(waited[1], waited[0], rel=1e-6)
+
+
+def test_a_users_deepspeed_json_is_part_of_the_stage(tiny: Path, tmp_path: Path) -> None:
+    path, marks = tmp_path / "ds.json", []
+    for text in ('{"wall_clock_breakdown": true}', '{"wall_clock_breakdown": false}'):
+        path.write_text(text)
+        run, training, (stage,) = planned(tmp_path / "run", tiny, [None], deepspeed=str(path))
+        marks.append(stage.fingerprint)
+        job = policy_training.job_of(run, stage, training, Objective(), Tracking(), 64, False)
+        assert job["deepspeed"] == json.loads(text) and job["training"].deepspeed == str(path)
+    assert marks[0] != marks[1]
+    path.write_text('{"zero_optimization": {"stage": 3}}')
+    with pytest.raises(StageError, match=r"ds.json says zero_optimization.stage=3, the config says zero_stage=2 \(make them agree\)"):
+        planned(tmp_path / "run", tiny, [None], deepspeed=str(path))
+
+
+@pytest.mark.slow
+def test_deepspeed_itself_gets_a_users_json(local_ray: None, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"reduce_bucket_size": "many"}}')
+    with pytest.raises(StageError, match="reduce_bucket_size"):
+        run_stage(tmp_path / "run", tiny, workers=1, deepspeed=str(tmp_path / "ds.json"))
+
+
+def test_the_numbers_of_a_stage_by_hand(tmp_path: Path) -> None:
+    rewards = [9.0, -1.0, -2.0, None, -3.0]
+    taken = [{"step": n, "reward_real": value} if value else {"step": n, "skipped": 1} for n, value in enumerate(rewards, start=1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in taken))
+    found = policy_training.numbers(tmp_path)
+    # The last three, of which one was skipped: -2 and -3, a deviation of sqrt(1 / 2) over sqrt(2).
+    assert (found["steps"], found["skipped"], found["last"]) == (5, 1, {"step": 5, "reward_real": -3.0})
+    assert (found["tail_reward_real"], found["tail_reward_real_stderr"]) == pytest.approx((-2.5, 0.5)) and "held_out" not in found
+    # Of 40 steps the last ten.
+    taken = [{"step": n, "reward_real": 5.0 if n <= 30 else -1.0} for n in range(1, 41)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in taken))
+    (tmp_path / "held_out.json").write_text('{"rows": 8, "accuracy": 0.75}')
+    found = policy_training.numbers(tmp_path)
+    assert (found["tail_reward_real"], found["tail_reward_real_stderr"]) == (-1.0, 0.0)
+    assert found["held_out"] == {"rows": 8, "accuracy": 0.75}
 
 
 def actors(kind: str = "RayTrainWorker") -> list[int]:
@@ -123,6 +164,34 @@ def test_what_ray_train_does_not_try_again_is_tried_as_often_as_workers_may_die(
         run_stage(tmp_path / "once", tiny, workers=2, max_failures=0)
     assert len(deaths) == 1
     assert_same_steps(steps_of(run_stage(tmp_path / "twice", tiny, workers=2, max_failures=1)), undisturbed, rel=4e-3)
+
+
+class NoActors(BaseHTTPRequestHandler):
+    """A dashboard that knows no actor."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        nothing = {"total": 0, "num_after_truncation": 0, "num_filtered": 0, "result": [], "partial_failure_warning": "", "warnings": None}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"result": True, "msg": "", "data": {"result": nothing}}).encode())
+
+
+@pytest.mark.slow
+def test_whatever_listens_where_a_dashboard_would_ends_no_worker(undisturbed: Any, local_ray: None, tiny: Path, tmp_path: Path) -> None:
+    servers: list[HTTPServer] = []
+
+    def listen() -> None:
+        servers.append(HTTPServer(("127.0.0.1", 8265), NoActors))
+        threading.Thread(target=servers[0].serve_forever, daemon=True).start()
+
+    watcher = when((tmp_path / "gsil/training/metrics.jsonl").exists, listen)
+    stage = run_stage(tmp_path, tiny, workers=2, epochs=40, checkpoint_every=0)
+    watcher.join()
+    servers[0].shutdown()
+    assert restarts(stage) == 0 and NoActors.asked == [] and len(steps_of(stage)) > len(undisturbed)
 
 
 @pytest.mark.slow

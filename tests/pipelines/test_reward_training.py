@@ -136,6 +136,12 @@ def test_the_graph_draws_nothing_that_nobody_reads(shared_preferences: Path, tin
         "rewards/init-sft/seed-1",
         "rewards/metrics",
     ]
+    choice = irl_reward.plan(build(IrlConfig, ["--model.path", str(tiny), "--rewards.seeds", "2"])).choice
+    assert choice and choice.settings["selectors"] == {
+        "init-sft": ["init-sft-0", "init-sft-1"],
+        "init-sft-0": ["init-sft-0"],
+        "init-sft-1": ["init-sft-1"],
+    }
     flags = ["--model.path", str(tiny), "--best_of_n.prompts", "0", "--best_of_n.train_prompts", "4"]
     names = [stage.name for stage in irl_reward.plan(build(IrlConfig, flags)).stages()]
     assert "best_of_n/results" in names and not {"best_of_n/greedy", "best_of_n/golden"} & set(names), "nothing held out, nothing to judge"

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import pytest
 import torch
 from models import TEMPLATE, tokenizer, write_tiny
 from rewards import reward_model
+from running import ROOT, finish
 from tokenizers import normalizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from actors.generator import environment
 from actors.settings import RewardScoring
 from pipelines import evaluation, scorers, scoring
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
@@ -79,6 +83,35 @@ def test_a_published_model_reads_text_in_its_own_template(tmp_path: Path) -> Non
     assert scorer.retemplated and not scorer.untemplated
     (directory / "chat_template.jinja").unlink()
     assert ByModel(str(directory), False, TRANSFORMERS, "float32", 512, False).untemplated, "the log says so"
+
+
+IN_VLLM = """
+import json, sys
+from actors.reward.engine import RewardEngine
+from actors.settings import RewardScoring
+from pipelines.scorers import ByModel
+
+scorer = ByModel(sys.argv[1], False, RewardScoring(num_cpus=2), "float32", 512, False)
+assert isinstance(scorer.model, RewardEngine), scorer.model
+print("RESULT", json.dumps([scorer.context, scorer.retemplated, scorer(json.loads(sys.argv[2]), "", lambda count: None)]), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_published_model_is_read_by_vllm_as_by_transformers(family: str, tmp_path: Path) -> None:
+    directory = reward_model(tmp_path, family)
+    words = AutoTokenizer.from_pretrained(directory)
+    words.chat_template = TEMPLATE.replace("[{{", "# [{{") + " "
+    words.save_pretrained(directory)
+    ways = {"PYTHONPATH": str(ROOT)} | environment(RewardScoring(num_cpus=2))
+    done = finish([sys.executable, "-c", IN_VLLM, str(directory), json.dumps(rows())], env=os.environ | ways)
+    assert done.returncode == 0 and "RESULT" in done.stdout, done.stderr[-3000:]
+    limit, before, got = json.loads(done.stdout.rpartition("RESULT")[2])
+    plain = ByModel(str(directory), False, TRANSFORMERS, "float32", 512, False)
+    want = plain(rows(), "", nobody)
+    assert (limit, before, plain.retemplated) == (512, False, True), "its context is less than what would be asked for"
+    assert [score for score, _ in got] == pytest.approx([score for score, _ in want], abs=1e-4) and len({score for score, _ in want}) > 2
 
 
 def test_a_response_beyond_the_context_is_set_aside(tmp_path: Path) -> None:

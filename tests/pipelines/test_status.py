@@ -20,7 +20,7 @@ from pipelines.run.lock import locked
 from pipelines.run.manifests import read_manifest, write_manifest
 from pipelines.run.plan import Planned, read_plans, write_plan
 from pipelines.watching.status import ENDED, ProgressFile, duration, look
-from pipelines.watching.watch import Watch
+from pipelines.watching.watch import Pace, Watch
 
 DATA = Stage("demonstrations", {})
 
@@ -57,6 +57,7 @@ def under_way(root: Path, done: int, at: int = 3) -> Iterator[Watch]:
             display.started((stages[done],))
             display.began -= 4
             display.follow(12, "rows", lambda: at, lambda: {"restarts": 1})
+            display.pace = Pace(0, time.monotonic() - 2.0)
             display.pace.at(1, time.monotonic() - 1.0)
             display._look()
             for watcher in display.watchers:

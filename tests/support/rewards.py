@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from models import write_tiny
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.learner import policy
 from actors.learner.batches import Example
@@ -21,3 +21,11 @@ def reward_model(directory: Path, family: str) -> Path:
     model.save_pretrained(directory / "reward")
     AutoTokenizer.from_pretrained(source).save_pretrained(directory / "reward")
     return directory / "reward"
+
+
+def one_by_one(directory: Path, prompt: list[int], response: list[int]) -> float:
+    """The plain way: no batch, no padding, float64, the last position's scalar."""
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float64).eval()
+    with torch.no_grad():
+        hidden = model.base_model(torch.tensor([[*prompt, *response]])).last_hidden_state[0, -1]
+        return model.score(hidden).item()
