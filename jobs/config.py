@@ -239,7 +239,7 @@ def _meant(text: str, what: str) -> str:
 
 OPTIONS = {
     "--config FILE.yaml": "keys from a file; given several times, the later file says more",
-    "--dry-run": "prints the config, the stages with what is done of them, and what each asks for, and does nothing",
+    "--dry-run": "prints the config, of a job also its stages, what is done of them and what each asks for; begins nothing",
     "--help": "prints this",
 }
 

@@ -191,7 +191,8 @@ class IrlConfig(ModelJobConfig):
             raise ValueError(f"preferences.path={self.preferences.path!r} is read by nobody: add bt to rewards.kinds")
         if self.needs_policy() and not self.sft.epochs:
             raise ValueError("sft.epochs=0: reward models learn what SFT improved, so there has to be some")
-        choosers = [*self.rewards.kinds, *self.best_of_n.scorers, *(["ensemble"] if self.rewards.ensemble else [])]
+        members = [f"{kind}-{seed}" for kind in self.rewards.kinds for seed in range(self.rewards.seeds)] if self.rewards.seeds > 1 else []
+        choosers = [*self.rewards.kinds, *members, *self.best_of_n.scorers, *(["ensemble"] if self.rewards.ensemble else [])]
         if self.best_of_n.choose_by not in (None, *choosers):
             raise ValueError(f"best_of_n.choose_by={self.best_of_n.choose_by!r} chooses nothing: there are {', '.join(choosers)}")
         if self.preferences.path in GENERATED:

@@ -263,7 +263,7 @@ def convert(path: str, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from actors.learner import policy
+    from actors.learner.directory import finish
 
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = loaded.config.to_dict()
@@ -274,7 +274,7 @@ def convert(path: str, directory: Path) -> None:
     clean.load_state_dict(loaded.state_dict(), assign=True)
     clean.tie_weights()
     clean.save_pretrained(directory / "policy")
-    policy.finish(directory / "policy", {})
+    finish(directory / "policy", {})
 
 
 def _check_weights(directory: Path) -> None:

@@ -75,6 +75,7 @@ INSTEAD = {
     "fp16": ("precision",),
     "amp": ("precision",),
     "torch_autocast": ("precision",),
+    "data_types.param_dtype": ("precision",),
     # The name before "bf16", which DeepSpeed does not read where there is one.
     "bfloat16": ("precision",),
     "train_micro_batch_size_per_gpu": ("micro_batch_tokens",),
@@ -99,16 +100,18 @@ def _agrees(key: str, value: Any, settings: Training) -> bool:
     """Whether the value of a key that settings of ours replace says the same as they do, or leaves it open."""
     if key.startswith("zero_optimization."):
         wanted = settings.offload and (not key.endswith("param") or settings.zero_stage == 3)
-        return value is wanted or (isinstance(value, Mapping) and value.get("device", "none") == ("cpu" if wanted else "none"))
+        off = "none" if value in (None, False) else value
+        place = value.get("device", "none") if isinstance(value, Mapping) else "cpu" if value is True else off
+        return place == ("cpu" if wanted else "none")
     if not isinstance(value, Mapping):
         return False
     if key == "optimizer":
         same = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-        agree = all(number in ("auto", same.get(name)) for name, number in value.get("params", {}).items())
+        agree = all(number in ("auto", same.get(name)) for name, number in (value.get("params") or {}).items())
         return agree and str(value.get("type", "")).lower() == settings.optimizer
     if key == "bfloat16":
-        return value == {"enabled": settings.precision == "bfloat16"}
-    return key in ("fp16", "amp", "torch_autocast") and value.get("enabled", False) is False
+        return value in ({"enabled": "auto"}, {"enabled": settings.precision == "bfloat16"})
+    return key in ("fp16", "amp", "torch_autocast") and value.get("enabled", False) in (False, "auto")
 
 
 def _overlaid(

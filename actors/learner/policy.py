@@ -1,7 +1,6 @@
 """Weights in and out of a training stage, as plain Hugging Face directories: of a policy, or of a reward model."""
 
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import (
 from actors.learner import products
 from actors.learner.attention import BRANCHING
 from actors.learner.batches import shares_prompt
+from actors.learner.directory import finish
 from actors.learner.logprobs import ResponseLogProbs
 from actors.learner.rewards import ResponseRewards
 from actors.learner.rounding import stochastic
@@ -230,37 +230,6 @@ def digests(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """What tells weights apart to the bit, by name."""
     flat = {name: tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for name, tensor in state.items()}
     return {name: xxhash.xxh3_64_intdigest(data.data) for name, data in flat.items()}
-
-
-def finish(directory: Path, facts: Mapping[str, Any]) -> None:
-    """A model directory as others read it: facts stand in its config, transformers 4 finds what it knows by other names, and files can be
-    read by whom the folder is for (safetensors' own are their owner's alone)."""
-    for name, said, older in (("config.json", dict(facts), model_names), ("tokenizer_config.json", {}, tokenizer_names)):
-        if (file := directory / name).exists():
-            config = json.loads(file.read_text(encoding="utf-8")) | said
-            file.write_text(json.dumps(config | older(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in directory.iterdir():
-        path.chmod(0o666 & ~mask)
-
-
-def model_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of a model's config by which transformers 4 knows what transformers 5 writes; that reads both. Without them 4 would take its
-    default for the base of rotary positions, and say nothing. Layers of several kinds have no common names there."""
-    found = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
-    rotary = dict(config.get("rope_parameters") or {})
-    found |= {name: rotary.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rotary}
-    scaled = "rope_theta" in found and rotary.get("rope_type", "default") != "default"
-    return found | ({"rope_scaling": rotary} if scaled else {})
-
-
-def tokenizer_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of a tokenizer's."""
-    found = {"tokenizer_class": "PreTrainedTokenizerFast"} if config.get("tokenizer_class") == "TokenizersBackend" else {}
-    tokens = config.get("extra_special_tokens")
-    # There it is a mapping of names that the tokenizer's class asks for.
-    return found | ({"extra_special_tokens": {}, "additional_special_tokens": tokens} if isinstance(tokens, list) else {})
 
 
 def _merged(

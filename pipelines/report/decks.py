@@ -5,7 +5,7 @@ stages that are done, rows on disk --> title --> cards
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def decks(facts: Facts) -> dict[str, list[Card]]:
     prompts = asked or root / "demonstrations" / "held_out"
     found = {"Answers": _answers(root, done, prompts, evaluated=asked is not None)}
     names = {stage.name for stage in done}
-    found["The best of N"] = _choices(root, prompts) if BEST in names else []
+    found["The best of N"] = _choices(root, names) if BEST in names else []
     found["Games before the judge"] = [card for file in shards(root / GAMES) if GAMES in names for card in _games(file, prompts)]
     found["Grades of MT-Bench"] = [card for file in shards(root / GRADES) if GRADES in names for card in _grades(file)]
     tasks: dict[str, dict[str, Path]] = {}
@@ -90,30 +90,39 @@ def _answers(root: Path, done: Sequence[StageFacts], prompts: Path, evaluated: b
     return cards
 
 
-def _choices(root: Path, prompts: Path) -> list[Card]:
-    """The response that was chosen of each of the first prompts, beside the greedy one, with what the judge gives them."""
-    with (root / BEST / "chosen.held_out.jsonl").open(encoding="utf-8") as file:
-        chosen = {json.dumps(line["input"]): line for line in map(json.loads, itertools.islice(file, CARDS))}
-    golden: dict[tuple[str, str], float | None] = {}
-    real: dict[str, dict[str, Any]] = {}
+def _choices(root: Path, done: Collection[str]) -> list[Card]:
+    """The response that was chosen of each of the first held-out prompts, beside the greedy one, with what the judge gives them."""
+    if not (file := root / BEST / "chosen.held_out.jsonl").exists():
+        return []
+    with file.open(encoding="utf-8") as lines:
+        chosen = [json.loads(line) for line in itertools.islice(lines, CARDS)]
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for path in shards(root / BEST / "samples" / "held_out"):
-        rows = pq.read_table(path, filters=[("response", "in", [line["output"] for line in chosen.values()])]).to_pylist()
-        golden |= {(row["id"], row["response"]): row.get("golden") for row in rows}
-    for path in shards(prompts):
-        real |= {json.dumps(row["prompt"]): row for row in pq.read_table(path, columns=["id", "prompt", "response"]).to_pylist()}
-    greedy = {row["id"]: row["response"] for path in shards(root / "best_of_n/greedy/held_out") for row in pq.read_table(path).to_pylist()}
-    judged = _scores(root / "best_of_n/golden-greedy/held_out")
-    mark = _marks([*golden.values(), *judged.values()])
+        if all((json.dumps(line["input"]), line["output"]) in rows for line in chosen):
+            break
+        names = [name for name in ("id", "prompt", "response", "golden") if name in pq.read_schema(path).names]
+        some = pq.read_table(path, columns=names, filters=[("response", "in", [line["output"] for line in chosen])])
+        rows |= {(json.dumps(row["prompt"]), row["response"]): row for row in some.to_pylist()}
+    picked = [(line, rows[json.dumps(line["input"]), line["output"]]) for line in chosen]
+    ids = [row["id"] for _, row in picked]
+    real = _responses(root / "demonstrations", ids)
+    # Of another command in the same directory there may be others.
+    greedy = _responses(root / "best_of_n/greedy", ids) if "best_of_n/greedy" in done else {}
+    judged = _scores(root / "best_of_n/golden-greedy/held_out") if "best_of_n/golden-greedy" in done else {}
+    mark = _marks([*(row.get("golden") for _, row in picked), *(judged.get(key) for key in ids)])
     cards = []
-    for key, line in chosen.items():
-        row = real[key]
-        sides = [Side("demonstration", row["response"])]
+    for line, row in picked:
+        sides = [Side("demonstration", real[row["id"]])]
         if row["id"] in greedy:
             sides.append(Side("greedy", greedy[row["id"]], mark(judged.get(row["id"]))))
-        said = mark(golden.get((row["id"], line["output"])))
-        sides.append(Side("the best of N", line["output"], ", ".join(filter(None, (said, f"reward {line['reward']:.3g}")))))
-        cards.append(Card(_conversation(row["prompt"]), tuple(sides)))
+        said = ", ".join(filter(None, (mark(row.get("golden")), f"reward {line['reward']:.3g}")))
+        cards.append(Card(_conversation(row["prompt"]), (*sides, Side("the best of N", line["output"], said))))
     return cards
+
+
+def _responses(stage: Path, ids: Sequence[str]) -> dict[str, str]:
+    tables = [pq.read_table(path, columns=["id", "response"], filters=[("id", "in", ids)]) for path in shards(stage / "held_out") if ids]
+    return {row["id"]: row["response"] for table in tables for row in table.to_pylist()}
 
 
 def _games(file: Path, prompts: Path) -> list[Card]:

@@ -51,7 +51,7 @@ class Progress:
     total: int | None = None
     """None: nobody knows"""
     per_second: float | None = None
-    """units of this attempt; None before the first"""
+    """units of this attempt; None before a second time that some came"""
     also: Mapping[str, float] = field(default_factory=dict)
     """numbers of the moment, such as restarts"""
 

@@ -126,6 +126,7 @@ class Gang:
                 told = True
                 hurt()
         error = self.over.exception()
+        _give_back(error)
         if isinstance(error, ray.train.TrainingFailedError):
             raise _told(error, under_way(jobs)) from error
         if error:

@@ -200,7 +200,7 @@ def test_help_fits_the_terminal_and_keeps_its_indentation(columns: int, monkeypa
     for schema in (EvaluateConfig, IrlConfig):
         lines = help_text(schema, "usage").splitlines()
         assert max(map(len, lines)) <= columns
-        begins = ("usage", "Keys (", *(f"{section}: " for section in schema.model_fields))
+        begins = ("usage", "Options:", "Keys (", *(f"{section}: " for section in schema.model_fields))
         assert all(line.startswith(("  --", "      ", *begins)) for line in lines if line)
 
 
@@ -243,7 +243,8 @@ def test_a_users_deepspeed_json_is_laid_over_ours(tmp_path: Path) -> None:
     "said",
     [
         '{"fp16": {"enabled": false}, "bfloat16": {"enabled": false}, "amp": {"enabled": false}}',
-        '{"zero_optimization": {"cpu_offload": false, "cpu_offload_param": false}}',
+        '{"fp16": {"enabled": "auto", "loss_scale": 0}, "optimizer": {"type": "AdamW", "params": null}}',
+        '{"zero_optimization": {"cpu_offload": false, "cpu_offload_param": null, "offload_optimizer": null}}',
         '{"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}}',
         '{"optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": 0.0}}}',
         '{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}, "gradient_clipping": 1.0}',

@@ -33,4 +33,4 @@ def test_a_terminal_shows_one_live_display_the_table_and_nobodys_chatter(tiny: P
     assert len(kept) == 12 and kept[0].startswith("  + base/model  ") and kept[-1].startswith("  + iteration-1/evaluation  ")
     behind = lines[lines.index(kept[-1]) :]
     assert any(re.search(r"\biteration-1\b.* \d\.\d+", line) for line in behind), behind
-    assert not [line for line in lines if any(word in line for word in ("INFO", "arning", "[deepspeed]", "pid=", ".py:"))]
+    assert not [line for line in lines if any(word in line for word in ("INFO", "WARNING", "Warning:", "[deepspeed]", "pid=", ".py:"))]

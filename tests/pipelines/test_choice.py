@@ -179,6 +179,20 @@ def test_what_the_judge_failed_on_is_left_out_and_counted(tmp_path: Path) -> Non
     assert [json.loads(line)["output"] for line in lines] == ["a0", "b2"], "the choice is the reward model's"
 
 
+def test_a_prompt_with_fewer_judged_samples_stays_at_what_it_has(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    stage = planned(run, [3.0, 2.0, 1.0, 1.0, 2.0, 3.0], [0.0] * 6, Combination(), x=["x"])
+    golden = [None, 1.0, 0.0, 1.0, 1.0, 0.0]
+    rows = [{"id": key, "sample": n, "score": value} for (key, n), value in zip(SAMPLES, golden, strict=True)]
+    write_rows(run.directory(stage.inputs["golden"]) / "held_out/00000.parquet", rows, SCORE)
+    run.do(best_of_n.choose, stage)
+    found = run.numbers(stage)
+    assert (found["sizes"], found["samples"], found["unscored"]["golden"]) == ([1, 2, 3], 5, 1)
+    # a: 1/2, then a1 for sure, of two and of "three"; b: 2/3, 1/3, 0 as ever.
+    assert found["selectors"]["x"]["golden"] == pytest.approx([7 / 12, 2 / 3, 1 / 2])
+    assert found["selectors"]["oracle (golden)"]["golden"] == pytest.approx([7 / 12, 1, 1])
+
+
 def test_a_cut_or_empty_response_is_no_demonstration(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = Run(tmp_path)
     stage = planned(run, [3.0, 2.0, 1.0, 1.0, 2.0, 3.0], [0.0] * 6, Combination(), x=["x"])

@@ -92,6 +92,8 @@ def test_of_n_samples_the_chosen_one_is_shown_beside_the_greedy_response(tmp_pat
     first, second = found["The best of N"][:2]
     expected = (Side("demonstration", "answer 0"), Side("greedy", "greedy 0", "wrong"), Side("the best of N", "0.2", "right, reward 1.5"))
     assert first == Card("question 0", expected)
+    (tmp_path / decks.BEST / "chosen.held_out.jsonl").unlink()
+    assert decks.decks(gather(tmp_path)) == {}, "of training prompts alone"
     assert second.sides[1:] == (Side("greedy", "greedy 1", "right"), Side("the best of N", "1.3", "wrong, reward 2.5"))
 
 

@@ -182,4 +182,4 @@ def test_a_node_killed_during_training_costs_the_steps_since_the_last_checkpoint
     watcher.join()
     assert_same_steps(steps_of(stage), undisturbed, rel=4e-3)
     assert "is gone: what ran there" in warned.text and "training worker" in warned.text
-    assert re.search(r"training goes on behind step \d+, with 1 worker", warned.text)
+    assert re.search(r"training goes on behind step \d+, with 1 worker\b", warned.text)

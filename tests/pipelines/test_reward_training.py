@@ -136,12 +136,6 @@ def test_the_graph_draws_nothing_that_nobody_reads(shared_preferences: Path, tin
         "rewards/init-sft/seed-1",
         "rewards/metrics",
     ]
-    choice = irl_reward.plan(build(IrlConfig, ["--model.path", str(tiny), "--rewards.seeds", "2"])).choice
-    assert choice and choice.settings["selectors"] == {
-        "init-sft": ["init-sft-0", "init-sft-1"],
-        "init-sft-0": ["init-sft-0"],
-        "init-sft-1": ["init-sft-1"],
-    }
     flags = ["--model.path", str(tiny), "--best_of_n.prompts", "0", "--best_of_n.train_prompts", "4"]
     names = [stage.name for stage in irl_reward.plan(build(IrlConfig, flags)).stages()]
     assert "best_of_n/results" in names and not {"best_of_n/greedy", "best_of_n/golden"} & set(names), "nothing held out, nothing to judge"
@@ -170,11 +164,13 @@ def test_every_kind_learns_from_its_two_sides(tiny: Path, shared_preferences: Pa
     assert given.settings["preferences"] and not graph.rewards[-1].pairs.settings["preferences"]
 
 
-def test_the_seeds_of_a_kind_choose_together(tiny: Path) -> None:
+def test_the_seeds_of_a_kind_choose_together_and_each_alone(tiny: Path) -> None:
     flags = ["--model.path", str(tiny), "--rewards.kinds", "[init-sft, init-demo]", "--rewards.seeds", "2"]
+    assert build(IrlConfig, [*flags, "--best_of_n.choose_by", "init-demo-1"]).chooser() == "init-demo-1"
     choice = irl_reward.plan(build(IrlConfig, flags)).choice
     assert choice
-    assert choice.settings["selectors"] == {"init-sft": ["init-sft-0", "init-sft-1"], "init-demo": ["init-demo-0", "init-demo-1"]}
+    members = {kind: [f"{kind}-0", f"{kind}-1"] for kind in ("init-sft", "init-demo")}
+    assert choice.settings["selectors"] == members | {name: [name] for names in members.values() for name in names}
     assert choice.settings["chooser"] == "init-sft"
     scored = {role: stage.inputs["reward"].name for role, stage in choice.inputs.items() if role.startswith("score-")}
     assert scored == {f"score-{kind}-{seed}": f"rewards/{kind}/seed-{seed}" for kind in ("init-sft", "init-demo") for seed in (0, 1)}
