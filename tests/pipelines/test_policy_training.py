@@ -48,7 +48,7 @@ def test_workers_that_waited_train_as_new_ones_do(waited: list[list[dict[str, fl
     assert_same_steps(waited[1], waited[0], rel=1e-6)
 
 
-def test_a_users_deepspeed_json_is_part_of_the_stage(tiny: Path, tmp_path: Path) -> None:
+def test_a_users_deepspeed_json_is_part_of_the_stage(local_ray: None, tiny: Path, tmp_path: Path) -> None:
     path, marks = tmp_path / "ds.json", []
     for text in ('{"wall_clock_breakdown": true}', '{"wall_clock_breakdown": false}'):
         path.write_text(text)
