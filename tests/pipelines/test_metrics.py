@@ -18,7 +18,7 @@ from pipelines.serving.metrics import Metrics as ServiceMetrics
 from pipelines.serving.protocol import Usage
 from pipelines.watching import metrics
 from pipelines.watching.metrics import GAUGES, LABELS, Metrics, rejected
-from pipelines.watching.watch import Progress, Watch
+from pipelines.watching.watch import Pace, Progress, Watch
 
 DASHBOARD = json.loads((ROOT / "deploy/grafana/gsil.json").read_text(encoding="utf-8"))
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
@@ -46,6 +46,7 @@ def test_prometheus_finds_a_run_at_the_port_of_a_real_ray_instance(local_ray: No
     Run(tmp_path, display).do(read, data)
     display.started((training,))
     display.follow(16, "steps", lambda: 4, lambda: {"tokens_per_second": 250.0, "restarts": 2})
+    display.pace = Pace(0, time.monotonic() - 8)
     display.pace.at(2, time.monotonic() - 4)
     with display:
         deadline, named = time.monotonic() + WAIT_SECONDS, ("mine", "iteration-2/training", "2")
