@@ -1,18 +1,21 @@
 """Pictures of what a run found."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.means import WIDE
 
 ENDS = ("random", "oracle (golden)")
+APART = 0.045
+"""Between the lines of two selectors, in doublings of N: their bars stand side by side."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Told apart also by who sees no red or no green (Okabe and Ito)."""
 
 
 def plot_best_of_n(found: Mapping[str, Any], path: Path) -> None:
-    """Golden score and win rate with their 95 % bands, against N, as PNG and SVG.
+    """Golden score and win rate with their 95 % bars, against N, as PNG and SVG.
 
     Args:
         found: what report.json holds.
@@ -28,6 +31,13 @@ def plot_best_of_n(found: Mapping[str, Any], path: Path) -> None:
         figure.savefig(path.with_suffix(f".{ending}"), dpi=130)
 
 
+def beside(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
+    """How far the ends of bands are below and above, as matplotlib asks for it; the band of a resampled statistic need not hold it."""
+    ends = zip(values, low, high, strict=True)
+    below, above = zip(*((max(0.0, value - under), max(0.0, over - value)) for value, under, over in ends), strict=True)
+    return [list(below), list(above)]
+
+
 def draw_best_of_n(figure: Any, found: Mapping[str, Any], ink: str = "#222222") -> None:
     """The two halves of that figure.
 
@@ -37,27 +47,27 @@ def draw_best_of_n(figure: Any, found: Mapping[str, Any], ink: str = "#222222") 
         ink: colour of the upper end.
     """
     score_axes, win_axes = figure.subplots(1, 2)
-    sizes, colours = found["sizes"], iter(COLOURS * 4)
+    sizes, colours = found["sizes"], itertools.cycle(COLOURS)
+    chosen = [name for name in found["selectors"] if name not in ENDS]
     normalised = found["selectors"]["random"]["normalised"] is not None
-    key, band = ("normalised", ("normalised_low", "normalised_high")) if normalised else ("golden", ("low", "high"))
+    key, low, high = ("normalised", "normalised_low", "normalised_high") if normalised else ("golden", "low", "high")
     for name, line in found["selectors"].items():
         colour = {ENDS[0]: "#9a9a9a", ENDS[1]: ink}.get(name) or next(colours)
-        style = {"color": colour, "linestyle": "--" if name in ENDS else "-", "marker": None if name in ENDS else "o", "markersize": 4}
-        score_axes.plot(sizes, line[key], label=name, **style)
-        if name not in ENDS:
-            score_axes.fill_between(sizes, line[band[0]], line[band[1]], color=colour, alpha=0.12, linewidth=0)
-            half = [WIDE * (error or 0.0) for error in line["win_rate_stderr"]]
-            low, high = ([rate + sign * width for rate, width in zip(line["win_rate"], half, strict=True)] for sign in (-1, 1))
-            win_axes.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
-        win_axes.plot(sizes, line["win_rate"], label=name, **style)
+        if name in ENDS:
+            score_axes.plot(sizes, line[key], "--", color=colour, label=name)
+            win_axes.plot(sizes, line["win_rate"], "--", color=colour, label=name)
+            continue
+        shift = 2 ** (APART * (chosen.index(name) - (len(chosen) - 1) / 2))
+        style = {"color": colour, "label": name, "fmt": "o-", "markersize": 4, "elinewidth": 1, "capsize": 2}
+        score_axes.errorbar([n * shift for n in sizes], line[key], yerr=beside(line[key], line[low], line[high]), **style)
+        win_axes.errorbar([n * shift for n in sizes], line["win_rate"], yerr=[WIDE * (e or 0.0) for e in line["win_rate_stderr"]], **style)
     greedy = found["golden"]["greedy"]
     if normalised:
         span = found["golden"]["demonstrations"] - found["golden"]["base"]
         greedy = (greedy - found["golden"]["base"]) / span
-    score_axes.axhline(greedy, color="#bbbbbb", linewidth=1)
-    score_axes.annotate("greedy response", (sizes[-1], greedy), ha="right", va="bottom", fontsize=8, color="#777777")
+    score_axes.axhline(greedy, color="#9a9a9a", linewidth=1, label="greedy response")
     score_axes.set_ylabel("golden score (base policy 0, demonstrations 1)" if normalised else "golden score")
-    win_axes.axhline(0.5, color="#bbbbbb", linewidth=1)
+    win_axes.axhline(0.5, color="#9a9a9a", linewidth=1)
     win_axes.set_ylabel("wins against the greedy response (ties half)")
     for axes in (score_axes, win_axes):
         axes.set_xscale("log", base=2)
@@ -66,4 +76,4 @@ def draw_best_of_n(figure: Any, found: Mapping[str, Any], ink: str = "#222222") 
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     score_axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"Best of N, chosen by reward models: {found['prompts']} held-out prompts, 95 % bands over prompts", fontsize=11)
+    figure.suptitle(f"Best of N, chosen by reward models: {found['prompts']} held-out prompts, 95 % bars over prompts", fontsize=11)

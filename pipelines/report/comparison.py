@@ -9,16 +9,16 @@ import yaml
 from pipelines.report import figures, page
 from pipelines.report.doubts import doubts
 from pipelines.report.facts import Facts
-from pipelines.watching.states import StageFacts
-from pipelines.watching.status import duration
+from pipelines.watching.states import DONE, SKIPPED, StageFacts
+from pipelines.watching.status import duration, look
 
 FOUND, SAMPLES = (figures.accuracy, figures.ranking), (figures.lengths, figures.best_of_n)
 
 
 def tables(runs: Sequence[Facts]) -> dict[str, page.Rows]:
-    """By title: the settings and versions that differ, a run a column; every table that a run has, the rows of all runs one below the
-    other; the times of the stages. Without rows where nothing differs."""
-    found: dict[str, page.Rows] = {}
+    """By title: what became of the jobs; the settings and versions that differ, a run a column; every table that a run has, the rows of
+    all runs one below the other; the times of the stages. Without rows where nothing differs."""
+    found: dict[str, page.Rows] = {"Jobs": jobs(runs)}
     for title, differing in (("Settings", differences(runs)), ("Versions", _differing("software", runs, [run.versions for run in runs]))):
         found |= {f"{title} that differ": differing} if len(differing) > 1 else {f"{title} that differ: none": []}
     by_title: dict[str, list[list[str]]] = {}
@@ -29,6 +29,16 @@ def tables(runs: Sequence[Facts]) -> dict[str, page.Rows]:
             by_title.setdefault(key, [["run", *header]]).extend([run.name, *row] for row in rows)
     times = _side_by_side("stage", runs, [{stage.name: _took(stage) for stage in run.stages} for run in runs])
     return found | by_title | {"Times": times}
+
+
+def jobs(runs: Sequence[Facts]) -> list[list[str]]:
+    """How far each is that worked in a run directory, of which there may be several; the header first."""
+    rows = [["run", "job", "state", "stages", "work", "more"]]
+    for run in runs:
+        for job in look(run.root):
+            done = sum(stage.state in (DONE, SKIPPED) for stage in job.stages)
+            rows.append([run.name, job.script, job.state, f"{done} of {len(job.stages)}", duration(job.seconds), job.said])
+    return rows
 
 
 def differences(runs: Sequence[Facts]) -> list[list[str]]:
@@ -61,17 +71,16 @@ def html(runs: Sequence[Facts]) -> str:
     """One self-contained page."""
     names = " and ".join(dict.fromkeys(run.name for run in runs))
     shared = "".join(f"<h2>{escape(title)}</h2>{page.table(rows) if rows else ''}" for title, rows in tables(runs).items())
-    columns = "".join(f"<article><h3>{escape(run.name)}</h3>{_column(run)}</article>" for run in runs)
+    columns = "".join(f"<article><h3>{escape(run.name)}</h3>{_column(run, runs)}</article>" for run in runs)
     return page.TEMPLATE.substitute(
         title=escape(names), state="runs side by side", contents="", sections=f'{shared}<h2>Curves</h2><div class="columns">{columns}</div>'
     )
 
 
-def _column(run: Facts) -> str:
+def _column(run: Facts, beside: Sequence[Facts]) -> str:
     warned = "".join(f"<li>{escape(text)}</li>" for text in doubts(run))
     found, samples = ("".join(page.figure(draw(run)) for draw in drawn) for drawn in (FOUND, SAMPLES))
-    state = f"<p>{escape(page.state(run))}</p>{f'<ul class=warnings>{warned}</ul>' if warned else ''}"
-    return state + found + page.training(run) + samples
+    return (f"<ul class=warnings>{warned}</ul>" if warned else "") + found + page.training(run, beside) + samples
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

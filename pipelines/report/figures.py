@@ -4,11 +4,12 @@ import functools
 import io
 import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pipelines.plots import COLOURS
+from pipelines.plots import COLOURS, beside
 from pipelines.report.facts import EVALUATED, Facts, Lengths
 
 INK = "#010203"
@@ -26,23 +27,50 @@ REWARD_PANELS = {"rewards (scores)": PANELS["rewards (beta x log ratio)"]} | {
     title: keys for title, keys in PANELS.items() if not title.startswith(("rewards", "log-probs"))
 }
 """The same of a reward model, whose reward is its score: there is no policy with log-probs."""
+SFT = ("loss", "grad_norm", "tokens_per_second")
 REWARDS = "rewards/"
 TRAININGS = {"training": "Training on pairs", "rewards": "Training of reward models", "sft": "Training on demonstrations"}
 """What is drawn of a training, and what that is called."""
 MOST_NAMED = 60
 """Letters above a panel at most; longer names stand in the heading alone."""
 SHOWN = {"grad_norm": "gradient norm"}
+Curves = Mapping[str, Sequence[Mapping[str, float]]]
+"""training -> its steps"""
+Ranges = Mapping[str, Sequence[float]]
+"""what a step logs -> its least and greatest value"""
 MOST_POINTS = 400
 """Points of a curve at most; a longer one shows means of neighbours."""
 
 
-def training(facts: Facts) -> dict[str, str]:
-    """Every training, those of a kind one after the other or over each other, by a heading that names them in their order."""
+def training(facts: Facts, beside: Sequence[Facts] = ()) -> dict[str, str]:
+    """Every training, those of a kind one after the other or over each other, by a heading that names them in their order.
+
+    Args:
+        facts: of a run.
+        beside: runs whose trainings are looked at next to these: their axes have the same ranges.
+    """
+    shown, others = _by_kind(facts), [_by_kind(run) for run in beside]
+    return {
+        f"{TRAININGS[kind]}: {', '.join(curves)}": _drawn(kind, [curves, _ranges(run[kind] for run in others)])
+        for kind, curves in shown.items()
+        if curves
+    }
+
+
+def _ranges(runs: Iterable[Curves]) -> dict[str, tuple[float, float]]:
+    """Of all that is drawn of a training, over all trainings of these runs."""
+    steps = [step for curves in runs for training in curves.values() for step in training]
+    drawn = {key for keys in (*PANELS.values(), SFT) for key in keys}
+    values = {key: [step[key] for step in steps if step.get(key) is not None and math.isfinite(step[key])] for key in sorted(drawn)}
+    return {key: (min(found), max(found)) for key, found in values.items() if found}
+
+
+def _by_kind(facts: Facts) -> dict[str, dict[str, Sequence[Mapping[str, float]]]]:
     found: dict[str, dict[str, Sequence[Mapping[str, float]]]] = {kind: {} for kind in TRAININGS}
     for name, steps in facts.curves.items():
         kind = "sft" if "reward_real" not in steps[0] else "rewards" if name.startswith(REWARDS) else "training"
         found[kind][name.removesuffix("/training").removeprefix(REWARDS)] = steps
-    return {f"{TRAININGS[kind]}: {', '.join(curves)}": _drawn(kind, curves) for kind, curves in found.items() if curves}
+    return found
 
 
 def accuracy(facts: Facts) -> str:
@@ -97,14 +125,15 @@ def _cached(name: str, data: str) -> str:
     return svg.replace(INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
 
 
-def _training(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]], panels: Mapping[str, Sequence[str]] = PANELS) -> None:
+def _training(figure: Any, data: tuple[Curves, Ranges], panels: Mapping[str, Sequence[str]] = PANELS) -> None:
     """The paper's Fig. 2 and the rest of what a step logs."""
+    curves, ranges = data
     figure.set_size_inches(10, 5.6)
     figure.get_layout_engine().set(hspace=0.08)
     grid = figure.subplots(2, 3)
     for unused in grid.flat[len(panels) :]:
         unused.remove()
-    for axes, (title, keys) in zip(grid.flat, panels.items(), strict=False):
+    for place, (axes, (title, keys)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
         start = 0
         for number, (name, steps) in enumerate(curves.items()):
             for key, colour in zip(keys, COLOURS, strict=False):
@@ -118,24 +147,29 @@ def _training(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]], 
             start += len(steps)
         if title.startswith(("rewards", "margin")):
             axes.axhline(0, color=INK, alpha=0.4, linewidth=0.8)
-        axes.set_title(title, fontsize=9, pad=14 if title.startswith("rewards") else 6)
-        _steps(axes, legend=len(keys) > 1)
+        # Names of iterations stand below the first title: those beside it are as high.
+        axes.set_title(title, fontsize=9, pad=14 if place < grid.shape[1] else 6)
+        _steps(axes, ranges, keys, legend=len(keys) > 1)
 
 
-def _sft(figure: Any, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+def _sft(figure: Any, data: tuple[Curves, Ranges]) -> None:
+    curves, ranges = data
     figure.set_size_inches(10, 2.6)
-    for axes, key in zip(figure.subplots(1, 3), ("loss", "grad_norm", "tokens_per_second"), strict=True):
+    for axes, key in zip(figure.subplots(1, 3), SFT, strict=True):
         for (name, steps), colour in zip(curves.items(), itertools.cycle(COLOURS)):
             values = [(k, step[key]) for k, step in enumerate(steps, start=1) if step.get(key) is not None]
             axes.plot(*_thinned(values), color=colour, marker="." if len(values) == 1 else "", label=name)
         axes.set_title(SHOWN.get(key, key.replace("_", " ")), fontsize=9)
-        _steps(axes, legend=len(curves) > 1)
+        _steps(axes, ranges, (key,), legend=len(curves) > 1)
 
 
-def _steps(axes: Any, legend: bool) -> None:
-    """An axis of whole steps, and room for the legend above the curves, of which it would hide some."""
+def _steps(axes: Any, ranges: Ranges, keys: Sequence[str], legend: bool) -> None:
+    """An axis of whole steps, the other of the range asked for, and room for the legend above the curves, of which it would hide some."""
     from matplotlib.ticker import MaxNLocator
 
+    if known := [ranges[key] for key in keys if key in ranges]:
+        low, high = min(low for low, _ in known), max(high for _, high in known)
+        axes.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     if legend:
@@ -160,9 +194,8 @@ def _ranking(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     figure.set_size_inches(6, 0.35 * len(rows) + 0.9)
     axes = figure.subplots()
     values = [row["rating"] for row in rows]
-    # The band of a resampled statistic need not hold the statistic itself.
-    below, above = ([max(0.0, sign * (row[end] - row["rating"])) for row in rows] for end, sign in (("low", -1), ("high", 1)))
-    axes.errorbar(values, [row["name"] for row in rows], xerr=[below, above], fmt="o", color=COLOURS[0], capsize=4)
+    bars = beside(values, *([row[end] for row in rows] for end in ("low", "high")))
+    axes.errorbar(values, [row["name"] for row in rows], xerr=bars, fmt="o", color=COLOURS[0], capsize=4)
     axes.invert_yaxis()
     axes.margins(y=0.2)
     axes.set_xlabel("rating (Bradley-Terry on Elo's scale, 95 % bands over prompts)")

@@ -181,9 +181,9 @@ def _box(stage: StageFacts, most: float) -> str:
     )
 
 
-def training(facts: Facts) -> str:
-    """The curves of every training."""
-    return "".join(f"<h3>{escape(title)}</h3>{figure(svg)}" for title, svg in figures.training(facts).items())
+def training(facts: Facts, beside: Sequence[Facts] = ()) -> str:
+    """The curves of every training; `beside` as in `figures.training`."""
+    return "".join(f"<h3>{escape(title)}</h3>{figure(svg)}" for title, svg in figures.training(facts, beside).items())
 
 
 def _samples(facts: Facts) -> str:

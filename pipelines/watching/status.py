@@ -192,7 +192,8 @@ def _state(plan: Plan, progress: Mapping[str, Any], summary: Any, holder: Holder
     """What the job does, and words about it."""
     who = f"pid {plan.pid} on {plan.host}"
     if summary is not None:
-        return ENDED, f"stopped early: {summary['stopped']}" if summary.get("stopped") else ""
+        told = {"stopped early": summary.get("stopped"), "final policy": summary.get("final")}
+        return ENDED, "; ".join(f"{what}: {said}" for what, said in told.items() if said)
     if progress.get("failure"):
         mend = "" if progress["failure"] == INTERRUPTED else "when that is mended "
         return STOPPED, f"{duration(quiet)} ago: {progress['failure']}; {mend}the same command continues it"

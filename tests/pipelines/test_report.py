@@ -15,7 +15,7 @@ from jobs import compare
 from pipelines import tournament
 from pipelines.evaluation import SCORES
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
-from pipelines.report import facts, figures
+from pipelines.report import comparison, facts, figures
 from pipelines.report.comparison import differences
 from pipelines.report.decks import decks
 from pipelines.report.doubts import doubts
@@ -231,29 +231,6 @@ def test_scores_of_another_command_are_not_shown(ended: Path) -> None:
         assert [side.mark for card in cards for side in card.sides if side.name == "sft"] == [mark] * 4
 
 
-def write_curve(root: Path, stage: Stage, **values: float) -> None:
-    def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
-        lines = [json.dumps({"step": k + 1, **values}) + "\n" for k in range(14)]
-        (run.directory(stage) / "metrics.jsonl").write_text("".join(lines))
-        return {stage.name: {}}
-
-    Run(root).do(work, stage)
-
-
-def test_a_reward_model_is_drawn_by_its_scores(tmp_path: Path) -> None:
-    values = {"reward_real": 1.0, "reward_generated": 0.5, "margin": 0.5, "logps_real": 1.0, "logps_generated": 0.5}
-    write_curve(tmp_path, Stage("rewards/sft-demo/seed-0", {}), **values)
-    ((heading, drawn),) = figures.training(gather(tmp_path)).items()
-    assert heading == "Training of reward models: sft-demo/seed-0" and "rewards (scores)" in drawn
-    assert "log ratio" not in drawn and "log-probs" not in drawn and "logps" not in drawn
-
-
-def test_steps_are_whole(tmp_path: Path) -> None:
-    write_curve(tmp_path, Stage("sft/training", {}), loss=1.0)
-    (drawn,) = figures.training(gather(tmp_path)).values()
-    assert ">3<" in drawn and ">2.5<" not in drawn
-
-
 EVALUATION = {
     "evaluation/policies/sft/prompts": ({}, {"train": 12, "held_out": 0, "rejected": 1}),
     "evaluation/judge/model": ({"path": "org/judge"}, {}),
@@ -316,6 +293,10 @@ def test_runs_side_by_side(ended: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert compare.main([str(ended), str(other), "--output", str(output)]) == 0
     told = capsys.readouterr().out
     assert all(text in told for text in ("objective.beta", "Versions that differ: none", "Times", "iteration-1/training", "Data"))
+    assert comparison.jobs([gather(ended), gather(other)])[1:] == [
+        ["ended", "", "ended", "8 of 8", "0.0 s", "there is no plan.json: the stages that are done, without those to do"],
+        ["other", "", "stopped", "4 of 4", "0.0 s", "there is no plan.json: the stages that are done, without those to do"],
+    ]
     page = output.read_text()
     assert page.count('aria-label="training"') == 1 and "ended and other" in page and "objective.beta" in page
     assert "Versions that differ: none</h2><h2>" in page and "software" not in told, "no table where nothing differs"

@@ -15,6 +15,8 @@ import pytest
 from running import ROOT
 
 from jobs import status
+from pipelines.report.comparison import jobs
+from pipelines.report.facts import gather
 from pipelines.run.artifacts import Run, Stage, StageError, read_json, write_json
 from pipelines.run.lock import locked
 from pipelines.run.manifests import read_manifest, write_manifest
@@ -150,6 +152,9 @@ def test_a_run_that_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert status.main([str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "ended (stopped early: iteration-1: the held-out metric fell)" in said and "not needed" in said and "left" not in said
+    write_json(tmp_path / "summary.json", {"stages": [], "stopped": None, "final": "sft"})
+    (row,) = jobs([gather(tmp_path)])[1:]
+    assert row[:4] == [tmp_path.name, "jobs/gsil_iterative.py", "ended", "4 of 5"] and row[5] == "final policy: sft", "side by side, too"
 
 
 def test_a_run_on_another_machine_is_told_by_its_files(tmp_path: Path) -> None:
