@@ -80,6 +80,8 @@ INSTEAD = {
     "bfloat16": ("precision",),
     "train_micro_batch_size_per_gpu": ("micro_batch_tokens",),
     "gradient_accumulation_steps": ("micro_batch_tokens",),
+    # A step is the mean over the global batch, however many workers share it.
+    "gradient_allreduce_op": ("batch_size",),
     "zero_optimization.offload_optimizer": ("offload",),
     "zero_optimization.offload_param": ("offload",),
     # The names before those two, which DeepSpeed still reads.
@@ -103,6 +105,8 @@ def _agrees(key: str, value: Any, settings: Training) -> bool:
         off = "none" if value in (None, False) else value
         place = value.get("device", "none") if isinstance(value, Mapping) else "cpu" if value is True else off
         return place == ("cpu" if wanted else "none")
+    if key == "gradient_allreduce_op":
+        return value == "mean"
     if not isinstance(value, Mapping):
         return False
     if key == "optimizer":
@@ -125,7 +129,12 @@ def _overlaid(
     result = dict(ours)
     for key, value in theirs.items():
         dotted = prefix + key
-        if value == "auto" or (dotted in INSTEAD and _agrees(dotted, value, settings)):
+        if value == "auto":
+            continue
+        if dotted in INSTEAD and _agrees(dotted, value, settings):
+            if isinstance(ours.get(key), dict) and isinstance(value, Mapping):
+                # How it is offloaded is theirs to say.
+                result[key] = ours[key] | {name: detail for name, detail in value.items() if detail != "auto"}
             continue
         if dotted in INSTEAD:
             contradictions.append(f"{dotted}={value!r}, the config says {said(INSTEAD[dotted])} (remove it from the JSON)")

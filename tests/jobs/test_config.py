@@ -237,6 +237,9 @@ def test_a_users_deepspeed_json_is_laid_over_ours(tmp_path: Path) -> None:
     merged = deepspeed_config(Training(deepspeed=str(path)), 1, read_deepspeed(str(path)))
     assert merged["zero_optimization"]["stage"] == 1 and merged["zero_optimization"]["overlap_comm"] is True
     assert merged["train_batch_size"] == 1 and merged["wall_clock_breakdown"] is True
+    path.write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": "auto", "buffer_count": 8}}}')
+    merged = deepspeed_config(Training(deepspeed=str(path), offload=True), 1, read_deepspeed(str(path)))
+    assert merged["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False, "buffer_count": 8}
 
 
 @pytest.mark.parametrize(
@@ -248,6 +251,7 @@ def test_a_users_deepspeed_json_is_laid_over_ours(tmp_path: Path) -> None:
         '{"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}}',
         '{"optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": 0.0}}}',
         '{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}, "gradient_clipping": 1.0}',
+        '{"gradient_allreduce_op": "mean"}',
     ],
 )
 def test_a_deepspeed_json_that_agrees_is_no_contradiction(said: str, tmp_path: Path) -> None:
@@ -262,6 +266,7 @@ def test_a_deepspeed_json_that_agrees_is_no_contradiction(said: str, tmp_path: P
         ('{"fp16": {"enabled": true}}', ["fp16=", "precision=float32"]),
         ('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', ["offload_optimizer=", "offload=False"]),
         ('{"zero_optimization": {"stage": 3}}', ["zero_optimization.stage=3", "zero_stage=1"]),
+        ('{"gradient_allreduce_op": "sum"}', ["gradient_allreduce_op='sum'", "batch_size=8"]),
         ('{"train_batch_size": 64}', ["train_batch_size=64", " batch_size=8"]),
         ('{"bf16": {"enabled": true}}', ["bf16.enabled=True", "precision=float32"]),
         ('{"bfloat16": {"enabled": true}}', ["bfloat16=", "precision=float32"]),
