@@ -140,7 +140,8 @@ def _check(stage: Stage, failed: dict[str, str], asked: int, rest: str, judge: J
         reasons = "; ".join(f"{count} x {reason}" for reason, count in Counter(failed.values()).most_common(3))
         raise StageError(
             f"{stage.name}: {len(failed)} of {asked} questions got no answer{rest}, more than judge.max_failed_fraction="
-            f"{judge.max_failed_fraction}: {reasons}. The other answers are kept: run the job again when the judge is well"
+            f"{judge.max_failed_fraction}: {reasons}. The other answers are kept: "
+            + ("run the job again when the judge is well" if judge.url else "run the job again when that is mended")
         )
 
 

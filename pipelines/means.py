@@ -28,15 +28,15 @@ def cell(mean: float | None, error: float | None, digits: int, sign: bool = Fals
 
 
 def ends(shares: Mapping[str, tuple[float | None, int]]) -> str:
-    """What a person has to know of shares of 0 or 1, whose standard error is 0: how far off they may be, by Wilson's interval (1927). Empty
-    where there are none.
+    """What a person has to know of shares of 0 or 1, whose standard error is 0: how far off they may be, by Wilson's interval (1927).
+    Empty where there are none.
 
     Args:
         shares: and how many each is over, by name.
     """
     room = {name: (mean, WIDE**2 / (n + WIDE**2)) for name, (mean, n) in shares.items() if mean in (0, 1) and n}
     told = [f"{name} {f'at most {far:.3f}' if mean == 0 else f'at least {1 - far:.3f}'}" for name, (mean, far) in room.items()]
-    return f"Where none or all are right, ± 0 says nothing; at 95 % (Wilson) the true share is: {', '.join(told)}." if told else ""
+    return f"Of a share of 0 or 1, ± 0 says nothing; at 95 % (Wilson) the true one is: {', '.join(told)}." if told else ""
 
 
 def cut_off(name: str, share: float) -> str:

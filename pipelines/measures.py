@@ -200,6 +200,11 @@ def doubts(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for measure, scored in numbers["measures"].items():
             if scored["unscored"]:
                 told.append(f"{policy}: {measure} has no score of {scored['unscored']} of {scored['unscored'] + scored['n']} answers")
+    for measure in dict.fromkeys(name for numbers in found.values() for name in numbers["measures"]):
+        over = {policy: numbers["measures"][measure].get("prompts") for policy, numbers in found.items() if measure in numbers["measures"]}
+        if len(set(over.values())) > 1:
+            counts = ", ".join(f"{count} of {policy}" for policy, count in over.items())
+            told.append(f"{measure} is over different prompts ({counts}): one took prompts that another could not, or has no score of")
     prompts = [scored.get("prompts", FEW) for numbers in found.values() for scored in numbers["measures"].values()]
     if min(prompts, default=FEW) < FEW:
         told.append(f"scores of answers to {min(prompts)} prompts only: means and standard errors over so few say little")

@@ -23,7 +23,7 @@ from pipelines.data import sources
 from pipelines.judges.settings import Judge, JudgeModel, MtBench
 from pipelines.judging import QUESTION, check_read
 from pipelines.means import mean_and_error
-from pipelines.records import DEMONSTRATION, shards, write_rows
+from pipelines.records import DEMONSTRATION, shards, spread, write_rows
 from pipelines.run.artifacts import Run, Stage, StageError, Work
 from pipelines.run.keeping import Need
 
@@ -122,10 +122,8 @@ def read(settings: MtBench) -> list[dict[str, Any]]:
     )
     if not rows:
         raise StageError(f"{file} holds no question")
-    # Spread over the file: it has its questions by category.
-    count = min(settings.limit or len(rows), len(rows))
-    asked = [rows[k * len(rows) // count] for k in range(count)]
-    return [row | {"references": references.get(row["id"], [])} for row in asked]
+    # The file has its questions by category.
+    return [row | {"references": references.get(row["id"], [])} for row in spread(rows, settings.limit or len(rows))]
 
 
 def _lines(file: Path, reader: Any) -> list[dict[str, Any]]:
@@ -163,7 +161,10 @@ def write_questions(settings: MtBench, names: list[str]) -> Work:
         (stage,) = stages
         questions = {row["id"]: row for row in read(settings)}
         rows = []
-        if not any(_references(str(settings.path))):
+        known = [file.name for file in _references(str(settings.path))]
+        if len(known) > 1:
+            log.warning("mt_bench.path=%r has %s: where several answer a question, the last is shown to the judge", settings.path, known)
+        if not known:
             log.warning("mt_bench.path=%r has no reference_answer_*.jsonl: mathematics is graded with nothing beside it", settings.path)
         for name in names:
             for turn in TURNS:
@@ -182,7 +183,7 @@ def write_questions(settings: MtBench, names: list[str]) -> Work:
 
 def plan_grades(answers: Stage) -> Stage:
     """The stage that reads the grades."""
-    return Stage("evaluation/mt_bench/grades", {}, {"answers": answers}, demand="the driver", version=2)
+    return Stage("evaluation/mt_bench/grades", {}, {"answers": answers}, demand="the driver", version=3)
 
 
 def read_grades(settings: MtBench, judge: Judge) -> Work:

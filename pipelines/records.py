@@ -1,8 +1,8 @@
 """Schemas of the rows on disk. Shards are parquet files; the k-th shard of a stage holds what it made of the k-th of its input."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +10,8 @@ import xxhash
 
 from actors.storage import WriteError, patiently, write_bytes
 from pipelines.run.artifacts import StageError
+
+T = TypeVar("T")
 
 SEAL = "gsil:xxh3"
 """Key in a shard's footer of the checksum of the file: a shard that was finished by an attempt that was killed stands in no manifest."""
@@ -58,6 +60,12 @@ SCORE = pa.schema({"id": pa.string(), "sample": pa.int32(), "score": pa.float64(
 def shards(directory: Path) -> list[Path]:
     """The shards of a directory in order."""
     return sorted(directory.glob("*.parquet"))
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """As many of them, or all, as far apart as they can be, in their order."""
+    count = min(count, len(items))
+    return [items[k * len(items) // count] for k in range(count)]
 
 
 def uncut(path: Path) -> str:

@@ -135,8 +135,11 @@ def _rows(folder: Path, columns: list[str] | None = None) -> list[dict[str, Any]
 
 def _from_files(name: str, path: str, prompted: list[dict[str, Any]], warn: bool) -> dict[str, str]:
     """Responses of somebody else by the prompt's id, in any of the layouts of demonstrations; rows for other prompts are passed over."""
-    by_prompt = {_spoken(row["prompt"]): row["id"] for row in prompted}
-    found, read, wrong, twice = dict[str, str](), 0, list[str](), list[str]()
+    exact, by_prompt = dict[str, list[str]](), dict[str, list[str]]()
+    for row in prompted:
+        exact.setdefault(json.dumps(row["prompt"]), []).append(row["id"])
+        by_prompt.setdefault(_spoken(row["prompt"]), []).append(row["id"])
+    found, loose, read, wrong, twice = dict[str, str](), dict[str, str](), 0, list[str](), list[str]()
     for file in sources.find(path, "", key=f"tournament.responses.{name}"):
         for raw in sources.read(file):
             read += 1
@@ -151,10 +154,15 @@ def _from_files(name: str, path: str, prompted: list[dict[str, Any]], warn: bool
             except layouts.RowError as error:
                 wrong.append(f"{raw['source']}: {error}")
                 continue
-            if (key := by_prompt.get(_spoken(messages))) is not None:
-                if found.get(key, response) != response:
-                    twice.append(raw["source"])
-                found[key] = response
+            same, alike = exact.get(json.dumps(messages), []), by_prompt.get(_spoken(messages), [])
+            if any(found.get(key, response) != response for key in same) or (
+                not same and any(loose.get(key, response) != response for key in alike)
+            ):
+                twice.append(raw["source"])
+            found |= dict.fromkeys(same, response)
+            loose |= dict.fromkeys(alike, response)
+    # To the very prompt before to one with another system turn.
+    found = loose | found
     if not found:
         reason = f" ({wrong[0]})" if wrong else ""
         raise StageError(f"tournament.responses.{name}={path!r} holds no response to any of the prompts{reason}")
@@ -174,7 +182,7 @@ def _spoken(messages: list[dict[str, str]]) -> str:
 def plan_games(questions: Stage, answers: Stage, tournament: Tournament) -> Stage:
     """The stage that reads the answers."""
     settings, inputs = {"seed": tournament.seed}, {"questions": questions, "answers": answers}
-    return Stage("evaluation/tournament/games", settings, inputs, demand="the driver", version=2)
+    return Stage("evaluation/tournament/games", settings, inputs, demand="the driver", version=3)
 
 
 def judge_games(tournament: Tournament, judge: Judge) -> Work:
@@ -235,8 +243,8 @@ def numbers(games: list[dict[str, Any]], contestants: list[str], seed: int, miss
         counted = [game for game in own if game["outcome"] != "unparsed"]
         won = np.array([points(READINGS[game["outcome"]]) for game in counted])
         longer = np.array([float(len(game["response_first"]) - len(game["response_second"])) for game in counted])
-        # Of games that nobody won the prior alone would speak.
-        controlled = length_controlled(won, longer, [game["id"] for game in counted], seed) if _decided(counted) else None
+        # Of games that all ended alike the prior alone would speak.
+        controlled = length_controlled(won, longer, [game["id"] for game in counted], seed) if len(set(won.tolist())) > 1 else None
         found = shares([READINGS[game["outcome"]] for game in own])
         found["failed"] = sum((game["first"], game["second"]) == (first, second) for game in games) - len(own)
         longer_wins = [game["outcome"] == ("first" if gap > 0 else "second") for game, gap in zip(counted, longer, strict=True) if gap]
@@ -260,6 +268,15 @@ def numbers(games: list[dict[str, Any]], contestants: list[str], seed: int, miss
 def _decided(games: list[dict[str, Any]]) -> bool:
     """Whether anybody won one."""
     return any(game["outcome"] in ("first", "second") for game in games)
+
+
+def sure(found: Mapping[str, Any]) -> dict[str, tuple[float | None, int]]:
+    """Shares of won, tied and lost games, and of how many, by pair; for `pipelines.means.ends`."""
+    return {
+        f"{pair['first']} against {pair['second']}, {name}": (pair[name], pair["n"])
+        for pair in found.get("pairs", ())
+        for name in ("win", "tie", "lose")
+    }
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
@@ -292,7 +309,12 @@ def doubts(found: Mapping[str, Any]) -> list[str]:
     told, position = [], found["position"]
     if not found["ranking"]:
         told.append("nobody won a game: there is no ranking")
-    if position["first"] is not None and abs(position["first"] - 0.5) > max(0.1, 2 * position["stderr"]):
+    if alike := [row["name"] for row in found["ranking"] if row["games"] and row["high"] - row["low"] < 0.5]:
+        told.append(
+            f"the ratings of {', '.join(alike)} have no band: their games with one another ended alike, so that it is known who is better "
+            "and not by how much"
+        )
+    if position["first"] is not None and abs(position["first"] - 0.5) > 0.1 and position.get("p", 0.0) < 0.05:
         told.append(
             f"the judge is biased by position: {position['first']:.2f} of its choices name the response that it was shown first "
             "(0.5 would be fair); both orders are asked, so that this gives ties, not wins"

@@ -3,6 +3,7 @@
 Legend of shapes: G games, one of two contestants on one prompt; C contestants; R resamples of the prompts.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -147,19 +148,29 @@ def position_bias(readings: Sequence[tuple[Reading, Reading]]) -> dict[str, floa
         readings: of each game in both orders, both told of the order (a, b); in the second order b was shown first.
 
     Returns:
-        `first`: share of the `answers` with a winner that name the one shown first (no bias: 1/2), `stderr` of it, `consistent`: share of
-        the `n` games that could be read in which both orders say the same.
+        `first`: share of the `answers` with a winner that name the one shown first (no bias: 1/2), `stderr` of it and `p`, the chance of
+        as uneven games without bias, both over games; `consistent`: share of the `n` games that could be read in which both orders say the
+        same.
     """
-    preferred = [reading == shown for pair in readings for reading, shown in zip(pair, (0, 1), strict=True) if reading in (0, 1)]
+    games = [[reading == shown for reading, shown in zip(pair, (0, 1), strict=True) if reading in (0, 1)] for pair in readings]
+    answers, preferred = sum(map(len, games)), sum(map(sum, games))
     read = [pair for pair in readings if "unparsed" not in pair]
-    first = sum(preferred) / len(preferred) if preferred else None
+    first = preferred / answers if answers else None
     return {
         "first": first,
-        "answers": len(preferred),
-        "stderr": None if first is None else float(np.sqrt(first * (1 - first) / len(preferred))),
+        "answers": answers,
+        "stderr": None if first is None else math.sqrt(sum((sum(game) - first * len(game)) ** 2 for game in games)) / answers,
+        "p": _signs([2 * sum(game) - len(game) for game in games]),
         "consistent": sum(a == b for a, b in read) / len(read) if read else None,
         "n": len(read),
     }
+
+
+def _signs(values: Sequence[int]) -> float:
+    """Chance of as uneven signs, or more, where either is as likely: the two-sided test of signs, exact."""
+    signed = [value > 0 for value in values if value]
+    rarer = min(sum(signed), len(signed) - sum(signed))
+    return min(1.0, 2 * sum(math.comb(len(signed), k) for k in range(rarer + 1)) / 2 ** len(signed))
 
 
 def _numbers(prompts: Sequence[str]) -> Ints:

@@ -14,14 +14,17 @@ LETTERS: dict[str, Reading] = {"A": 0, "B": 1, "C": "tie"}
 _IS = r"\**(?:\s+is\b\s*:?|\s*:)[\s*]*"
 _SAID = r"[*\"')]*\s*(?:[.!;\n]|$|,?\s(?:because|since)\b)"
 """Nothing is said on behind it: "The winner is A? No" and "Rating: 1 to 10" name neither a winner nor a grade."""
-_MARKED = re.compile(r"\[\[\s*([ABC])\s*\]\]")
+_NO_LIST = r"(?!\s*,?\s*(?:if\b|when\b|or\b|\[\[))"
+"""Behind a mark: before "if" or another mark it tells how to answer, and is no answer."""
+_MARKED = re.compile(rf"(?<!or )\[\[\s*([ABC])\s*\]\]{_NO_LIST}")
 _NAMED = re.compile(
     rf"(?:verdict|winner|better(?:\s+(?:response|answer|one))?){_IS}(?:response|assistant|answer)?\s*[*\"'(]*((?-i:[AB])){_SAID}",
     re.IGNORECASE,
 )
 _ALONE = re.compile(r"\W*([ABC])\W*")
 _NUMBER = r"(\d++(?:\.\d++)?+)"
-_GRADE = re.compile(rf"(?<!/)(?<!/ )(?<!out of )\[\[\s*{_NUMBER}\s*(?:/\s*10)?\s*\]\]")
+_NO_SCALE = "".join(f"(?<!{word})" for word in ("/", "/ ", "out of ", "scale of ", "from ", "to ", "such as ", "or "))
+_GRADE = re.compile(rf"{_NO_SCALE}\[\[\s*{_NUMBER}\s*(?:/\s*10)?\s*\]\]{_NO_LIST}")
 _NAMED_GRADE = re.compile(rf"(?:rating|grade|score){_IS}{_NUMBER}\**(?:\s*(?:/|out of)\s*10)?{_SAID}", re.IGNORECASE)
 
 
@@ -54,10 +57,21 @@ def read_grade(text: str, cut: bool = False) -> float | None:
     return grade if 1 <= grade <= 10 else None
 
 
+def _echo(told: str) -> re.Pattern[str]:
+    """Of a sentence that the judge was told: its first four words and as many more of it as follow, however they are spaced."""
+    first, *rest = [re.escape(word.rstrip(".,")) + "[.,]?" for word in told.split()]
+    more = "".join(rf"(?:\s+{word}" for word in rest[3:]) + ")?" * len(rest[3:])
+    return re.compile(r"\s+".join([first, *rest[:3]]) + more, re.IGNORECASE)
+
+
+_ECHOES = [_echo(told) for ending in ENDINGS.values() for told in re.split(r"(?<=[.?])\s", ending)]
+
+
 def _own(text: str) -> str:
-    """A judge's own words: small ones say again how they were told to answer, with every mark in it."""
-    for ending in ENDINGS.values():
-        text = text.replace(ending, "")
+    """A judge's own words, behind its thoughts: small ones say again how they were told to answer, whole or in part, marks and all."""
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    for echo in _ECHOES:
+        text = echo.sub("", text)
     return text
 
 

@@ -52,6 +52,12 @@ class Asking:
         self.warned = False
         """whether it was said that questions are asked again"""
         self.stopped: str | None = None
+        self.under_way = 0
+        """requests that are made, or wait for their turn"""
+        self.dearest = 0.0
+        """cost of an answer so far at most"""
+        self.ended = asyncio.Event()
+        """of a request"""
 
     async def all(self, questions: dict[str, Row], most: float) -> dict[str, str]:
         """Asks them until more than `most` have failed; returns why, for those that did.
@@ -72,8 +78,11 @@ class Asking:
                 except Stopped as why:
                     # Answers under way to the others are paid for, and kept.
                     self.stopped = str(why)
+                    self.ended.set()
                 else:
                     self.cache.take(key, asdict(said))
+                    if self.judge.max_cost is not None and not said.read:
+                        self.stopped = "judge.max_cost cannot be kept: the judge's endpoint does not say how many tokens it read"
 
         try:
             await asyncio.gather(*(one_after_the_other() for _ in range(min(self.judge.concurrency, len(questions)))))
@@ -93,6 +102,8 @@ class Asking:
                     said = await self.endpoint.write(row["question"], self.judge.max_new_tokens)
                     if not said.text.strip():
                         raise EndpointError("the judge's endpoint answers with no word")
+                self.dearest = max(self.dearest, cost(self.judge, said.read, said.written))
+                return said
             except EndpointError as error:
                 if error.denied:
                     raise Stopped(f"{error}: set that variable where the job runs") from None
@@ -101,12 +112,11 @@ class Asking:
                 if not self.warned:
                     self.warned = True
                     log.warning("%s; it is asked again, up to %d times a question, with growing waits", error, self.judge.retries)
-                # Never sooner than the endpoint wants.
-                await asyncio.sleep(max(self._wanted(error), min(60.0, FIRST_WAIT * 2.0**attempt)) * random.uniform(1, 1.5))
-            else:
-                if self.judge.max_cost is not None and not said.read:
-                    raise Stopped("judge.max_cost cannot be kept: the judge's endpoint does not say how many tokens it read")
-                return said
+                wait = max(self._wanted(error), min(60.0, FIRST_WAIT * 2.0**attempt))
+            finally:
+                self._end()
+            # Never sooner than the endpoint wants.
+            await asyncio.sleep(wait * random.uniform(1, 1.5))
         raise AssertionError("the last attempt returns or raises")
 
     def _wanted(self, error: EndpointError) -> float:
@@ -124,14 +134,48 @@ class Asking:
         return seconds
 
     async def _turn(self) -> None:
-        """Waits until a request may be made, and counts it."""
+        """Waits until a request may be made, and counts it: whoever has had a turn tells `_end`.
+
+        Raises:
+            Stopped: a limit is reached, or another request stopped all.
+        """
         limit = self.judge.max_requests
+        while self._too_dear():
+            if not self.under_way:
+                raise Stopped(f"judge.max_cost={self.judge.max_cost:g} is spent, or too little of it is left for another question")
+            self.ended.clear()
+            await self.ended.wait()
+        self._go_on()
         if limit is not None and self.spent.requests >= limit:
             raise Stopped(f"judge.max_requests={limit} requests are made")
-        if self.judge.max_cost is not None and cost(self.judge, self.spent.read, self.spent.written) >= self.judge.max_cost:
-            raise Stopped(f"judge.max_cost={self.judge.max_cost:g} is spent")
         self.spent.requests += 1
+        self.under_way += 1
         if self.judge.requests_per_minute:
             now = time.monotonic()
             self.next = max(now, self.next) + 60 / self.judge.requests_per_minute
             await asyncio.sleep(max(0.0, self.next - 60 / self.judge.requests_per_minute - now))
+            try:
+                self._go_on()
+            except Stopped:
+                self.spent.requests -= 1
+                self._end()
+                raise
+
+    def _go_on(self) -> None:
+        if self.stopped:
+            raise Stopped(self.stopped)
+
+    def _end(self) -> None:
+        self.under_way -= 1
+        self.ended.set()
+
+    def _too_dear(self) -> bool:
+        """Whether another question may cost more than is left, with those under way: each as much as the dearest so far, of which
+        nothing is known before the first answer, so that it is waited for."""
+        if self.judge.max_cost is None or self.stopped:
+            return False
+        if not self.dearest and self.under_way:
+            return True
+        expected = cost(self.judge, self.spent.read, self.spent.written) + (self.under_way + 1) * self.dearest
+        # What is spent exactly is a sum of floats.
+        return expected > self.judge.max_cost * (1 + 1e-9)

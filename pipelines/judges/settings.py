@@ -124,14 +124,14 @@ class Judge(JudgeModel):
     """to the endpoint in one go of the job, by tournament and MT-Bench together, retries included; more stop it, and what was answered
     is kept"""
     max_cost: float | None = placement(None, gt=0)
-    """of one go of the job, in the currency of the prices: then it stops, what is under way is still paid for, and what was answered
-    is kept"""
+    """of one go of the job, in the currency of the prices: it stops before a question that may cost more, if that costs no more than
+    the dearest before it; what was answered is kept"""
     price_in: float = placement(0, ge=0)
     """of a million tokens that the judge reads"""
     price_out: float = placement(0, ge=0)
     """of a million tokens that it writes"""
     max_failed_fraction: float = placement(0.02, ge=0, le=1)
-    """more questions without an answer than this fail the tournament; an endpoint is then asked no more"""
+    """a greater share of the questions (two a game) without an answer fails the tournament; an endpoint is then asked no more"""
     max_unread_fraction: float = placement(0.5, ge=0, le=1)
     """more verdicts or grades that cannot be read than this, of those that the judge gave, fail the tournament or MT-Bench"""
 

@@ -1,6 +1,7 @@
 """The report of a finished run and its numbers, sent to the trackers that have its training curves."""
 
 import importlib
+import itertools
 import logging
 import re
 import time
@@ -17,8 +18,8 @@ UNPREFIXED = ("policies", "rewards")
 
 
 def attach(tracking: Tracking, root: Path, page: Path, found: Mapping[str, Any]) -> None:
-    """Sends report, numbers and the places of what the run made, as one tracked run called RUN/report; TensorBoard has the numbers in a
-    folder beside the page. A tracker that cannot be reached costs no run: the log says so.
+    """Sends report, numbers and the places of what the run made, as one tracked run called RUN/report; TensorBoard has them in a folder
+    beside the page, the report as text. A tracker that cannot be reached costs no run: the log says so.
 
     Args:
         tracking: which trackers.
@@ -66,12 +67,24 @@ def _leaves(found: Any, place: str = "", sizes: Sequence[int] = ()) -> Iterator[
 def _to_tensorboard(folder: Path, name: str, places: dict[str, str], metrics: dict[str, float], files: list[Path]) -> None:
     # Its own writer: torch's would load torch into the driver.
     from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     for stale in folder.glob("events.out.tfevents.*"):
         stale.unlink()
     writer = EventFileWriter(str(folder))
+    texts = {"places": "\n".join(f"- {what}: {place}" for what, place in places.items())}
+    for file in files:
+        if file.suffix == ".md" and file.exists():
+            texts["report"] = file.read_text(encoding="utf-8")
+    for tag, text in texts.items():
+        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()], tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]))
+        about = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        summary = Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=tensor)])
+        writer.add_event(Event(wall_time=time.time(), step=0, summary=summary))
     for key, value in metrics.items():
         writer.add_event(Event(wall_time=time.time(), step=0, summary=Summary(value=[Summary.Value(tag=key, simple_value=value)])))
     writer.close()
@@ -93,6 +106,19 @@ def _to_mlflow(uri: str, name: str, places: dict[str, str], metrics: dict[str, f
     mlflow.set_experiment(name.partition("/")[0])
     with mlflow.start_run(run_name=name):
         mlflow.log_params(places)
-        mlflow.log_metrics({re.sub(r"[^\w./ -]", "_", key): value for key, value in metrics.items()})
+        mlflow.log_metrics(_spelt(metrics))
         for file in files:
             mlflow.log_artifact(str(file))
+
+
+def _spelt(metrics: dict[str, float]) -> dict[str, float]:
+    """Named by the letters that MLflow takes. Of two names that are then the same ("regex:a+" and "regex:a*") the second has a number."""
+    found: dict[str, float] = {}
+    for key, value in metrics.items():
+        name = spelt = re.sub(r"[^\w./ -]", "_", key)
+        for number in itertools.count(2):
+            if name not in found:
+                break
+            name = f"{spelt}_{number}"
+        found[name] = value
+    return found

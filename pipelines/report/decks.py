@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipelines.records import shards
+from pipelines.records import shards, spread
 from pipelines.report.facts import EVALUATED, Facts
 from pipelines.watching.states import StageFacts
 
@@ -46,8 +46,8 @@ class Card:
 
 
 def decks(facts: Facts) -> dict[str, list[Card]]:
-    """The first held-out prompts (of an evaluation its prompts) with the answers of every policy, the best of N beside the greedy response,
-    games and grades with the judge's words, and rows of tasks; without those of which there are none."""
+    """Held-out prompts (of an evaluation its prompts), spread over all, with the answers of every policy; the best of N beside the greedy
+    response; games and grades with the judge's words; rows of tasks. Without those of which there are none."""
     root, done = facts.root, facts.done
     asked = next((root / stage.name / "train" for stage in done if stage.name.startswith(EVALUATED) and stage.own == "prompts"), None)
     prompts = asked or root / "demonstrations" / "held_out"
@@ -65,10 +65,12 @@ def decks(facts: Facts) -> dict[str, list[Card]]:
 
 
 def _answers(root: Path, done: Sequence[StageFacts], prompts: Path, evaluated: bool) -> list[Card]:
+    # Files are sorted by topic or difficulty more often than not.
+    chosen = set(spread([key for path in shards(prompts) for key in pq.read_table(path, columns=["id"])["id"].to_pylist()], CARDS))
     real: dict[str, dict[str, Any]] = {}
     for path in shards(prompts):
-        if len(real) < CARDS:
-            real |= {row["id"]: row for row in _head(path, CARDS - len(real), ["id", "prompt", "response"])}
+        rows = pq.read_table(path, columns=["id", "prompt", "response"], filters=[("id", "in", chosen)])
+        real |= {row["id"]: row for row in rows.to_pylist()}
     answers: dict[str, dict[str, tuple[str, float | None, bool]]] = {key: {} for key in real}
     # Of another command in the same directory there may be scores of other answers.
     own_stages = {stage.name for stage in done}
@@ -130,7 +132,7 @@ def _games(file: Path, prompts: Path) -> list[Card]:
     pairs: dict[tuple[str, str], list[int]] = {}
     for number, game in enumerate(pq.read_table(file, columns=["first", "second"]).to_pylist()):
         pairs.setdefault((game["first"], game["second"]), []).append(number)
-    shown = [number for numbers in pairs.values() for number in numbers[: max(1, CARDS // len(pairs))]]
+    shown = [number for numbers in pairs.values() for number in spread(numbers, max(1, CARDS // len(pairs)))]
     games = pq.read_table(file).take(shown).to_pylist() if shown else []
     asked: dict[str, str] = {}
     for path in shards(prompts):
@@ -159,9 +161,7 @@ def _grades(file: Path) -> list[Card]:
     for row in pq.read_table(file).to_pylist():
         questions.setdefault(row["id"], []).append(row)
     count = max(1, CARDS // max(map(len, questions.values()), default=1))
-    ids = list(questions)
-    chosen = [ids[k * len(ids) // count] for k in range(min(count, len(ids)))]
-    return [_grade(row) for key in chosen for row in sorted(questions[key], key=lambda row: row["turn"])]
+    return [_grade(row) for key in spread(list(questions), count) for row in sorted(questions[key], key=lambda row: row["turn"])]
 
 
 def _grade(row: Mapping[str, Any]) -> Card:

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from pipelines import best_of_n_report, measures, reward_training, summary
+from pipelines import best_of_n_report, measures, reward_training, summary, tournament
 from pipelines.means import ends
 from pipelines.report import figures, scoreboard
 from pipelines.report.decks import Card, Side, decks
@@ -39,6 +39,7 @@ BASELINES = (
     "By the length alone: a threshold. By the words alone: a classifier that sees only which words and marks occur in a response, not "
     "their order, which tells which model wrote it. Where these do as well, the reward model may know no more than they do."
 )
+TASKS = "± is one standard error, as lm-eval has it; n is how many rows were asked."
 COLOURED = ("right", "wrong", "won", "lost")
 TEMPLATE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 Rows = Sequence[Sequence[str]]
@@ -103,8 +104,10 @@ def notes(facts: Facts) -> dict[str, str]:
     found = {"Policies": " ".join(filter(None, said))}
     found["Reward models on held-out pairs"] = BASELINES
     found["Answers to the prompts"] = " ".join(filter(None, (ANSWERS, ends(measures.shares(facts.scoreboard()["measures"])))))
-    found["Tasks"] = "± is one standard error, as lm-eval has it; n is how many rows were asked."
-    found["Tournament: games of the first against the second"] = GAMES
+    found["Tasks"] = " ".join(filter(None, (TASKS, ends(scoreboard.shares(facts.scoreboard()["tasks"])))))
+    found["Tournament: games of the first against the second"] = " ".join(
+        filter(None, (GAMES, ends(tournament.sure(facts.stage("evaluation/tournament/games")))))
+    )
     if judge := _judge(facts, "tournament"):
         asked = facts.stage("evaluation/tournament/questions")
         equal = f"{asked['equal']} of {asked['games']} games were between equal responses: ties, about which the judge was not asked."

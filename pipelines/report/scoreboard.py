@@ -36,6 +36,16 @@ def tasks(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return [["policy", *header], *([name, *(_value(done.get(task)) for task in names)] for name, done in found.items())]
 
 
+def shares(found: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[float | None, int]]:
+    """The main metrics of tasks, and of how many rows, by policy and task; for `pipelines.means.ends`. All that are 0 or 1 are shares."""
+    return {
+        f"{name}, {task}": (numbers["metrics"][numbers["main"]]["value"], numbers["n"])
+        for name, done in found.items()
+        for task, numbers in done.items()
+        if numbers["main"]
+    }
+
+
 def _shots(number: int | None) -> str:
     """The tasks of a group may have different ones."""
     return "its shots" if number is None else f"{number} shots"

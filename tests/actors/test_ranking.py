@@ -1,6 +1,7 @@
 """Win rates, rankings and the judge's own faults, from verdicts."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,3 +83,10 @@ def test_faults_of_a_judge() -> None:
     fair = position_bias([(0, 0), (1, 1), ("tie", "tie"), ("unparsed", 0)])
     assert fair["consistent"] == 1.0 and fair["n"] == 3 and fair["first"] == pytest.approx(2 / 5)
     assert position_bias([])["first"] is None
+    # Five of six games name the one shown first in both orders, one the other: 7 of the 64 ways to fall, and as many the other way.
+    games: Any = [*[(0, 1)] * 5, (1, 0), (0, 0), ("tie", "tie")]
+    uneven: Any = position_bias(games)
+    assert uneven["first"] == pytest.approx(11 / 14) and uneven["p"] == pytest.approx(14 / 64)
+    # The two answers of a game are no two proofs: five times 2 - 11/7, once 11/7, once 1 - 11/7.
+    assert uneven["stderr"] == pytest.approx((5 * (3 / 7) ** 2 + (11 / 7) ** 2 + (4 / 7) ** 2) ** 0.5 / 14)
+    assert position_bias([(0, 1)])["p"] == 1.0 and biased["p"] == pytest.approx(2 / 2**10) and fair["p"] == 1.0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from judges import completion, endpoint, longer
-from tournaments import FEW, ROWS, Played
+from tournaments import ALIKE, FEW, ROWS, Played
 
 from pipelines import judging, tournament
 from pipelines.judges import asking
@@ -102,14 +102,27 @@ def test_a_judge_with_more_room_is_asked_what_was_too_long(tmp_path: Path, monke
 def test_a_limit_of_cost(tmp_path: Path) -> None:
     with endpoint(longer) as (url, asked):
         # A question costs 100 x 1 + 10 x 5 millionths.
-        with pytest.raises(StageError, match=r"judge.max_cost=0.0006 is spent; 4 answers came and are kept"):
-            Played(tmp_path).play(url=url, price_in=1, price_out=5, max_cost=0.0006, concurrency=1)
+        for number, (concurrency, rate) in enumerate([(1, None), (16, None), (16, 6000)]):
+            limits: dict[str, Any] = {
+                "price_in": 1,
+                "price_out": 5,
+                "max_cost": 0.0007,
+                "concurrency": concurrency,
+                "requests_per_minute": rate,
+            }
+            with pytest.raises(StageError, match=r"judge.max_cost=0.0007 is spent, or too little .* 4 answers came and are kept"):
+                Played(tmp_path / str(number)).play(url=url, **limits)
+            assert len(asked) == 4 * (number + 1), "four cost 0.0006, however many would be asked at a time"
+        asked.clear()
+        with pytest.raises(StageError, match="4 answers came and are kept"):
+            Played(tmp_path / "to the last").play(url=url, price_in=1, price_out=5, max_cost=0.0006, requests_per_minute=6000)
         assert len(asked) == 4
         found = Played(tmp_path / "all").play(url=url, price_in=1, price_out=5)
     assert found["asking"]["cost"] == pytest.approx(36 * 150e-6)
     free = (200, {key: value for key, value in completion("[[A]]", {"model": "m"}).items() if key != "usage"})
     with endpoint(lambda question: free) as (url, asked), pytest.raises(StageError, match=r"judge.max_cost cannot be kept"):
-        Played(tmp_path / "free").play(url=url, price_in=1, max_cost=1, concurrency=1)
+        Played(tmp_path / "free").play(url=url, price_in=1, max_cost=1)
+    assert len(asked) == 1 and len(Cache(tmp_path / "free" / "judge_answers.jsonl").answers) == 1, "what was paid for is kept"
 
 
 def test_all_who_ask_share_the_limits(tmp_path: Path) -> None:
@@ -203,6 +216,7 @@ def test_too_many_failures_fail_the_tournament(tmp_path: Path, monkeypatch: pyte
     games = next(iter(tournament.tables(found).values()))
     assert [row[games[0].index("no answer")] for row in games[1:]] == ["1"] * 3
     assert tournament.doubts(found) == [
+        ALIKE.format("long, demonstrations, short"),
         "3 of 18 games have no answer of the judge: they count for nobody",
         FEW.format(ROWS - 1),
     ]

@@ -50,16 +50,17 @@ def game(number: int, second: str = "b", **said: Any) -> dict[str, Any]:
     return {"id": str(number), "first": "a", "second": second} | responses | found | said
 
 
-def test_the_first_answer_is_shown_with_its_own_mark_and_whether_it_was_cut(tmp_path: Path) -> None:
+def test_the_first_answer_to_prompts_from_all_over_is_shown_with_its_own_mark_and_whether_it_was_cut(tmp_path: Path) -> None:
     prompts(tmp_path)
     said = {"iteration": 0, "sample": 0, "prompt": [], "prompt_ids": [], "response": "It is", "response_ids": [1]}
-    rows = [said | {"id": str(k), "finish_reason": "length" if k else "stop"} for k in range(2)]
+    rows = [said | {"id": str(k), "finish_reason": "length" if k % 2 else "stop"} for k in range(30)]
     rows += [row | {"sample": 1, "response": "Another", "finish_reason": "stop"} for row in rows]
     written(tmp_path, Stage("evaluation/policies/a/answers", {}), rows, SAMPLE, "train/00000.parquet")
-    scores = [{"id": str(k), "sample": sample, "score": float(k ^ sample), "reason": None} for sample in range(2) for k in range(2)]
+    scores = [{"id": str(k), "sample": sample, "score": float(k % 2 ^ sample), "reason": None} for sample in range(2) for k in range(30)]
     written(tmp_path, Stage("evaluation/policies/a/score-1", {}), scores, SCORE, "train/00000.parquet")
     cards = decks.decks(gather(tmp_path))["Answers"]
-    assert [card.sides[1] for card in cards] == [Side("a", "It is", "wrong"), Side("a", "It is", "right, cut")]
+    assert [card.prompt for card in cards] == [f"question {k}" for k in range(0, 30, 3)], "such files are sorted more often than not"
+    assert [card.sides[1] for card in cards] == [Side("a", "It is", "wrong"), Side("a", "It is", "right, cut")] * 5
     shown = page.html(gather(tmp_path))
     assert '<span class="score right">right, cut</span>' in shown
 
@@ -100,7 +101,8 @@ def test_of_n_samples_the_chosen_one_is_shown_beside_the_greedy_response(tmp_pat
 def test_games_of_every_pair_are_shown_with_what_the_judge_said_in_both_orders(tmp_path: Path) -> None:
     prompts(tmp_path)
     silent: dict[str, Any] = dict.fromkeys(("question", "answer", "question_swapped", "answer_swapped", "given", "swapped"))
-    rows = [game(0), game(1, outcome="tie", swapped="second"), game(2, outcome="tie", **silent), *(game(k) for k in range(3, 20))]
+    said = {4: {"outcome": "tie", "swapped": "second"}, 8: {"outcome": "tie"} | silent}
+    rows = [game(k, **said.get(k, {})) for k in range(20)]
     rows += [
         game(0, "c", outcome="second", given="second", swapped="second"),
         game(1, "c", outcome="failed", given=None, swapped=None, answer_swapped=None),
@@ -108,6 +110,7 @@ def test_games_of_every_pair_are_shown_with_what_the_judge_said_in_both_orders(t
     ]
     written(tmp_path, GAMES, rows, GAME, "games.parquet")
     cards = decks.decks(gather(tmp_path))["Games before the judge"]
+    assert [card.prompt for card in cards] == [f"question {k}" for k in (0, 4, 8, 12, 16, 0, 1, 2)]
     assert [card.sides[1].name for card in cards] == ["b"] * 5 + ["c"] * 3
     first, tie, equal = cards[:3]
     assert first == Card(

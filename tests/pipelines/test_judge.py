@@ -48,6 +48,14 @@ from pipelines.serving.settings import JudgeService
         ("**Verdict:** B", 1),
         ("The better answer is A because it is right.", 0),
         ("Winner: **B**\n\nIt is right.", 1),
+        (prompts.ENDINGS["text"][:-1], "unparsed"),
+        (prompts.ENDINGS["text"].replace(" ", "\n").lower().replace("[[a]]", "[[A]]"), "unparsed"),
+        (f"{prompts.ENDINGS['text'][:-1]} [[A]]", 0),
+        ("[[A]] if response A is better, [[B]] if B is, or [[C]] if neither is.", "unparsed"),
+        ("It is [[A]], [[B]], or [[C]].", "unparsed"),
+        ("[[A]] or [[B]]?", "unparsed"),
+        ("<think>Maybe [[B]].</think>The first. [[A]]", 0),
+        ("Maybe [[B]].</think>The first. [[A]]", 0),
     ],
 )
 def test_words_are_read(text: str, reading: object) -> None:
@@ -74,6 +82,9 @@ def test_words_are_read(text: str, reading: object) -> None:
         ("Rating: 1 to 10 scale, I give 7", None),
         ("Rating: 7.5 to 8", None),
         ("**Score:** 7.5 out of 10", 7.5),
+        (prompts.ENDINGS["grade"][:-1], None),
+        ("A whole number in brackets, such as [[5]]", None),
+        ("[[7]] on a scale of [[1]] to [[10]].", 7),
     ],
 )
 def test_grades_are_read(text: str, grade: float | None) -> None:
@@ -84,6 +95,15 @@ def test_an_answer_that_was_cut_counts_by_its_mark_alone() -> None:
     assert read_pair("The winner is A", cut=True) == "unparsed" == read_pair("A", cut=True)
     assert read_pair("[[B]] because", cut=True) == 1 and read_grade("[[7]] because", cut=True) == 7
     assert read_grade("The rating is 1", cut=True) is None, "it may have been going to be 10"
+    assert read_pair("<think>Maybe [[A]]", cut=True) == "unparsed", "it was still thinking"
+
+
+@pytest.mark.parametrize("ending", ["text", "grade"])
+def test_a_judge_that_says_again_how_to_answer_has_said_nothing_however_much_of_it(ending: str) -> None:
+    told = prompts.ENDINGS[ending]
+    for end in range(len(told) + 1):
+        for said in (told[:end], told[:end].replace(" ", "  ")):
+            assert read_pair(said, cut=True) == "unparsed" and read_grade(said, cut=True) is None, said
 
 
 def test_both_orders_must_agree() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from judges import always_a, completion, endpoint, longer
-from tournaments import FEW, ROWS, Played, words
+from tournaments import ALIKE, FEW, ROWS, Played, prompt, words
 
 from pipelines import tournament
 from pipelines.judges.settings import Judge, Tournament
@@ -17,7 +17,8 @@ def test_a_judge_that_always_says_a_gives_nothing_but_ties(tmp_path: Path) -> No
     with endpoint(always_a) as (url, asked):
         found = Played(tmp_path).play(url=url)
     assert [(pair["win"], pair["tie"], pair["lose"], pair["n"]) for pair in found["pairs"]] == [(0, 1, 0, ROWS)] * 3
-    assert found["position"] == {"first": 1.0, "answers": 6 * ROWS, "stderr": 0.0, "consistent": 0.0, "n": 3 * ROWS}
+    position = {"first": 1.0, "answers": 6 * ROWS, "stderr": 0.0, "p": 0.5 ** (3 * ROWS - 1), "consistent": 0.0, "n": 3 * ROWS}
+    assert found["position"] == position
     assert found["ranking"] == [] and "nobody won a game: there is no ranking" in tournament.doubts(found)
     assert any("biased by position" in text for text in tournament.doubts(found))
     assert {(body["temperature"], body["seed"]) for _, body in asked} == {(0, 0)} and len(asked) == 2 * 3 * ROWS
@@ -36,7 +37,8 @@ def test_a_judge_that_prefers_length_says_what_arithmetic_says(tmp_path: Path) -
     assert all(pair["longer_wins"] == 1.0 for pair in pairs.values())
     assert pairs["short", "long"]["longer"] == -5 * 6
     assert [row["name"] for row in found["ranking"]] == ["long", "demonstrations", "short"]
-    assert found["position"]["first"] == 0.5 and found["position"]["consistent"] == 1.0 and tournament.doubts(found) == [FEW.format(ROWS)]
+    assert found["position"]["first"] == 0.5 and found["position"]["consistent"] == 1.0
+    assert tournament.doubts(found) == [ALIKE.format("long, demonstrations, short"), FEW.format(ROWS)]
     (game,) = [g for g in played.games() if (g["id"], g["first"], g["second"]) == ("r0", "short", "long")]
     assert game["outcome"] == "second" and "Say 0." in game["question"] and game["answer"] == "[[B]]" and game["answer_swapped"] == "[[A]]"
     assert game["question"].index(words("short", 0)) < game["question"].index(words("long", 0))
@@ -70,6 +72,17 @@ def test_equal_responses_tie_without_a_question(tmp_path: Path) -> None:
     with endpoint(longer) as (url, asked):
         found = played.play(url=url)
     assert not asked and [(pair["tie"], pair["n"]) for pair in found["pairs"]] == [(1, ROWS - 1)]
+
+
+def test_a_prompt_that_is_there_twice_has_the_response_twice_and_one_with_a_system_turn_its_own(tmp_path: Path) -> None:
+    other = tmp_path / "others.jsonl"
+    system = [{"role": "system", "content": "Be short."}, *prompt(0)]
+    lines = [{"messages": [*system, {"role": "assistant", "content": "short"}]}, {"prompt": "Say 0.", "completion": "plain"}]
+    other.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = [{"id": key, "prompt": messages} for key, messages in (("r0", prompt(0)), ("r1", prompt(0)), ("r2", system))]
+    assert tournament._from_files("theirs", str(other), asked, warn=True) == {"r0": "plain", "r1": "plain", "r2": "short"}
+    other.write_text(json.dumps(lines[1]) + "\n")
+    assert tournament._from_files("theirs", str(other), asked, warn=True) == dict.fromkeys(("r0", "r1", "r2"), "plain")
 
 
 def test_an_answer_that_was_cut_counts_by_its_mark_alone(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from actors.learner.tracking import Tracker, require
 from actors.settings import Tracking
+from pipelines.report import attached
 from pipelines.report.attached import attach
 
 STEPS = [{"step": 1, "steps": 2, "loss": 1.5}, {"step": 2, "steps": 2, "loss": 0.5}]
@@ -61,11 +62,15 @@ def test_the_numbers_of_an_evaluation_reach_tensorboard(tmp_path: Path) -> None:
         "best_of_n": {"sizes": [1, 4], "selectors": {"bt": {"win_rate": [0.5, None], "golden": [0.25, 0.75]}}},
         "stages": [{"name": "x", "seconds": 1}],
     }
+    page.with_suffix(".md").write_text("# job: evaluation")
     for _ in range(2):
         attach(Tracking(), tmp_path, page, found)
     (events,) = (tmp_path / "evaluation-tensorboard").glob("events.out.tfevents.*")
     board = EventAccumulator(str(events))
     board.Reload()
+    (told,) = (event.tensor_proto.string_val[0].decode() for event in board.Tensors("report"))
+    (places,) = (event.tensor_proto.string_val[0].decode() for event in board.Tensors("places"))
+    assert told == "# job: evaluation" and f"- directory: {tmp_path}\n- report: {page}" in places
     shown = {tag: board.Scalars(tag)[0].value for tag in board.Tags()["scalars"]}
     assert shown == {
         "tasks/sft/gsm8k/n": 40,
@@ -154,3 +159,9 @@ def test_a_tracker_that_is_away_costs_no_run(tmp_path: Path, caplog: pytest.LogC
     nowhere.write_text("no folder")
     attach(Tracking(mlflow_uri=(nowhere / "x").as_uri()), tmp_path / "job", report(tmp_path / "job"), FOUND)
     assert "the report could not be sent to" in caplog.text
+
+
+def test_names_that_mlflow_would_take_for_the_same_are_told_apart() -> None:
+    asked = {"sft/regex:a+/mean": 0.1, "sft/regex:a*/mean": 0.2, "sft/regex_a_/mean": 0.3, "sft/n": 4.0}
+    named = {"sft/regex_a_/mean": 0.1, "sft/regex_a_/mean_2": 0.2, "sft/regex_a_/mean_3": 0.3, "sft/n": 4.0}
+    assert attached._spelt(asked) == named
