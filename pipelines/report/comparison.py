@@ -12,8 +12,6 @@ from pipelines.report.facts import Facts
 from pipelines.watching.states import DONE, SKIPPED, StageFacts
 from pipelines.watching.status import duration, look
 
-FOUND, SAMPLES = (figures.accuracy, figures.ranking), (figures.lengths, figures.best_of_n)
-
 
 def tables(runs: Sequence[Facts]) -> dict[str, page.Rows]:
     """By title: what became of the jobs; the settings and versions that differ, a run a column; every table that a run has, the rows of
@@ -79,7 +77,8 @@ def html(runs: Sequence[Facts]) -> str:
 
 def _column(run: Facts, beside: Sequence[Facts]) -> str:
     warned = "".join(f"<li>{escape(text)}</li>" for text in doubts(run))
-    found, samples = ("".join(page.figure(draw(run)) for draw in drawn) for drawn in (FOUND, SAMPLES))
+    found = page.figure(figures.accuracy(run, beside)) + page.figure(figures.ranking(run))
+    samples = page.figure(figures.lengths(run)) + page.figure(figures.best_of_n(run))
     return (f"<ul class=warnings>{warned}</ul>" if warned else "") + found + page.training(run, beside) + samples
 
 

@@ -73,10 +73,12 @@ def _by_kind(facts: Facts) -> dict[str, dict[str, Sequence[Mapping[str, float]]]
     return found
 
 
-def accuracy(facts: Facts) -> str:
-    """Held-out accuracy of every policy, with two standard errors either side."""
+def accuracy(facts: Facts, beside: Sequence[Facts] = ()) -> str:
+    """Held-out accuracy of every policy, with two standard errors either side; `beside` as in `training`."""
     found = facts.evaluations()
-    return _drawn("accuracy", {name: [n["accuracy"], n["stderr"]] for name, n in found.items()}) if len(found) > 1 else ""
+    ends = [n["accuracy"] + 2 * (n["stderr"] or 0.0) for run in beside for n in run.evaluations().values()]
+    data = {name: [n["accuracy"], n["stderr"]] for name, n in found.items()}, max(ends, default=None)
+    return _drawn("accuracy", data) if len(found) > 1 else ""
 
 
 def ranking(facts: Facts) -> str:
@@ -179,14 +181,15 @@ def _steps(axes: Any, ranges: Ranges, keys: Sequence[str], legend: bool) -> None
         axes.legend(fontsize=7, loc="upper center", ncols=3, columnspacing=1, handlelength=1.2)
 
 
-def _accuracy(figure: Any, found: Mapping[str, Sequence[float | None]]) -> None:
+def _accuracy(figure: Any, data: tuple[Mapping[str, Sequence[float | None]], float | None]) -> None:
+    found, highest = data
     figure.set_size_inches(max(3.5, 1.1 * len(found) + 1), 2.8)
     axes = figure.subplots()
     values = [value for value, _ in found.values()]
     errors = [2 * (error or 0.0) for _, error in found.values()]
     axes.errorbar(list(found), values, yerr=errors, fmt="o", color=COLOURS[0], capsize=4)
     axes.set_ylabel("held-out accuracy\n(bars: 2 standard errors)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1.05 * highest if highest else None)
     axes.margins(x=0.1)
 
 

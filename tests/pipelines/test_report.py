@@ -165,6 +165,17 @@ def test_the_page_is_whole_and_shows_everybody(ended: Path) -> None:
     table = (ended / "report.md").read_text()
     assert "| iteration-1 | 0.250 | 0.050 | 100 | -0.200 |  | 0.750 of 40 |" in table, table
     assert "| demonstrations | done before |" in table and "Training on demonstrations: sft<" in page
+    assert "| rows of | train | held out | rejected |" in table and "| demonstrations | 8 | 4 | 1 |" in table
+    assert re.search(r"\| ray +\| 2\.\d+\.\d+", table) and "objective:\n  beta: 1.0" in table
+    assert all(text in page for text in ("<td>demonstrations</td><td>8</td><td>4</td><td>1</td>", "<td>ray</td>", "  beta: 1.0"))
+
+
+def test_every_curve_of_a_step_is_drawn(ended: Path) -> None:
+    (drawn,) = (svg for title, svg in figures.training(gather(ended)).items() if title.startswith("Training on pairs"))
+    titles = ["rewards (beta x log ratio)", "margin", "loss and its parts", "log-probs, nats", "pairs told apart", "gradient norm"]
+    assert all(f">{title}<" in drawn for title in titles)
+    names = ["reward real", "reward generated", "loss", "loss real", "loss generated", "logps real", "logps generated"]
+    assert all(f">{name}<" in drawn for name in names)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
@@ -299,6 +310,11 @@ def test_runs_side_by_side(ended: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ["ended", "", "ended", "8 of 8", "0.0 s", "there is no plan.json: the stages that are done, without those to do"],
         ["other", "", "stopped", "4 of 4", "0.0 s", "there is no plan.json: the stages that are done, without those to do"],
     ]
+    high = tmp_path / "high"
+    shutil.copytree(ended, high)
+    renumber(high / "sft" / "evaluation", accuracy=0.9, stderr=0.02)
+    drawn = [figures.accuracy(run, [gather(ended), gather(high)]) for run in (gather(ended), gather(high))]
+    assert all(">0.8<" in svg for svg in drawn) and ">0.8<" not in figures.accuracy(gather(ended)), "the same axis side by side"
     page = output.read_text()
     assert page.count('aria-label="training"') == 1 and "ended and other" in page and "objective.beta" in page
     assert "Versions that differ: none</h2><h2>" in page and "software" not in told, "no table where nothing differs"

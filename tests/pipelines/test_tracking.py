@@ -165,3 +165,17 @@ def test_names_that_mlflow_would_take_for_the_same_are_told_apart() -> None:
     asked = {"sft/regex:a+/mean": 0.1, "sft/regex:a*/mean": 0.2, "sft/regex_a_/mean": 0.3, "sft/n": 4.0}
     named = {"sft/regex_a_/mean": 0.1, "sft/regex_a_/mean_2": 0.2, "sft/regex_a_/mean_3": 0.3, "sft/n": 4.0}
     assert attached._spelt(asked) == named
+
+
+def test_what_a_job_found_is_in_its_tensorboard_with_the_report(undisturbed: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(undisturbed / "tensorboard"))
+    board.Reload()
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert {f"{name}/n" for name in summary["policies"]} <= set(board.Tags()["scalars"])
+    (report,) = (event.tensor_proto.string_val[0].decode() for event in board.Tensors("report"))
+    assert report == (undisturbed / "report.md").read_text()
+    curves = EventAccumulator(str(undisturbed / "iteration-1" / "training"))
+    curves.Reload()
+    assert {"loss", "reward_real", "reward_generated", "margin", "grad_norm"} <= set(curves.Tags()["scalars"])
