@@ -143,6 +143,9 @@ def test_each_deck_is_browsed_by_its_own_buttons(tmp_path: Path) -> None:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         opened = browser.new_page()
         opened.goto((tmp_path / "report.html").as_uri())
+        for width in (400, 1280):
+            opened.set_viewport_size({"width": width, "height": 900})
+            assert opened.evaluate("document.documentElement.scrollWidth") <= width
         opened.locator(".deck").nth(1).locator(".after").click()
         assert opened.locator(".place").all_text_contents() == ["1 of 10", "2 of 3"]
         assert [opened.locator(".deck").nth(k).locator(".card:visible").count() for k in range(2)] == [1, 1]
