@@ -168,9 +168,10 @@ def position_bias(readings: Sequence[tuple[Reading, Reading]]) -> dict[str, floa
 
 def _signs(values: Sequence[int]) -> float:
     """Chance of as uneven signs, or more, where either is as likely: the two-sided test of signs, exact."""
-    signed = [value > 0 for value in values if value]
-    rarer = min(sum(signed), len(signed) - sum(signed))
-    return min(1.0, 2 * sum(math.comb(len(signed), k) for k in range(rarer + 1)) / 2 ** len(signed))
+    n, positive = sum(value != 0 for value in values), sum(value > 0 for value in values)
+    # In logs: of many games the numbers of ways are too large for floats.
+    ways = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(positive, n - positive) + 1))
+    return min(1.0, 2 * sum(math.exp(log_ways - n * math.log(2)) for log_ways in ways))
 
 
 def _numbers(prompts: Sequence[str]) -> Ints:

@@ -14,16 +14,16 @@ LETTERS: dict[str, Reading] = {"A": 0, "B": 1, "C": "tie"}
 _IS = r"\**(?:\s+is\b\s*:?|\s*:)[\s*]*"
 _SAID = r"[*\"')]*\s*(?:[.!;\n]|$|,?\s(?:because|since)\b)"
 """Nothing is said on behind it: "The winner is A? No" and "Rating: 1 to 10" name neither a winner nor a grade."""
-_NO_LIST = r"(?!\s*,?\s*(?:if\b|when\b|or\b|\[\[))"
+_NO_LIST = r"(?!\s*,?\s*(?:if\b|when\b|or\b|to\s+\[\[|\[\[))"
 """Behind a mark: before "if" or another mark it tells how to answer, and is no answer."""
-_MARKED = re.compile(rf"(?<!or )\[\[\s*([ABC])\s*\]\]{_NO_LIST}")
+_MARKED = re.compile(rf"(?<!\bor )\[\[\s*([ABC])\s*\]\]{_NO_LIST}")
 _NAMED = re.compile(
     rf"(?:verdict|winner|better(?:\s+(?:response|answer|one))?){_IS}(?:response|assistant|answer)?\s*[*\"'(]*((?-i:[AB])){_SAID}",
     re.IGNORECASE,
 )
 _ALONE = re.compile(r"\W*([ABC])\W*")
 _NUMBER = r"(\d++(?:\.\d++)?+)"
-_NO_SCALE = "".join(f"(?<!{word})" for word in ("/", "/ ", "out of ", "scale of ", "from ", "to ", "such as ", "or "))
+_NO_SCALE = "".join(rf"(?<!{word})" for word in ("/", "/ ", "out of ", "scale of ", r"\]\] to ", r"\d to ", "such as ", r"\bor "))
 _GRADE = re.compile(rf"{_NO_SCALE}\[\[\s*{_NUMBER}\s*(?:/\s*10)?\s*\]\]{_NO_LIST}")
 _NAMED_GRADE = re.compile(rf"(?:rating|grade|score){_IS}{_NUMBER}\**(?:\s*(?:/|out of)\s*10)?{_SAID}", re.IGNORECASE)
 

@@ -54,6 +54,7 @@ from pipelines.serving.settings import JudgeService
         ("[[A]] if response A is better, [[B]] if B is, or [[C]] if neither is.", "unparsed"),
         ("It is [[A]], [[B]], or [[C]].", "unparsed"),
         ("[[A]] or [[B]]?", "unparsed"),
+        ("My vote is for [[A]].", 0),
         ("<think>Maybe [[B]].</think>The first. [[A]]", 0),
         ("Maybe [[B]].</think>The first. [[A]]", 0),
     ],
@@ -85,6 +86,9 @@ def test_words_are_read(text: str, reading: object) -> None:
         (prompts.ENDINGS["grade"][:-1], None),
         ("A whole number in brackets, such as [[5]]", None),
         ("[[7]] on a scale of [[1]] to [[10]].", 7),
+        ("[[7]] on a scale from 1 to [[10]].", 7),
+        ("In all that comes to [[7]].", 7),
+        ("I raise it from [[3]] for [[8]].", 8),
     ],
 )
 def test_grades_are_read(text: str, grade: float | None) -> None:
