@@ -14,7 +14,7 @@ from pipelines import base_model
 from pipelines.means import CUT, FEW, cell, cut_off
 from pipelines.run.artifacts import Run, Stage
 from pipelines.run.manifests import read_json, versions, write_json
-from pipelines.tables import Shown, Table, ruled
+from pipelines.tables import Shown, Table, filled, ruled
 
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 
@@ -108,7 +108,7 @@ def _by_policy(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def table(
     policies: dict[str, dict[str, Any]], iterations: Mapping[str, dict[str, Any]], gains: Mapping[str, dict[str, Any]]
 ) -> list[list[str]]:
-    """Rows of the final table, the header first; accuracy has columns where something was measured.
+    """Rows of the final table, the header first; columns are there where something was measured.
 
     Args:
         policies: numbers of the evaluation by policy.
@@ -130,7 +130,7 @@ def table(
         apart = _cell(trained.get("classification_accuracy"))
         told = f"{apart} of {trained['held_out_pairs']}" if apart else ""
         rows.append([name, *cells, _cell(trained.get("reward_real")), _cell(trained.get("reward_generated")), told])
-    return rows
+    return filled(rows)
 
 
 def content(

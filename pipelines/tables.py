@@ -37,6 +37,12 @@ def reader_may_leave() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def filled(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """A table without those columns, but for the first, in which no row has anything; the header is the first row."""
+    kept = [k for k in range(len(rows[0])) if not k or any(row[k] for row in rows[1:])]
+    return [[row[k] for k in kept] for row in rows]
+
+
 def ruled(rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; the header is the first row."""
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]

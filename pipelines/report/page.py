@@ -86,7 +86,9 @@ def tables(facts: Facts) -> dict[str, Rows]:
     """What is measured, by title; rows with the header first."""
     found: dict[str, Rows] = {}
     if facts.evaluations() or facts.trained():
-        found["Policies"] = policy_table(facts)
+        policies = policy_table(facts)
+        # Of names alone there is nothing to say.
+        found |= {"Policies": policies} if len(policies[0]) > 1 else {}
     rewards = facts.stage("rewards/metrics")
     if rewards:
         found["Reward models on held-out pairs"] = reward_training.table(rewards)

@@ -145,6 +145,8 @@ def test_the_table_shows_what_was_measured() -> None:
     rows = table({"base": measured, "dil": measured}, {"dil": trained}, {"dil": gain})
     assert rows[0][4] == "gain on the one before" and rows[1][4] == ""
     assert rows[2][:5] == ["dil", "0.500", "0.050", "100", "+0.100 ± 0.040"]
+    assert table({"base": measured, "sft": measured}, {}, {})[0] == ["policy", "accuracy", "±", "n"], "no column is empty"
+    assert table({"dil": unmeasured}, {"dil": {"held_out_pairs": 0}}, {}) == [["policy"], ["dil"]]
 
 
 @pytest.mark.parametrize("outcome", ["tie", "failed", "unparsed"])
