@@ -104,7 +104,7 @@ def test_none_right_leaves_room_for_a_share_that_wilsons_interval_says() -> None
     said = ends({"base": (0.0, 104), "sft": (0.5, 104), "iteration-1": (1.0, 40), "iteration-2": (None, 0)})
     # The interval's end is where the share p is 1.96 of its own standard errors, sqrt(p (1 - p) / n), away from what was seen.
     assert pytest.approx(1.96, abs=1e-3) == 0.035636 / (0.035636 * (1 - 0.035636) / 104) ** 0.5
-    assert said.endswith("the true share is: base at most 0.036, iteration-1 at least 0.912.")
+    assert said.endswith("the true one is: base at most 0.036, iteration-1 at least 0.912.")
     assert ends({"sft": (0.5, 104)}) == ""
 
 
@@ -152,7 +152,7 @@ def test_the_table_shows_what_was_measured() -> None:
 @pytest.mark.parametrize("outcome", ["tie", "failed", "unparsed"])
 def test_where_no_game_was_decided_nobody_is_ranked(outcome: str) -> None:
     games = [
-        {"id": str(k), "first": "a", "second": second, "outcome": outcome if second == "b" else "second"}
+        {"id": str(k), "first": "a", "second": second, "outcome": outcome if second == "b" else "second" if k else "tie"}
         | {"response_first": "x", "response_second": "y"}
         for k in range(20)
         for second in ("b", "c")
@@ -162,4 +162,5 @@ def test_where_no_game_was_decided_nobody_is_ranked(outcome: str) -> None:
     assert undecided["ranking"] == [] and pairs[1][-1] == ""
     assert "nobody won a game: there is no ranking" in tournament.doubts(undecided)
     pairs, ranks, _ = scoreboard.tables({"tournament": tournament.numbers(games, ["a", "b", "c"], seed=0)}).values()
+    # At equal length: not of games that all ended alike.
     assert ranks[1][0] == "c" and int(ranks[1][1]) > 1000 and [bool(row[-1]) for row in pairs[1:]] == [False, True, False]
