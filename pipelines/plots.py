@@ -10,6 +10,8 @@ from pipelines.means import WIDE
 ENDS = ("random", "oracle (golden)")
 APART = 0.045
 """Between the lines of two selectors, in doublings of N: their bars stand side by side."""
+MOST = 0.6
+"""Between the first and the last of many."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Told apart also by who sees no red or no green (Okabe and Ito)."""
 
@@ -31,7 +33,7 @@ def plot_best_of_n(found: Mapping[str, Any], path: Path) -> None:
         figure.savefig(path.with_suffix(f".{ending}"), dpi=130)
 
 
-def beside(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
+def bars(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
     """How far the ends of bands are below and above, as matplotlib asks for it; the band of a resampled statistic need not hold it."""
     ends = zip(values, low, high, strict=True)
     below, above = zip(*((max(0.0, value - under), max(0.0, over - value)) for value, under, over in ends), strict=True)
@@ -57,9 +59,9 @@ def draw_best_of_n(figure: Any, found: Mapping[str, Any], ink: str = "#222222") 
             score_axes.plot(sizes, line[key], "--", color=colour, label=name)
             win_axes.plot(sizes, line["win_rate"], "--", color=colour, label=name)
             continue
-        shift = 2 ** (APART * (chosen.index(name) - (len(chosen) - 1) / 2))
+        shift = 2 ** (min(APART, MOST / len(chosen)) * (chosen.index(name) - (len(chosen) - 1) / 2))
         style = {"color": colour, "label": name, "fmt": "o-", "markersize": 4, "elinewidth": 1, "capsize": 2}
-        score_axes.errorbar([n * shift for n in sizes], line[key], yerr=beside(line[key], line[low], line[high]), **style)
+        score_axes.errorbar([n * shift for n in sizes], line[key], yerr=bars(line[key], line[low], line[high]), **style)
         win_axes.errorbar([n * shift for n in sizes], line["win_rate"], yerr=[WIDE * (e or 0.0) for e in line["win_rate_stderr"]], **style)
     greedy = found["golden"]["greedy"]
     if normalised:

@@ -63,7 +63,7 @@ def shards(directory: Path) -> list[Path]:
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """As many of them, or all, as far apart as they can be, in their order."""
+    """As many of them, or all, evenly from the first on, in their order."""
     count = min(count, len(items))
     return [items[k * len(items) // count] for k in range(count)]
 

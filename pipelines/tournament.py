@@ -75,7 +75,7 @@ def plan_questions(demonstrations: Stage, samples: Mapping[str, Stage], tourname
         "responses": {name: sources.identity(found, None, "") for name, found in files.items() if name in tournament.contestants},
     }
     inputs = {"demonstrations": demonstrations} | {f"samples-{n}": s for n, s in samples.items() if n in tournament.contestants}
-    return Stage("evaluation/tournament/questions", settings, inputs, demand="the driver")
+    return Stage("evaluation/tournament/questions", settings, inputs, demand="the driver", version=2)
 
 
 def write_questions(tournament: Tournament) -> Work:
@@ -309,11 +309,8 @@ def doubts(found: Mapping[str, Any]) -> list[str]:
     told, position = [], found["position"]
     if not found["ranking"]:
         told.append("nobody won a game: there is no ranking")
-    if alike := [row["name"] for row in found["ranking"] if row["games"] and row["high"] - row["low"] < 0.5]:
-        told.append(
-            f"the ratings of {', '.join(alike)} have no band: their games with one another ended alike, so that it is known who is better "
-            "and not by how much"
-        )
+    if found["ranking"] and all(1 in (pair["win"], pair["tie"], pair["lose"]) for pair in found["pairs"] if pair["n"]):
+        told.append("the games of every pair all ended alike: how far ratings are apart is not known, whatever their bands say")
     if position["first"] is not None and abs(position["first"] - 0.5) > 0.1 and position.get("p", 0.0) < 0.05:
         told.append(
             f"the judge is biased by position: {position['first']:.2f} of its choices name the response that it was shown first "

@@ -14,16 +14,16 @@ LETTERS: dict[str, Reading] = {"A": 0, "B": 1, "C": "tie"}
 _IS = r"\**(?:\s+is\b\s*:?|\s*:)[\s*]*"
 _SAID = r"[*\"')]*\s*(?:[.!;\n]|$|,?\s(?:because|since)\b)"
 """Nothing is said on behind it: "The winner is A? No" and "Rating: 1 to 10" name neither a winner nor a grade."""
-_NO_LIST = r"(?!\s*,?\s*(?:if\b|when\b|or\b|to\s+\[\[|\[\[))"
+_NO_LIST = r"(?![*`\"']*\s*,?\s*(?:if\b|for (?:response )?(?:A|B|neither)\b|(?:or\s+)?[*`\"']*\[\[))"
 """Behind a mark: before "if" or another mark it tells how to answer, and is no answer."""
-_MARKED = re.compile(rf"(?<!\bor )\[\[\s*([ABC])\s*\]\]{_NO_LIST}")
+_MARKED = re.compile(rf"(?<!\]\] or )(?<!\]\], or )\[\[\s*([ABC])\s*\]\]{_NO_LIST}")
 _NAMED = re.compile(
     rf"(?:verdict|winner|better(?:\s+(?:response|answer|one))?){_IS}(?:response|assistant|answer)?\s*[*\"'(]*((?-i:[AB])){_SAID}",
     re.IGNORECASE,
 )
 _ALONE = re.compile(r"\W*([ABC])\W*")
 _NUMBER = r"(\d++(?:\.\d++)?+)"
-_NO_SCALE = "".join(rf"(?<!{word})" for word in ("/", "/ ", "out of ", "scale of ", r"\]\] to ", r"\d to ", "such as ", r"\bor "))
+_NO_SCALE = "".join(rf"(?<!{word})" for word in ("/", "/ ", "out of ", "scale of ", r"\[\[1\]\] to ", r"\b1 to ", "such as "))
 _GRADE = re.compile(rf"{_NO_SCALE}\[\[\s*{_NUMBER}\s*(?:/\s*10)?\s*\]\]{_NO_LIST}")
 _NAMED_GRADE = re.compile(rf"(?:rating|grade|score){_IS}{_NUMBER}\**(?:\s*(?:/|out of)\s*10)?{_SAID}", re.IGNORECASE)
 
@@ -36,7 +36,7 @@ def read_pair(text: str, cut: bool = False) -> Reading:
         text: the words.
         cut: they end before the judge had ended: only what is marked counts.
     """
-    text = _own(text)
+    text = _own(text, cut)
     found = _MARKED.findall(text) or ([] if cut else _NAMED.findall(text))
     if found:
         return LETTERS[found[-1]]
@@ -51,28 +51,32 @@ def read_grade(text: str, cut: bool = False) -> float | None:
         text: the words.
         cut: they end before the judge had ended: only what is marked counts.
     """
-    text = _own(text)
+    text = _own(text, cut)
     found = _GRADE.findall(text) or ([] if cut else _NAMED_GRADE.findall(text))
     grade = float(found[-1]) if found else math.nan
     return grade if 1 <= grade <= 10 else None
 
 
-def _echo(told: str) -> re.Pattern[str]:
-    """Of a sentence that the judge was told: its first four words and as many more of it as follow, however they are spaced."""
-    first, *rest = [re.escape(word.rstrip(".,")) + "[.,]?" for word in told.split()]
-    more = "".join(rf"(?:\s+{word}" for word in rest[3:]) + ")?" * len(rest[3:])
-    return re.compile(r"\s+".join([first, *rest[:3]]) + more, re.IGNORECASE)
+_TOLD = [told.split() for ending in ENDINGS.values() for told in re.split(r"(?<=[.?])\s", ending)]
+"""Words of the sentences that say how to answer."""
+_SPACED = [[re.escape(word.rstrip(".,")) + "[.,]?" for word in told] for told in _TOLD]
+_ECHO = re.compile("|".join(r"\s+".join(words) for words in _SPACED), re.IGNORECASE)
+_BEGUN = re.compile(
+    "(?:"
+    + "|".join(r"\s+".join(words[:4]) + r"(?:\s+".join(["", *words[4:]]) + ")?" * len(words[4:]) for words in _SPACED)
+    + r")(?:\s+\S+)?\s*\Z",
+    re.IGNORECASE,
+)
+"""The beginning of such a sentence, four words at least and a piece of one, at the end of a text."""
+_THOUGHTS = re.compile(r"\s*<think>.*?(?:</think>|\Z)|.*^</think>", re.DOTALL | re.MULTILINE)
 
 
-_ECHOES = [_echo(told) for ending in ENDINGS.values() for told in re.split(r"(?<=[.?])\s", ending)]
-
-
-def _own(text: str) -> str:
-    """A judge's own words, behind its thoughts: small ones say again how they were told to answer, whole or in part, marks and all."""
-    text = text.rpartition("</think>")[2].partition("<think>")[0]
-    for echo in _ECHOES:
-        text = echo.sub("", text)
-    return text
+def _own(text: str, cut: bool) -> str:
+    """A judge's own words, behind its thoughts: small ones say again how they were told to answer, marks and all."""
+    if thoughts := _THOUGHTS.match(text):
+        text = text[thoughts.end() :]
+    text = _ECHO.sub("", text)
+    return _BEGUN.sub("", text) if cut else text
 
 
 def read_probabilities(logps: Sequence[float]) -> tuple[Reading, float]:

@@ -106,7 +106,7 @@ def _agrees(key: str, value: Any, settings: Training) -> bool:
         place = value.get("device", "none") if isinstance(value, Mapping) else "cpu" if value is True else off
         return place == ("cpu" if wanted else "none")
     if key == "gradient_allreduce_op":
-        return value == "mean"
+        return str(value).lower() == "mean"
     if not isinstance(value, Mapping):
         return False
     if key == "optimizer":

@@ -31,6 +31,10 @@ class Stopped(Exception):
     """Nothing more is to be asked, and why."""
 
 
+class Enough(Exception):
+    """Too many have failed: nothing more is to be asked."""
+
+
 class Asking:
     """Asks an endpoint, within the judge's limits.
 
@@ -52,12 +56,12 @@ class Asking:
         self.warned = False
         """whether it was said that questions are asked again"""
         self.stopped: str | None = None
+        self.enough = False
+        """whether more have failed than may"""
         self.under_way = 0
-        """requests that are made, or wait for their turn"""
-        self.dearest = 0.0
-        """cost of an answer so far at most"""
-        self.ended = asyncio.Event()
-        """of a request"""
+        """requests"""
+        self.moved = asyncio.Event()
+        """a request has ended, or nothing more is to be asked"""
 
     async def all(self, questions: dict[str, Row], most: float) -> dict[str, str]:
         """Asks them until more than `most` have failed; returns why, for those that did.
@@ -69,20 +73,23 @@ class Asking:
         waiting = iter(questions.items())
 
         async def one_after_the_other() -> None:
-            while self.stopped is None and len(failed) <= most and (item := next(waiting, None)):
+            while self.stopped is None and not self.enough and (item := next(waiting, None)):
                 key, row = item
                 try:
                     said = await self._patiently(row)
                 except EndpointError as error:
                     failed[key] = str(error)
+                    self.enough = len(failed) > most
                 except Stopped as why:
                     # Answers under way to the others are paid for, and kept.
-                    self.stopped = str(why)
-                    self.ended.set()
+                    self.stopped = self.stopped or str(why)
+                except Enough:
+                    break
                 else:
                     self.cache.take(key, asdict(said))
                     if self.judge.max_cost is not None and not said.read:
                         self.stopped = "judge.max_cost cannot be kept: the judge's endpoint does not say how many tokens it read"
+                self.moved.set()
 
         try:
             await asyncio.gather(*(one_after_the_other() for _ in range(min(self.judge.concurrency, len(questions)))))
@@ -102,7 +109,6 @@ class Asking:
                     said = await self.endpoint.write(row["question"], self.judge.max_new_tokens)
                     if not said.text.strip():
                         raise EndpointError("the judge's endpoint answers with no word")
-                self.dearest = max(self.dearest, cost(self.judge, said.read, said.written))
                 return said
             except EndpointError as error:
                 if error.denied:
@@ -114,7 +120,8 @@ class Asking:
                     log.warning("%s; it is asked again, up to %d times a question, with growing waits", error, self.judge.retries)
                 wait = max(self._wanted(error), min(60.0, FIRST_WAIT * 2.0**attempt))
             finally:
-                self._end()
+                self.under_way -= 1
+                self.moved.set()
             # Never sooner than the endpoint wants.
             await asyncio.sleep(wait * random.uniform(1, 1.5))
         raise AssertionError("the last attempt returns or raises")
@@ -134,48 +141,51 @@ class Asking:
         return seconds
 
     async def _turn(self) -> None:
-        """Waits until a request may be made, and counts it: whoever has had a turn tells `_end`.
+        """Waits until a request may be made, and counts it.
 
         Raises:
-            Stopped: a limit is reached, or another request stopped all.
+            Stopped: a limit is reached.
+            Enough: too many have failed.
         """
-        limit = self.judge.max_requests
-        while self._too_dear():
-            if not self.under_way:
-                raise Stopped(f"judge.max_cost={self.judge.max_cost:g} is spent, or too little of it is left for another question")
-            self.ended.clear()
-            await self.ended.wait()
-        self._go_on()
-        if limit is not None and self.spent.requests >= limit:
-            raise Stopped(f"judge.max_requests={limit} requests are made")
-        self.spent.requests += 1
-        self.under_way += 1
-        if self.judge.requests_per_minute:
-            now = time.monotonic()
-            self.next = max(now, self.next) + 60 / self.judge.requests_per_minute
-            await asyncio.sleep(max(0.0, self.next - 60 / self.judge.requests_per_minute - now))
-            try:
-                self._go_on()
-            except Stopped:
-                self.spent.requests -= 1
-                self._end()
-                raise
+        in_turn = not self.judge.requests_per_minute
+        while True:
+            if self.stopped:
+                raise Stopped(self.stopped)
+            if self.enough:
+                raise Enough
+            if self._too_dear():
+                if not self.under_way:
+                    raise Stopped(f"judge.max_cost={self.judge.max_cost:g} is spent, or too little of it is left for another question")
+                self.moved.clear()
+                await self.moved.wait()
+                # Those who waited together do not ask together.
+                in_turn = not self.judge.requests_per_minute
+            elif self.judge.max_requests is not None and self.spent.requests >= self.judge.max_requests:
+                raise Stopped(f"judge.max_requests={self.judge.max_requests} requests are made")
+            elif not in_turn:
+                await self._slot()
+                in_turn = True
+            else:
+                self.spent.requests += 1
+                self.under_way += 1
+                return
 
-    def _go_on(self) -> None:
-        if self.stopped:
-            raise Stopped(self.stopped)
-
-    def _end(self) -> None:
-        self.under_way -= 1
-        self.ended.set()
+    async def _slot(self) -> None:
+        """Waits as long as the rate wants."""
+        assert self.judge.requests_per_minute
+        apart, now = 60 / self.judge.requests_per_minute, time.monotonic()
+        at = max(now, self.next)
+        self.next = at + apart
+        await asyncio.sleep(at - now)
 
     def _too_dear(self) -> bool:
-        """Whether another question may cost more than is left, with those under way: each as much as the dearest so far, of which
+        """Whether another question may cost more than is left, with those under way: each as much as the dearest of this go, of which
         nothing is known before the first answer, so that it is waited for."""
-        if self.judge.max_cost is None or self.stopped:
+        if self.judge.max_cost is None:
             return False
-        if not self.dearest and self.under_way:
-            return True
-        expected = cost(self.judge, self.spent.read, self.spent.written) + (self.under_way + 1) * self.dearest
+        spent = cost(self.judge, self.spent.read, self.spent.written)
+        dearest = cost(self.judge, self.spent.most_read, self.spent.most_written)
+        if not dearest:
+            return self.under_way > 0
         # What is spent exactly is a sum of floats.
-        return expected > self.judge.max_cost * (1 + 1e-9)
+        return spent + (self.under_way + 1) * dearest > self.judge.max_cost * (1 + 1e-9)

@@ -53,6 +53,14 @@ class Spent:
     read: int = 0
     """tokens"""
     written: int = 0
+    most_read: int = 0
+    """tokens, of one request"""
+    most_written: int = 0
+
+    def add(self, read: int, written: int) -> None:
+        """The tokens of a request."""
+        self.read, self.written = self.read + read, self.written + written
+        self.most_read, self.most_written = max(self.most_read, read), max(self.most_written, written)
 
 
 class Endpoint:
@@ -140,9 +148,7 @@ class Endpoint:
         found: Any = None
         with contextlib.suppress(OpenAIError, ValueError):
             found = answer.parse()
-        read, written = _cost(found)
-        self.spent.read += read
-        self.spent.written += written
+        self.spent.add(*_cost(found))
         if not getattr(found, "choices", None):
             raise _no_completion(self.url, answer.headers.get("content-type", ""), answer.text)
         return found

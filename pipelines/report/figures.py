@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pipelines.plots import COLOURS, beside
+from pipelines.plots import COLOURS, bars
 from pipelines.report.facts import EVALUATED, Facts, Lengths
 
 INK = "#010203"
@@ -47,7 +47,7 @@ def training(facts: Facts, beside: Sequence[Facts] = ()) -> dict[str, str]:
 
     Args:
         facts: of a run.
-        beside: runs whose trainings are looked at next to these: their axes have the same ranges.
+        beside: runs whose trainings are looked at next to these: their vertical axes have the same ranges.
     """
     shown, others = _by_kind(facts), [_by_kind(run) for run in beside]
     return {
@@ -169,9 +169,6 @@ def _steps(axes: Any, ranges: Ranges, keys: Sequence[str], legend: bool) -> None
     """An axis of whole steps, the other of the range asked for, and room for the legend above the curves, of which it would hide some."""
     from matplotlib.ticker import MaxNLocator
 
-    if known := [ranges[key] for key in keys if key in ranges]:
-        low, high = min(low for low, _ in known), max(high for _, high in known)
-        axes.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     if legend:
@@ -179,6 +176,10 @@ def _steps(axes: Any, ranges: Ranges, keys: Sequence[str], legend: bool) -> None
         rows = -(-len(axes.get_legend_handles_labels()[1]) // 3)
         axes.set_ylim(low, high + 0.15 * rows * (high - low))
         axes.legend(fontsize=7, loc="upper center", ncols=3, columnspacing=1, handlelength=1.2)
+    if known := [ranges[key] for key in keys if key in ranges]:
+        # With room for a legend, whether it has one or not.
+        low, high = min(low for low, _ in known), max(high for _, high in known)
+        axes.set_ylim(low - 0.05 * (high - low or 1), high + 0.25 * (high - low or 1))
 
 
 def _accuracy(figure: Any, data: tuple[Mapping[str, Sequence[float | None]], float | None]) -> None:
@@ -197,8 +198,8 @@ def _ranking(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     figure.set_size_inches(6, 0.35 * len(rows) + 0.9)
     axes = figure.subplots()
     values = [row["rating"] for row in rows]
-    bars = beside(values, *([row[end] for row in rows] for end in ("low", "high")))
-    axes.errorbar(values, [row["name"] for row in rows], xerr=bars, fmt="o", color=COLOURS[0], capsize=4)
+    ends = bars(values, *([row[end] for row in rows] for end in ("low", "high")))
+    axes.errorbar(values, [row["name"] for row in rows], xerr=ends, fmt="o", color=COLOURS[0], capsize=4)
     axes.invert_yaxis()
     axes.margins(y=0.2)
     axes.set_xlabel("rating (Bradley-Terry on Elo's scale, 95 % bands over prompts)")

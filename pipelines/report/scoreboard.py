@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines import measures, mt_bench, tournament
+from pipelines.lmeval import catalogue
 from pipelines.means import cell
 
 
@@ -37,12 +38,12 @@ def tasks(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def shares(found: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[float | None, int]]:
-    """The main metrics of tasks, and of how many rows, by policy and task; for `pipelines.means.ends`. All that are 0 or 1 are shares."""
+    """The main metrics of tasks that are shares of the rows, and of how many, by policy and task; for `pipelines.means.ends`."""
     return {
         f"{name}, {task}": (numbers["metrics"][numbers["main"]]["value"], numbers["n"])
         for name, done in found.items()
         for task, numbers in done.items()
-        if numbers["main"]
+        if numbers["main"] and numbers["main"].split(",")[0] in catalogue.FIRST
     }
 
 

@@ -143,7 +143,7 @@ def look(root: Path, now: float | None = None) -> list[JobStatus]:
     known = list(states.found(root, read_json(root / "summary.json"))) if root.is_dir() else []
     if not known and not holder:
         raise ValueError(f"{root} is no run directory: there is no plan.json in it, and no stage has left a manifest.json")
-    state = RUNNING if holder and holder.held else ENDED if (root / "summary.json").exists() else STOPPED
+    state = RUNNING if holder and holder.held else ENDED if any(root.glob("*summary.json")) else STOPPED
     stages = tuple(StageStatus(stage.name, stage.state, stage.seconds) for stage in known)
     said = "there is no plan.json: the stages that are done, without those to do"
     return [JobStatus(root.name, str(root), "", state, said, stages, seconds=sum(stage.seconds or 0 for stage in stages))]

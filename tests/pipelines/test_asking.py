@@ -1,7 +1,9 @@
 """What a judge is asked, once: its limits, its failures, and what is kept of its answers."""
 
+import itertools
 import re
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,43 @@ def test_a_limit_of_cost(tmp_path: Path) -> None:
     assert len(asked) == 1 and len(Cache(tmp_path / "free" / "judge_answers.jsonl").answers) == 1, "what was paid for is kept"
 
 
+def test_what_each_question_costs_is_learnt_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0.01)
+    dear: dict[str, Any] = {"price_in": 1, "max_cost": 10}
+
+    def costing(text: str, first: int, then: int) -> Callable[[str], Any]:
+        prices = itertools.chain([first], itertools.repeat(then))
+        usage = lambda: {"prompt_tokens": next(prices) * 10**6, "completion_tokens": 1, "total_tokens": 1}  # noqa: E731
+        return lambda question: (200, completion(text, {"model": "m"}) | {"usage": usage()})
+
+    with endpoint(costing("[[A]]", 1, 5)) as (url, asked):
+        with pytest.raises(StageError, match=r"judge.max_cost=10 is spent, or too little"):
+            Played(tmp_path / "growing").play(url=url, requests_per_minute=300, **dear)
+        # 1 + 5; nine more looked cheap, and waited for their turn when the second one's price was known.
+        assert len(asked) == 2
+    with endpoint(costing("", 3, 3)) as (url, asked):
+        with pytest.raises(StageError, match=r"judge.max_cost=10 is spent, or too little"):
+            Played(tmp_path / "blank").play(url=url, **dear)
+        assert len(asked) == 3, "an answer of no use is paid for as well"
+    with endpoint(costing("[[A]]", 5, 5)) as (url, asked):
+        judge, ask = Judge(url=url, url_model="m", **dear), judging.ask(Judge(url=url, url_model="m", **dear), False)
+        for name, there in (("one", 2), ("other", 2)):
+            played = Played(tmp_path / name)
+            questions = tournament.plan_questions(played.data, played.samples, played.settings, judge)
+            played.run.do(tournament.write_questions(played.settings), questions)
+            with pytest.raises(StageError, match=r"judge.max_cost=10 is spent, or too little"):
+                played.run.do(ask, judging.plan("answers", questions, judge, None))
+            assert len(asked) == there, "who asks next has nothing left"
+
+
+def test_who_waits_for_money_does_not_ask_when_too_many_have_failed(tmp_path: Path) -> None:
+    refused = (400, {"error": {"message": "no"}})
+    with endpoint(lambda question: refused) as (url, asked):
+        with pytest.raises(StageError, match=r"1 of 36 questions got no answer.*35 more were then not asked"):
+            Played(tmp_path).play(url=url, price_in=1, max_cost=10, concurrency=16)
+        assert len(asked) == 1
+
+
 def test_all_who_ask_share_the_limits(tmp_path: Path) -> None:
     with endpoint(longer) as (url, asked):
         one, other = Played(tmp_path / "one"), Played(tmp_path / "other")
@@ -216,7 +255,7 @@ def test_too_many_failures_fail_the_tournament(tmp_path: Path, monkeypatch: pyte
     games = next(iter(tournament.tables(found).values()))
     assert [row[games[0].index("no answer")] for row in games[1:]] == ["1"] * 3
     assert tournament.doubts(found) == [
-        ALIKE.format("long, demonstrations, short"),
+        ALIKE,
         "3 of 18 games have no answer of the judge: they count for nobody",
         FEW.format(ROWS - 1),
     ]

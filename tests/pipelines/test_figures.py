@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from pipelines.report import figures
 from pipelines.report.facts import gather
 from pipelines.run.artifacts import Run, Stage
@@ -37,6 +39,12 @@ def test_trainings_side_by_side_have_the_same_ranges(tmp_path: Path) -> None:
     alone = set(re.findall(r">(\d+)<", figures.training(small)["Training on demonstrations: sft"]))
     assert "40" in ticks[0] and ticks[0] == ticks[1] and "40" not in alone
     assert figures.training(broken, (broken,))
+    heights = []
+    for names in (("sft",), ("sft", "again")):
+        drawn = Figure()
+        figures._sft(drawn, ({name: [{"loss": 1.0}, {"loss": 2.0}] for name in names}, {"loss": (0.5, 4.0)}))
+        heights.append(drawn.axes[0].get_ylim())
+    assert heights[0] == heights[1], "with a legend and without one"
 
 
 def test_steps_are_whole(tmp_path: Path) -> None:

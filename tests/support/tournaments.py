@@ -12,7 +12,7 @@ from pipelines.run.artifacts import Run, Stage
 
 ROWS = 6
 FEW = "some pairs met on {} prompts only: standard errors and bands over so few say little"
-ALIKE = "the ratings of {} have no band: their games with one another ended alike, so that it is known who is better and not by how much"
+ALIKE = "the games of every pair all ended alike: how far ratings are apart is not known, whatever their bands say"
 LENGTHS = {"demonstrations": 5, "short": 3, "long": 9}
 """Words of a response; each row one more."""
 
