@@ -247,14 +247,15 @@ def _summary(graph: Graph, run: Run) -> dict[str, Any]:
     judged = {stage.name: run.numbers(stage) for stage in (*graph.tournament[1:2], *graph.mt_bench[1:2])}
     graded = run.numbers(graph.mt_bench[-1]) if graph.mt_bench else None
     measured = {policy.name: run.numbers(policy.measures) for policy in graph.policies if policy.measures}
-    warnings = measures.doubts(measured)
+    benchmarks = {policy.name: {task: run.numbers(stage) for task, stage in policy.tasks.items()} for policy in graph.policies}
+    warnings = measures.doubts(measured) + tasks.doubts(benchmarks)
     warnings += [*(tournament.doubts(played) if played else []), *(mt_bench.doubts(graded) if graded else [])]
     for text in warnings:
         log.warning(text)
     content = {
         "run": run.root.name,
         "measures": measured,
-        "tasks": {policy.name: {task: run.numbers(stage) for task, stage in policy.tasks.items()} for policy in graph.policies},
+        "tasks": benchmarks,
         "tournament": played,
         "mt_bench": graded,
         "judge": judged,

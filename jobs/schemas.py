@@ -61,15 +61,18 @@ class JobConfig(Settings):
         return given | {name: own[name].model_dump(exclude_unset=True, include=kept[name]) | given[name] for name in own}
 
     def demands(self) -> dict[str, tuple[float, float]]:
-        """Least (CPUs, GPUs) that must be free at one time, by the section that asks."""
+        """Least (CPUs, GPUs) that must be free at one time, by the setting that asks."""
         found = {}
         for name in type(self).model_fields:
             section = getattr(self, name)
             if isinstance(section, Pool):
-                found[name] = (section.min_actors * section.num_cpus, section.min_actors * section.num_gpus)
+                found[f"{name}.min_actors={section.min_actors}"] = (
+                    section.min_actors * section.num_cpus,
+                    section.min_actors * section.num_gpus,
+                )
             elif isinstance(section, Training):
                 workers = section.min_workers or section.workers
-                found[name] = (workers * section.cpus_per_worker, workers * section.gpus_per_worker)
+                found[f"{name}.workers={workers}"] = (workers * section.cpus_per_worker, workers * section.gpus_per_worker)
         return found
 
     @classmethod

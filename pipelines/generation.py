@@ -103,7 +103,10 @@ def _tasks(run: Run, stage: Stage, weights: str) -> list[Shard]:
                 name = path.name if step >= there else f"{path.stem}-{first:05d}{path.suffix}"
                 tasks.append(Shard(stage, (str(path),), run.directory(stage) / split / name, options, prompts * sampling["samples"]))
     if not tasks:
-        raise StageError(f"{stage.name}: no row was held out: raise demonstrations.held_out_fraction, or name a held_out_path")
+        raise StageError(
+            f"{stage.name}: no row was held out: raise demonstrations.held_out_fraction (the chance of each prompt: 0.3 holds out about 9 "
+            "of 30), or name a held_out_path"
+        )
     return tasks
 
 

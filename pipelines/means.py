@@ -39,9 +39,9 @@ def ends(shares: Mapping[str, tuple[float | None, int]]) -> str:
     return f"Of a share of 0 or 1, ± 0 says nothing; at 95 % (Wilson) the true one is: {', '.join(told)}." if told else ""
 
 
-def cut_off(name: str, share: float) -> str:
-    """The warning that more than CUT of somebody's responses were cut."""
+def cut_off(name: str, share: float, setting: str = "max_new_tokens") -> str:
+    """The warning that more than CUT of somebody's responses were cut at the limit that a setting says."""
     return (
-        f"{name}: {share:.0%} of the responses were cut at the limit of tokens: raise max_new_tokens, or see whether the policy ends its "
+        f"{name}: {share:.0%} of the responses were cut at the limit of tokens: raise {setting}, or see whether the policy ends its "
         "responses at all"
     )

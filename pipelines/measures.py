@@ -196,7 +196,7 @@ def doubts(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     told = []
     for policy, numbers in found.items():
         if numbers["texts"]["truncated"] > CUT:
-            told.append(cut_off(f"{policy}/answers", numbers["texts"]["truncated"]))
+            told.append(cut_off(f"{policy}/answers", numbers["texts"]["truncated"], "answers.max_new_tokens"))
         for measure, scored in numbers["measures"].items():
             if scored["unscored"]:
                 told.append(f"{policy}: {measure} has no score of {scored['unscored']} of {scored['unscored'] + scored['n']} answers")

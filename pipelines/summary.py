@@ -19,7 +19,7 @@ from pipelines.tables import Shown, Table, filled, ruled
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 
 
-def iteration_numbers(pairs: dict[str, Any], negatives: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+def iteration_numbers(pairs: Mapping[str, Any], negatives: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
     """One entry of `iterations` in the summary, from the numbers in the manifests of the three stages (of pairs that were given,
     `negatives` has their number alone).
 
@@ -52,6 +52,13 @@ def reward_warnings(name: str, training: dict[str, Any], objective: Objective) -
             "ratio to the zero of its score, real and generated alike. Lower objective.gamma, the learning rate or the epochs"
         ]
     return [f"{name}: the reward of real responses stays below zero ({reward:.3f}): the policy is moving away from the demonstrations"]
+
+
+def set_aside(name: str, numbers: Mapping[str, Any]) -> list[str]:
+    """Warns of rows that could not be used, by the numbers of the stage `name` that read them."""
+    if not numbers.get("rejected"):
+        return []
+    return [f"{name}: {numbers['rejected']} of {numbers['read']} rows were set aside; {name}/rejected.parquet says why"]
 
 
 def cut(name: str, numbers: dict[str, Any]) -> list[str]:
@@ -95,7 +102,9 @@ def show(content: dict[str, Any], root: Path) -> Shown:
     """
     stopped = [f"stopped early: {content['stopped']}"] if content["stopped"] else []
     warnings = [f"warning: {text}" for text in content["warnings"]]
-    places = [f"final policy: {content['final']}, {root / 'final'}", f"summary: {root / 'summary.json'}"]
+    compared = any(numbers["n"] for numbers in content["policies"].values())
+    final = content["final"] if compared else f"{content['final']} (the last one: no metric compares the policies)"
+    places = [f"final policy: {final}, {root / 'final'}", f"summary: {root / 'summary.json'}"]
     rows = table(content["policies"], _by_policy(content), content["gains"])
     return Shown([Table(f"{content['run']}: held-out prompts", rows, content["final"])], [*stopped, *warnings, *places])
 
@@ -160,7 +169,7 @@ def content(
         "iterations": iterations,
         "final": final,
         "stopped": stopped,
-        "warnings": warnings,
+        "warnings": [*set_aside("demonstrations", demonstrations), *warnings],
         "demonstrations": demonstrations,
         "stages": run.log,
         "total_seconds": round(sum(stage["seconds"] for stage in run.log), 1),

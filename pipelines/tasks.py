@@ -201,7 +201,9 @@ class AnswerShards:
         main = catalogue.main_metric(question.task, found["metrics"])
         rows = found.pop("rows")
         # The numbers first: where the rows are, the shard is taken for done.
-        write_json(Path(output).with_suffix(".json"), found | {"shots": question.shots, "shots_from": question.shots_from, "main": main})
+        borrowed = question.shots_from is not None and question.shots_from == question.evaluated
+        examples = {"shots": question.shots, "shots_from": question.shots_from, "borrowed": borrowed}
+        write_json(Path(output).with_suffix(".json"), found | examples | {"main": main})
         write_rows(Path(output), [row | {"score": _number(json.loads(row["scores"]).get(main))} for row in rows], TASK_ROW)
 
     def _load(self, weights: str, tokenizer: str) -> None:
@@ -244,7 +246,8 @@ def collect(directory: Path, stage: Stage) -> dict[str, Any]:
 
     Returns:
         "metrics" {name: {"value", "stderr"}}; "main", the metric of the papers; "n" rows; "shots" (None where the tasks of a group differ);
-        "shots_from", the split of the examples where files are local; "groups", the same for each task of a group.
+        "shots_from", the split of the examples where files are local, and whether they are "borrowed" from the rows that are asked;
+        "groups", the same for each task of a group.
     """
     task = catalogue.find(stage.settings["task"])
     made = {leaf.name: read_json(directory / f"{leaf.name}.json") for leaf in task.leaves}
@@ -259,8 +262,15 @@ def collect(directory: Path, stage: Stage) -> dict[str, Any]:
         "n": sum(leaf["n"] for leaf in leaves.values()),
         "shots": _shared([leaf["shots"] for leaf in leaves.values()]),
         "shots_from": _shared([leaf["shots_from"] for leaf in leaves.values()]),
+        "borrowed": any(leaf.get("borrowed") for leaf in leaves.values()),
         "groups": leaves,
     }
+
+
+def doubts(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Warns of tasks whose examples are rows that are asked, too; numbers by policy and task."""
+    borrowed = dict.fromkeys(task for done in found.values() for task, numbers in done.items() if numbers.get("borrowed"))
+    return [f"{task}: no file has examples for it: they are other rows of those that are asked" for task in borrowed]
 
 
 def _shared(values: list[Any]) -> Any:

@@ -137,7 +137,7 @@ def check(numbers: dict[str, Any], writer: Splits, settings: Demonstrations) -> 
     if rejected > settings.max_rejected_fraction * read:
         raise StageError(
             f"{rejected} of {read} rows of {settings.path} cannot be used, "
-            f"more than max_rejected_fraction={settings.max_rejected_fraction}. The first:\n{_listed(writer.rejected)}\n"
+            f"more than {settings.section}.max_rejected_fraction={settings.max_rejected_fraction}. The first:\n{_listed(writer.rejected)}\n"
             f"All of them: {writer.directory / 'rejected.parquet'}"
         )
     met = f"{len(writer.prompts)}{' or more' if len(writer.prompts) == MANY else ''}"
@@ -149,7 +149,8 @@ def check(numbers: dict[str, Any], writer: Splits, settings: Demonstrations) -> 
             f"{settings.path} holds no demonstration to train on: {read}; name a file with rows, hold out less, or name a held_out_path"
         )
     if writer.cuts and not numbers["held_out"]:
-        log.warning("no row was held out: %s; raise %s.held_out_fraction, or name a held_out_path", drawn, settings.section)
+        told = "no row was held out: %s, each drawn with the chance of %s.held_out_fraction=%g: raise it, or name a held_out_path"
+        log.warning(told, drawn, settings.section, settings.held_out_fraction)
 
 
 def unusable(where: str, writer: Splits, settings: Demonstrations) -> StageError:

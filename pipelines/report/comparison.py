@@ -40,13 +40,12 @@ def jobs(runs: Sequence[Facts]) -> list[list[str]]:
 
 
 def differences(runs: Sequence[Facts]) -> list[list[str]]:
-    """Settings that are not the same in all runs; the header first. Of a section that the job of a run does not have, that alone."""
+    """Settings that are not the same in all runs, of the sections that the jobs of all have; the header first."""
     configs: list[dict[str, Any]] = [yaml.safe_load(run.config) or {} for run in runs]
     shared = set.intersection(*(set(config) for config in configs))
     told = []
     for config in configs:
-        flat = dict(_flat({section: value for section, value in config.items() if section in shared}))
-        told.append(flat | {section: "used" for section in config if section not in shared})
+        told.append(dict(_flat({section: value for section, value in config.items() if section in shared})))
     return _differing("setting", runs, [{key: value for key, value in flat.items() if key != "run.name"} for flat in told])
 
 

@@ -98,9 +98,9 @@ class StageStatus:
     seconds: float | None = None
     """that it took, or runs"""
     expected: float | None = None
-    """that it will take in all, about, if `like` says so"""
+    """that it will take in all, about, if `like` says so: the mean of those that do the same and are done"""
     like: str | None = None
-    """the newest stage that does the same and is done"""
+    """the newest of these"""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,10 @@ def _job(root: Path, plan: Plan, holder: Holder | None, now: float) -> JobStatus
     state, said = _state(plan, progress, summary, holder, now - last)
     facts = list(states.planned(root, plan.stages, summary, STOPPED))
     kinds = {stage.name: stage.kind for stage in plan.stages}
-    done = {kinds[stage.name]: stage for stage in facts if stage.state in (DONE, SKIPPED)}
+    done: dict[str, list[StageFacts]] = {}
+    for stage in facts:
+        if stage.state in (DONE, SKIPPED):
+            done.setdefault(kinds[stage.name], []).append(stage)
     told = progress if progress.get("stages") else {}
     # The file is some seconds old.
     running = told["seconds"] + (now - progress["at"] if state == RUNNING else 0) if told else None
@@ -182,7 +185,7 @@ def _job(root: Path, plan: Plan, holder: Holder | None, now: float) -> JobStatus
     def spent_on(stage: StageFacts) -> float | None:
         return running if stage.name in told.get("stages", ()) else None
 
-    stages = tuple(_stage(stage, done.get(kinds[stage.name]), state, spent_on(stage)) for stage in facts)
+    stages = tuple(_stage(stage, done.get(kinds[stage.name], []), state, spent_on(stage)) for stage in facts)
     spent = sum(stage.seconds or 0 for stage in stages if stage.state in (DONE, SKIPPED)) + (running or 0)
     common = (root.name, str(root), plan.script, state, said, stages, told, spent)
     return JobStatus(*common) if state == ENDED else JobStatus(*common, *_left(stages, told if state == RUNNING else {}, running))
@@ -206,12 +209,14 @@ def _state(plan: Plan, progress: Mapping[str, Any], summary: Any, holder: Holder
     return DIED, f"{who} stopped without a word {duration(quiet)} ago; the same command continues it"
 
 
-def _stage(stage: StageFacts, like: StageFacts | None, job: str, running: float | None) -> StageStatus:
+def _stage(stage: StageFacts, like: Sequence[StageFacts], job: str, running: float | None) -> StageStatus:
     if stage.state in (DONE, SKIPPED):
         return StageStatus(stage.name, stage.state, stage.seconds)
     # What an earlier run began and this one has not come to is still to do.
     state = stage.state if job != RUNNING else WAITING if running is None else RUNNING
-    return StageStatus(stage.name, state, running, like.seconds if like else None, like.name if like else None)
+    # One that shared an engine's start with another was short.
+    expected = sum(done.seconds or 0 for done in like) / len(like) if like else None
+    return StageStatus(stage.name, state, running, expected, like[-1].name if like else None)
 
 
 def _left(stages: Sequence[StageStatus], progress: Mapping[str, Any], running: float | None) -> tuple[float, tuple[str, ...]]:

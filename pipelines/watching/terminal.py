@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,8 @@ from rich.text import Text
 from pipelines.tables import Shown
 from pipelines.watching import watch
 
+NARROW = 34
+"""Letters for what runs, beside bar, counts and pace in a terminal of 100 columns."""
 PLAIN_EVERY_SECONDS = 30.0
 """Between two lines of a running stage, where there is no terminal."""
 
@@ -54,7 +56,7 @@ class Terminal(watch.Watcher):
     def began(self, progress: watch.Progress) -> None:
         self.said = time.monotonic()
         if self.live:
-            self.task = self.bars.add_task(progress.title, total=None, rate="starting")
+            self.task = self.bars.add_task(short(progress.stages), total=None, rate="starting")
         else:
             self.say(f"  {progress.title} ...")
 
@@ -79,6 +81,13 @@ class Terminal(watch.Watcher):
         if self.task is not None:
             self.bars.remove_task(self.task)
         self.task = None
+
+
+def short(stages: Sequence[str]) -> str:
+    """A name for stages that leaves room for what is counted."""
+    more = f" + {len(stages) - 1} more" if len(stages) > 1 else ""
+    room = NARROW - len(more)
+    return (stages[0] if len(stages[0]) <= room else f"...{stages[0][3 - room :]}") + more
 
 
 def rate(progress: watch.Progress) -> str:

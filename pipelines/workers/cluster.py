@@ -209,7 +209,8 @@ def check_fits(address: str | None, demands: Mapping[str, tuple[float, float]]) 
         for kind, asked in (("CPU", cpus), ("GPU", gpus)):
             here = has.get(kind, 0)
             if asked > here:
-                mend = "lower it, or raise ray.num_cpus" if kind == "CPU" else "lower it, or run on a machine that has them"
+                more = "raise ray.num_cpus, also above what the machine has: processes then share its cores"
+                mend = f"lower it, or {more if kind == 'CPU' else 'run on a machine that has them'}"
                 raise StageError(f"{setting} asks for {asked:g} {kind}s at once, this machine has {here:g}: {mend}")
 
 

@@ -2,18 +2,19 @@
 
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from actors.settings import Objective
-from pipelines import evaluation, tournament
+from pipelines import evaluation, tasks, tournament
 from pipelines.evaluation import exact_answer, final_number
 from pipelines.means import cell, ends, mean_and_error
 from pipelines.records import DEMONSTRATION, SAMPLE, write_rows
 from pipelines.report import scoreboard
 from pipelines.run.artifacts import Run, Stage, StageError
 from pipelines.settings import Evaluation
-from pipelines.summary import doubts, indistinguishable, reward_warnings, table
+from pipelines.summary import doubts, indistinguishable, reward_warnings, show, table
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,20 @@ def test_the_table_shows_what_was_measured() -> None:
     assert rows[2][:5] == ["dil", "0.500", "0.050", "100", "+0.100 ± 0.040"]
     assert table({"base": measured, "sft": measured}, {}, {})[0] == ["policy", "accuracy", "±", "n"], "no column is empty"
     assert table({"dil": unmeasured}, {"dil": {"held_out_pairs": 0}}, {}) == [["policy"], ["dil"]]
+
+
+def test_a_policy_that_was_compared_with_none_is_called_the_last() -> None:
+    content: dict[str, Any] = {"run": "x", "final": "sft", "stopped": None, "iterations": [], "gains": {}, "warnings": []}
+    for numbers, said in (
+        ({"accuracy": None, "stderr": None, "n": 0}, "sft (the last one: no metric"),
+        ({"accuracy": 1, "stderr": 0, "n": 9}, "sft,"),
+    ):
+        assert show(content | {"policies": {"sft": numbers}}, Path("runs/x")).lines[0].startswith(f"final policy: {said}")
+
+
+def test_examples_that_are_rows_of_the_test_are_warned_of() -> None:
+    found = {policy: {"arc": {"borrowed": True}, "gsm8k": {"borrowed": False}, "mmlu": {}} for policy in ("sft", "base")}
+    assert tasks.doubts(found) == ["arc: no file has examples for it: they are other rows of those that are asked"]
 
 
 @pytest.mark.parametrize("outcome", ["tie", "failed", "unparsed"])

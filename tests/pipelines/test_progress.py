@@ -12,7 +12,7 @@ from rich.console import Console
 from pipelines.policy_training import newest
 from pipelines.run.artifacts import Run, Stage
 from pipelines.tables import Shown, Table
-from pipelines.watching.terminal import Terminal, print_result, rate
+from pipelines.watching.terminal import NARROW, Terminal, print_result, rate, short
 from pipelines.watching.watch import Pace, Progress, Watch, Watcher, iteration, title
 
 DATA = Stage("demonstrations", {})
@@ -42,6 +42,12 @@ def test_no_word_of_a_table_is_cut(width: str, monkeypatch: pytest.MonkeyPatch, 
     print_result(Shown([Table("Title", rows)], []))
     out = capsys.readouterr().out
     assert rows[1][0] in out and all(word in out for row in rows for cell in row for word in cell.split())
+
+
+def test_names_of_stages_leave_room_for_what_is_counted() -> None:
+    assert short(["sft/training"]) == "sft/training" and short(["a", "b", "c"]) == "a + 2 more"
+    tasks = [f"evaluation/policies/model/tasks/{name}" for name in ("arc_challenge", "gsm8k")]
+    assert short(tasks) == "...el/tasks/arc_challenge + 1 more" and len(short(tasks)) == NARROW == len(short(tasks[:1]))
 
 
 def test_rates_in_words() -> None:

@@ -66,7 +66,7 @@ def work(run: Run, stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
         row = {"source": "x", "prompt": question, "response": "Five <b>sheep</b>", "prompt_ids": [1], "response_ids": [2]}
         (folder / "held_out").mkdir()
         write_rows(folder / "held_out" / "00000.parquet", [{"id": str(k), **row} for k in range(4)], DEMONSTRATION)
-        numbers = {"train": 8, "held_out": 4, "rejected": 1}
+        numbers = {"train": 8, "held_out": 4, "rejected": 1, "read": 13}
     elif stage.name.endswith("/training"):
         steps: list[dict[str, float]] = [{"step": k, "loss": 2.0 - k / 10, "grad_norm": 1.0, "tokens_per_second": 9.0} for k in range(8)]
         if stage.name.startswith("iteration"):
@@ -146,7 +146,8 @@ def ended(tmp_path: Path) -> Path:
 
 def test_what_is_wrong_is_said(ended: Path) -> None:
     said = doubts(gather(ended))
-    assert said[0] == "mind the gap" and len(said) == 4
+    assert said[:2] == ["mind the gap", "demonstrations: 1 of 13 rows were set aside; demonstrations/rejected.parquet says why"]
+    assert len(said) == 5
     assert any("stays below zero (-0.200)" in text for text in said)
     assert any(text == "iteration-1 is worse than sft: 0.250 after 0.500" for text in said)
     assert any(text.startswith("iteration-1/negatives: 75% of the responses were cut") for text in said)
@@ -165,9 +166,9 @@ def test_the_page_is_whole_and_shows_everybody(ended: Path) -> None:
     table = (ended / "report.md").read_text()
     assert "| iteration-1 | 0.250 | 0.050 | 100 | -0.200 | 0.750 of 40 |" in table, table
     assert "| demonstrations | done before |" in table and "Training on demonstrations: sft<" in page
-    assert "| rows of | train | held out | rejected |" in table and "| demonstrations | 8 | 4 | 1 |" in table
+    assert "| rows of | train | held out | rejected | read |" in table and "| demonstrations | 8 | 4 | 1 | 13 |" in table
     assert re.search(r"\| ray +\| 2\.\d+\.\d+", table) and "objective:\n  beta: 1.0" in table
-    assert all(text in page for text in ("<td>demonstrations</td><td>8</td><td>4</td><td>1</td>", "<td>ray</td>", "  beta: 1.0"))
+    assert all(text in page for text in ("<td>demonstrations</td><td>8</td><td>4</td><td>1</td><td>13</td>", "<td>ray</td>", "  beta: 1.0"))
 
 
 def test_every_curve_of_a_step_is_drawn(ended: Path) -> None:
@@ -243,7 +244,7 @@ def test_scores_of_another_command_are_not_shown(ended: Path) -> None:
 
 
 EVALUATION = {
-    "evaluation/policies/sft/prompts": ({}, {"train": 12, "held_out": 0, "rejected": 1}),
+    "evaluation/policies/sft/prompts": ({}, {"train": 12, "held_out": 0, "rejected": 1, "read": 13}),
     "evaluation/judge/model": ({"path": "org/judge"}, {}),
     "evaluation/tournament/questions": ({"mode": "logprob"}, {"games": 36, "equal": 3}),
     "evaluation/tournament/answers": ({"url": None, "url_model": ""}, {}),
@@ -277,7 +278,7 @@ def test_an_evaluation_says_who_judged_and_ranks_what_was_decided(tmp_path: Path
             "who wins all is better, nobody knows by how much"
         )
     assert ('aria-label="ranking"' in page) == (outcome != "tie")
-    assert "## Prompts\n\n| rows of | prompts | rejected |\n" in text and "| evaluation/policies/sft/prompts | 12 | 1 |" in text
+    assert "## Prompts\n\n| rows of | prompts | rejected | read |\n" in text and "| evaluation/policies/sft/prompts | 12 | 1 | 13 |" in text
     assert notes(gather(tmp_path / "x"))["MT-Bench, grades from 1 to 10"] == "Who judged: large at http://host/v1."
 
 
@@ -296,7 +297,7 @@ def test_runs_side_by_side(ended: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert differences([gather(ended), gather(other)]) == [["setting", "ended", "other"], ["objective.beta", "1.0", "2.0"]]
     with (other / "config.yaml").open("a") as file:
         file.write("best_of_n:\n  n: 4\n  prompts: 8\n")
-    assert differences([gather(ended), gather(other)])[2:] == [["best_of_n", "", "used"]], "another job's settings are not listed"
+    assert differences([gather(ended), gather(other)])[2:] == [], "another job's settings are not listed: that it ran, its row says"
     output = tmp_path / "both.html"
     # The one was evaluated in its own directory, the other's evaluation has one of its own.
     (other / "evaluation-config.yaml").write_text("answers:\n  samples: 8\nobjective:\n  beta: 9.0\n")

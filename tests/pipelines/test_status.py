@@ -21,7 +21,8 @@ from pipelines.run.artifacts import Run, Stage, StageError, read_json, write_jso
 from pipelines.run.lock import locked
 from pipelines.run.manifests import read_manifest, write_manifest
 from pipelines.run.plan import Planned, read_plans, write_plan
-from pipelines.watching.status import ENDED, ProgressFile, duration, look
+from pipelines.watching.states import StageFacts
+from pipelines.watching.status import ENDED, ProgressFile, _stage, duration, look
 from pipelines.watching.watch import Pace, Watch
 
 DATA = Stage("demonstrations", {})
@@ -84,6 +85,12 @@ def test_a_run_under_way_tells_its_stages_its_pace_and_what_is_left(tmp_path: Pa
     # The training of iteration 2 costs what that of iteration 1 did.
     assert (job.stages[4].expected, job.stages[4].like) == (10.0, "iteration-1/training")
     assert job.left == pytest.approx(14.5, abs=0.5) and job.unknown == () and job.seconds == pytest.approx(34, abs=1)
+
+
+def test_what_shared_the_start_of_an_engine_is_no_measure_alone() -> None:
+    done = [StageFacts("sft/samples", "done", 20.0), StageFacts("iteration-1/samples", "done", 2.0)]
+    expected = _stage(StageFacts("iteration-2/samples", "to do"), done, "running", None)
+    assert (expected.expected, expected.like) == (11.0, "iteration-1/samples")
 
 
 def test_what_cannot_be_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
