@@ -170,7 +170,11 @@ def test_a_mean_says_of_how_many_answers_it_is(tmp_path: Path) -> None:
         "answers to 15 prompts only" in measures.doubts({"sft": {**whole, "measures": {"x": scored | {"prompts": 15, "unscored": 0}}}})[0]
     )
     cut = [{"response": "a", "response_ids": [1], "finish_reason": reason} for reason in ("length", "stop")]
-    assert measures.doubts({"sft": {**whole, "texts": measures.texts(cut)}}) == [cut_off("sft/answers", 0.5)]
+    assert measures.doubts({"sft": {**whole, "texts": measures.texts(cut)}}) == [cut_off("sft/answers", 0.5, "answers.max_new_tokens")]
+    both = {"sft": whole, "base": {**whole, "measures": {"exact_answer": scored | {"prompts": 60, "unscored": 0}}}}
+    assert measures.doubts(both) == [
+        "exact_answer is over different prompts (70 of sft, 60 of base): one took prompts that another could not, or has no score of"
+    ]
 
 
 def test_the_divergence_is_the_mean_difference_of_log_probs(tmp_path: Path) -> None:
