@@ -7,8 +7,6 @@ A win needs both orders to agree, disagreement is a tie, an answer that cannot b
 """
 
 import itertools
-import json
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,14 @@ import pyarrow.parquet as pq
 from actors.judge import prompts
 from actors.judge.ranking import length_controlled, points, position_bias, ranking, shares
 from actors.judge.verdicts import Reading, read_pair, read_probabilities, turned, winner
-from pipelines.data import layouts, sources
+from pipelines.data import sources
 from pipelines.judges.settings import Judge, JudgeModel, Tournament
 from pipelines.judging import QUESTION, QUESTIONS_A_FILE, check_read
 from pipelines.means import FEW, cell
 from pipelines.records import shards, write_rows
+from pipelines.responses import from_files
 from pipelines.run.artifacts import Run, Stage, StageError, Work
 
-log = logging.getLogger(__name__)
 DEMONSTRATIONS = "demonstrations"
 GAME = pa.schema(
     {
@@ -122,7 +120,7 @@ def _games(run: Run, stage: Stage, tournament: Tournament, warn: bool = False) -
             rows = _rows(run.directory(stage.inputs[f"samples-{name}"]) / "train", ["id", "sample", "response"])
             said[name] = {row["id"]: row["response"] for row in rows if row["sample"] == 0}
         else:
-            said[name] = _from_files(name, tournament.responses[name], prompted, warn)
+            said[name] = from_files(name, tournament.responses[name], prompted, warn)
     for first, second in itertools.combinations(said, 2):
         for row in prompted:
             responses = {"response_first": said[first].get(row["id"]), "response_second": said[second].get(row["id"])}
@@ -131,52 +129,6 @@ def _games(run: Run, stage: Stage, tournament: Tournament, warn: bool = False) -
 
 def _rows(folder: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
     return [row for path in shards(folder) for row in pq.read_table(path, columns=columns).to_pylist()]
-
-
-def _from_files(name: str, path: str, prompted: list[dict[str, Any]], warn: bool) -> dict[str, str]:
-    """Responses of somebody else by the prompt's id, in any of the layouts of demonstrations; rows for other prompts are passed over."""
-    exact, by_prompt = dict[str, list[str]](), dict[str, list[str]]()
-    for row in prompted:
-        exact.setdefault(json.dumps(row["prompt"]), []).append(row["id"])
-        by_prompt.setdefault(_spoken(row["prompt"]), []).append(row["id"])
-    found, loose, read, wrong, twice = dict[str, str](), dict[str, str](), 0, list[str](), list[str]()
-    for file in sources.find(path, "", key=f"tournament.responses.{name}"):
-        for raw in sources.read(file):
-            read += 1
-            try:
-                if raw["reason"]:
-                    raise layouts.RowError(raw["reason"])
-                row = json.loads(raw["row"])
-                layout = layouts.detect(row)
-                if layout is None:
-                    raise layouts.RowError(f"no layout fits the columns {', '.join(sorted(row))}")
-                messages, response = layouts.turns(row, layout)
-            except layouts.RowError as error:
-                wrong.append(f"{raw['source']}: {error}")
-                continue
-            same, alike = exact.get(json.dumps(messages), []), by_prompt.get(_spoken(messages), [])
-            if any(found.get(key, response) != response for key in same) or (
-                not same and any(loose.get(key, response) != response for key in alike)
-            ):
-                twice.append(raw["source"])
-            found |= dict.fromkeys(same, response)
-            loose |= dict.fromkeys(alike, response)
-    # To the very prompt before to one with another system turn.
-    found = loose | found
-    if not found:
-        reason = f" ({wrong[0]})" if wrong else ""
-        raise StageError(f"tournament.responses.{name}={path!r} holds no response to any of the prompts{reason}")
-    if warn and wrong:
-        log.warning("tournament.responses.%s: %d of %d rows cannot be used. The first, %s", name, len(wrong), read, wrong[0])
-    if warn and twice:
-        told = "tournament.responses.%s: %d of %d rows answer a prompt anew, of which the last answer counts. The first, %s"
-        log.warning(told, name, len(twice), read, twice[0])
-    return found
-
-
-def _spoken(messages: list[dict[str, str]]) -> str:
-    """A conversation without its system turn, which others may not have."""
-    return json.dumps([[m["role"], m["content"].strip()] for m in messages if m["role"] != "system"], ensure_ascii=False)
 
 
 def plan_games(questions: Stage, answers: Stage, tournament: Tournament) -> Stage:

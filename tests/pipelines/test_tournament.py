@@ -8,7 +8,7 @@ import pytest
 from judges import always_a, completion, endpoint, longer
 from tournaments import ALIKE, FEW, ROWS, Played, prompt, words
 
-from pipelines import tournament
+from pipelines import responses, tournament
 from pipelines.judges.settings import Judge, Tournament
 from pipelines.run.artifacts import Stage, StageError
 
@@ -80,9 +80,9 @@ def test_a_prompt_that_is_there_twice_has_the_response_twice_and_one_with_a_syst
     lines = [{"messages": [*system, {"role": "assistant", "content": "short"}]}, {"prompt": "Say 0.", "completion": "plain"}]
     other.write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked = [{"id": key, "prompt": messages} for key, messages in (("r0", prompt(0)), ("r1", prompt(0)), ("r2", system))]
-    assert tournament._from_files("theirs", str(other), asked, warn=True) == {"r0": "plain", "r1": "plain", "r2": "short"}
+    assert responses.from_files("theirs", str(other), asked, warn=True) == {"r0": "plain", "r1": "plain", "r2": "short"}
     other.write_text(json.dumps(lines[1]) + "\n")
-    assert tournament._from_files("theirs", str(other), asked, warn=True) == dict.fromkeys(("r0", "r1", "r2"), "plain")
+    assert responses.from_files("theirs", str(other), asked, warn=True) == dict.fromkeys(("r0", "r1", "r2"), "plain")
 
 
 def test_an_answer_that_was_cut_counts_by_its_mark_alone(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_responses_that_are_not_used_are_counted_in_the_log_once(tmp_path: Path,
     with endpoint(longer) as (url, _):
         played.play(url=url)
     assert {game["response_second"] for game in played.games() if game["id"] == "r0"} == {"null"}
-    told = [record.message for record in caplog.records if record.name == "pipelines.tournament"]
+    told = [record.message for record in caplog.records if record.name == "pipelines.responses"]
     assert len(told) == 2 and told[0].startswith(
         "tournament.responses.theirs: 2 of 11 rows cannot be used. The first, others.jsonl:4: broken JSON"
     )
