@@ -1,7 +1,7 @@
 """A mean with its standard error, as numbers and for a person."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 FEW = 16
 """Pairs below which a share of them has a standard error of more than 0.12."""
@@ -27,16 +27,18 @@ def cell(mean: float | None, error: float | None, digits: int, sign: bool = Fals
     return f"{mean:{'+' if sign else ''}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def ends(shares: Mapping[str, tuple[float | None, int]]) -> str:
+def ends(shares: Iterable[tuple[float | None, int]]) -> str:
     """What a person has to know of shares of 0 or 1, whose standard error is 0: how far off they may be, by Wilson's interval (1927).
     Empty where there are none.
 
     Args:
-        shares: and how many each is over, by name.
+        shares: each with how many it is over.
     """
-    room = {name: (mean, WIDE**2 / (n + WIDE**2)) for name, (mean, n) in shares.items() if mean in (0, 1) and n}
-    told = [f"{name} {f'at most {far:.3f}' if mean == 0 else f'at least {1 - far:.3f}'}" for name, (mean, far) in room.items()]
-    return f"Of a share of 0 or 1, ± 0 says nothing; at 95 % (Wilson) the true one is: {', '.join(told)}." if told else ""
+    told = []
+    for n, share in sorted({(n, share) for share, n in shares if share in (0, 1) and n}):
+        far = WIDE**2 / (n + WIDE**2)
+        told.append(f"0 of {n} is at most {far:.3f}" if share == 0 else f"{n} of {n} is at least {1 - far:.3f}")
+    return f"± 0 says nothing of 0 or 1: at 95 % (Wilson) the true share behind {', behind '.join(told)}." if told else ""
 
 
 def cut_off(name: str, share: float, setting: str = "max_new_tokens") -> str:

@@ -181,14 +181,10 @@ def _shown(numbers: Mapping[str, Any] | None) -> str:
     return cell(numbers["mean"], numbers["stderr"], 3) + (f" of {numbers['n']}" if numbers["unscored"] else "")
 
 
-def shares(found: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[float | None, int]]:
-    """The measures that are shares of right answers, and of how many prompts, by policy and measure; `found` as for `table`."""
-    told = {}
-    for policy, numbers in found.items():
-        for name, scored in numbers["measures"].items():
-            if name == "exact_answer" or name.startswith(PATTERN):
-                told[f"{policy}, {name}"] = scored["mean"], scored.get("prompts", 0)
-    return told
+def shares(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[float | None, int]]:
+    """The measures that are shares of right answers, each with how many prompts it is over; `found` as for `table`."""
+    scored = [each for numbers in found.values() for each in numbers["measures"].items()]
+    return [(own["mean"], own.get("prompts", 0)) for name, own in scored if name == "exact_answer" or name.startswith(PATTERN)]
 
 
 def doubts(found: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -222,13 +222,9 @@ def _decided(games: list[dict[str, Any]]) -> bool:
     return any(game["outcome"] in ("first", "second") for game in games)
 
 
-def sure(found: Mapping[str, Any]) -> dict[str, tuple[float | None, int]]:
-    """Shares of won, tied and lost games, and of how many, by pair; for `pipelines.means.ends`."""
-    return {
-        f"{pair['first']} against {pair['second']}, {name}": (pair[name], pair["n"])
-        for pair in found.get("pairs", ())
-        for name in ("win", "tie", "lose")
-    }
+def rates(found: Mapping[str, Any]) -> list[tuple[float | None, int]]:
+    """Shares of won, tied and lost games, each with how many it is over; for `pipelines.means.ends`."""
+    return [(pair[name], pair["n"]) for pair in found.get("pairs", ()) for name in ("win", "tie", "lose")]
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:

@@ -23,9 +23,9 @@ GAINS = (
 )
 ANSWERS = (
     "± is one standard error over prompts. Cut: the share of answers that ended at the limit of tokens. Distinct 1, 2, 3: the share of "
-    "words, pairs and triples of words that are different, over all answers. KL: the mean log ratio of the policy to answers.reference on "
-    "its own samples."
+    "words, pairs and triples of words that are different, over all answers."
 )
+KL = "KL: the mean log ratio of the policy to answers.reference on its own samples."
 GAMES = (
     "Shares of games, ± one standard error; a game is a prompt, asked in both orders, and a win needs both. n: games with a verdict; "
     "unread: verdicts that say nothing; no answer: the judge gave none. At equal length: the share of the first if both wrote as much, by "
@@ -99,16 +99,18 @@ def tables(facts: Facts) -> dict[str, Rows]:
 
 def notes(facts: Facts) -> dict[str, str]:
     """What a reader of a table has to know, by its title."""
-    measured = any(numbers.get("n") for numbers in facts.evaluations().values())
+    scored = any(numbers.get("n") for numbers in facts.evaluations().values())
     gained = any(numbers.get("gain") for numbers in facts.evaluations().values())
-    said = [*([ERRORS] if measured else []), *([GAINS] if gained else []), *([REWARDS] if facts.trained() else [])]
-    said.append(ends({name: (numbers["accuracy"], numbers["n"]) for name, numbers in facts.evaluations().items()}))
+    said = [*([ERRORS] if scored else []), *([GAINS] if gained else []), *([REWARDS] if facts.trained() else [])]
+    said.append(ends((numbers["accuracy"], numbers["n"]) for numbers in facts.evaluations().values()))
     found = {"Policies": " ".join(filter(None, said))}
+    measured = facts.scoreboard()["measures"]
+    kl = any(numbers["kl"] for numbers in measured.values())
     found["Reward models on held-out pairs"] = BASELINES
-    found["Answers to the prompts"] = " ".join(filter(None, (ANSWERS, ends(measures.shares(facts.scoreboard()["measures"])))))
+    found["Answers to the prompts"] = " ".join(filter(None, (ANSWERS, KL if kl else "", ends(measures.shares(measured)))))
     found["Tasks"] = " ".join(filter(None, (TASKS, ends(scoreboard.shares(facts.scoreboard()["tasks"])))))
     found["Tournament: games of the first against the second"] = " ".join(
-        filter(None, (GAMES, ends(tournament.sure(facts.stage("evaluation/tournament/games")))))
+        filter(None, (GAMES, ends(tournament.rates(facts.stage("evaluation/tournament/games")))))
     )
     if judge := _judge(facts, "tournament"):
         asked = facts.stage("evaluation/tournament/questions")

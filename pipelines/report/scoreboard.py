@@ -37,14 +37,10 @@ def tasks(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return [["policy", *header], *([name, *(_value(done.get(task)) for task in names)] for name, done in found.items())]
 
 
-def shares(found: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[float | None, int]]:
-    """The main metrics of tasks that are shares of the rows, and of how many, by policy and task; for `pipelines.means.ends`."""
-    return {
-        f"{name}, {task}": (numbers["metrics"][numbers["main"]]["value"], numbers["n"])
-        for name, done in found.items()
-        for task, numbers in done.items()
-        if numbers["main"] and numbers["main"].split(",")[0] in catalogue.FIRST
-    }
+def shares(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[float | None, int]]:
+    """The main metrics of tasks that are shares of the rows, each with how many it is over; for `pipelines.means.ends`."""
+    numbers = [each for done in found.values() for each in done.values() if each["main"]]
+    return [(each["metrics"][each["main"]]["value"], each["n"]) for each in numbers if each["main"].split(",")[0] in catalogue.FIRST]
 
 
 def _shots(number: int | None) -> str:

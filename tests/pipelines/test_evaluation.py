@@ -102,11 +102,11 @@ def test_mean_and_standard_error_by_hand() -> None:
 
 
 def test_none_right_leaves_room_for_a_share_that_wilsons_interval_says() -> None:
-    said = ends({"base": (0.0, 104), "sft": (0.5, 104), "iteration-1": (1.0, 40), "iteration-2": (None, 0)})
+    said = ends([(0.0, 104), (0.5, 104), (1.0, 40), (None, 0), (0.0, 104)])
     # The interval's end is where the share p is 1.96 of its own standard errors, sqrt(p (1 - p) / n), away from what was seen.
     assert pytest.approx(1.96, abs=1e-3) == 0.035636 / (0.035636 * (1 - 0.035636) / 104) ** 0.5
-    assert said.endswith("the true one is: base at most 0.036, iteration-1 at least 0.912.")
-    assert ends({"sft": (0.5, 104)}) == ""
+    assert said.endswith("the true share behind 40 of 40 is at least 0.912, behind 0 of 104 is at most 0.036.")
+    assert ends([(0.5, 104)]) == ""
 
 
 @pytest.mark.parametrize(

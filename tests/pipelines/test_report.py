@@ -232,7 +232,7 @@ def test_of_none_right_it_says_how_many_may_be(ended: Path) -> None:
     renumber(ended / "sft" / "evaluation", accuracy=0.0, stderr=0.0, n=100)
     Reporter(ended, graph())()
     told = [(ended / f"report.{ending}").read_text() for ending in ("html", "md")]
-    assert all("(Wilson) the true one is: sft at most 0.037." in text for text in told)
+    assert all("(Wilson) the true share behind 0 of 100 is at most 0.037." in text for text in told)
 
 
 def test_scores_of_another_command_are_not_shown(ended: Path) -> None:
@@ -273,7 +273,7 @@ def test_an_evaluation_says_who_judged_and_ranks_what_was_decided(tmp_path: Path
     for told in (page, text):
         assert "Who judged: org/judge, mode logprob. 3 of 36 games were between equal responses" in told
         assert ("nobody won a game: there is no ranking" in told) == (outcome == "tie") != ("Ranking (Bradley-Terry" in told)
-        assert f"the true one is: sft against dil, win at {'most' if outcome == 'tie' else 'least'} 0." in told
+        assert "the true share behind 0 of 20 is at most 0.161, behind 20 of 20 is at least 0.839." in told
         assert ("the games of every pair all ended alike" in told) == (outcome == "first"), (
             "who wins all is better, nobody knows by how much"
         )
